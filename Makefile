@@ -1,0 +1,53 @@
+# `make quickstart` and `make test` do all the set-up themselves.
+# Another interpreter: `make test PYTHON=python3.12` (it gets an environment of its own).
+
+PYTHON ?= python3
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help quickstart test check benchmark clean
+
+help:
+	@echo "make quickstart  install, then train SFT, reward model and PPO on short reviews"
+	@echo "make test        install, then lint, types, import rules and all tests"
+	@echo "make check       lint and types only"
+	@echo "make benchmark   install, then the GAE and whole-update benchmarks"
+	@echo "make clean       remove environments and caches"
+
+quickstart: $(VENV)/installed
+	$(BIN)/rlhf-jax quickstart $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+benchmark: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/gae.py
+	$(BIN)/python benchmarks/ppo_update.py
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "rlhf-jax needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + \
+	  ". Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: pyproject.toml | $(VENV)/created
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml | $(VENV)/created
+	$(PIP) --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/created
+	$(PIP) --editable '.[bench]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
