@@ -1,0 +1,1 @@
+"""Every formula of the package, as pure functions of arrays."""

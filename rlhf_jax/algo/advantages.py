@@ -1,0 +1,196 @@
+"""Advantages and value targets over response tokens.
+
+In every function a masked token inside a row, such as a tool's output, is passed over:
+the result is that of the row with the gap cut out. The episode ends at the last real
+token, whether it stopped there or was cut off: the value beyond it is 0.
+"""
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.masking import column_indices
+from rlhf_jax.algo.types import Array, Scalar
+
+
+def gae(
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    *,
+    gamma: Scalar = 1.0,
+    lam: Scalar = 0.95,
+    method: Literal["scan", "associative"] = "scan",
+) -> tuple[Array, Array]:
+    """Generalized advantage estimates and value targets, one pair per token.
+
+    With s_t = prompt + response[:t] and a_t = response[t], runs backwards over the
+    real tokens t:
+
+        δ_t = r_t + γ · V(s_{t+1}) − V(s_t)
+        A_t = δ_t + γλ · A_{t+1}
+        R_t = A_t + V(s_t)
+
+    V = A = 0 beyond the last real token. A masked token inside a row hands A and V on
+    unchanged. Advantages are not whitened here.
+
+    Args:
+        rewards: `[B, T]` float, r_t, paid when token t is emitted.
+        values: `[B, T]` float, V(s_t), the critic's estimate *before* token t.
+        mask: `[B, T]` bool, True on response tokens through the first stop token;
+            `include_end_state` of that where the score sits after the last token.
+        gamma: `[]`, discount per token, in [0, 1].
+        lam: `[]`, λ; 0 gives TD errors, 1 gives returns minus values.
+        method: `"scan"` steps back through time and is the faster on a CPU;
+            `"associative"` takes log T parallel steps. They agree up to rounding.
+
+    Returns:
+        `(advantages, returns)`, both `[B, T]` float32 and 0 where `mask` is False.
+        Neither carries a gradient.
+
+    Raises:
+        ValueError: on an unknown method.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Schulman et al., 2016, arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11.
+    """
+    rewards, values = _check_and_mask(rewards, values, mask)
+    if method == "scan":
+        advantages = _gae_scan(rewards, values, mask, gamma, lam)
+    elif method == "associative":
+        advantages = _gae_associative(rewards, values, mask, gamma, lam)
+    else:
+        raise ValueError(f"method={method!r}: expected 'scan' or 'associative'")
+    return jax.lax.stop_gradient((advantages, advantages + values))
+
+
+def td_errors(
+    rewards: Array, values: Array, mask: Array, *, gamma: Scalar = 1.0
+) -> Array:
+    """One-step temporal-difference errors, δ_t = r_t + γ · V(s_{t+1}) − V(s_t).
+
+    Args:
+        rewards: `[B, T]` float, r_t.
+        values: `[B, T]` float, V(s_t), before token t.
+        mask: `[B, T]` bool, True on real tokens.
+        gamma: `[]`, discount per token, in [0, 1].
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False, without a gradient.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Sutton and Barto, Reinforcement Learning, 2nd ed., eq. 6.5.
+    """
+    rewards, values = _check_and_mask(rewards, values, mask)
+    errors = rewards + gamma * _next_real(values, mask) - values
+    return jax.lax.stop_gradient(jnp.where(mask, errors, 0.0))
+
+
+def n_step_returns(
+    rewards: Array, values: Array, mask: Array, *, n: int, gamma: Scalar = 1.0
+) -> Array:
+    """Returns over n steps, then the critic: what n-step TD regresses a value on.
+
+        R_t = Σ_{k<n} γ^k · r_{t+k} + γ^n · V(s_{t+n})
+
+    Steps count real tokens only. Rewards and value beyond the last real token are 0,
+    so that n ≥ T gives the Monte-Carlo return.
+
+    Args:
+        rewards: `[B, T]` float, r_t.
+        values: `[B, T]` float, V(s_t), before token t.
+        mask: `[B, T]` bool, True on real tokens.
+        n: number of rewards, at least 1.
+        gamma: `[]`, discount per token, in [0, 1].
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False, without a gradient.
+
+    Raises:
+        ValueError: when `n` is below 1.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Sutton and Barto, Reinforcement Learning, 2nd ed., eq. 7.1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: expected at least 1 step")
+    rewards, values = _check_and_mask(rewards, values, mask)
+
+    def look_one_further(_, returns: Array) -> Array:
+        # The return over k + 1 steps is r_t + γ · (that over k steps from t + 1).
+        return jnp.where(mask, rewards + gamma * _next_real(returns, mask), 0.0)
+
+    steps = min(n, rewards.shape[1])  # beyond the end of the row nothing changes
+    returns = jax.lax.fori_loop(0, steps, look_one_further, values)
+    return jax.lax.stop_gradient(returns)
+
+
+def _check_and_mask(rewards: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+    """Rewards and values as float32, 0 where `mask` is False."""
+    chex.assert_rank([rewards, values, mask], 2)
+    chex.assert_equal_shape([rewards, values, mask])
+    chex.assert_type([rewards, values, mask], [float, float, bool])
+    # `where`, not `* mask`: padding may hold NaN or inf, and 0 * NaN is NaN.
+    rewards = jnp.where(mask, rewards.astype(jnp.float32), 0.0)
+    values = jnp.where(mask, values.astype(jnp.float32), 0.0)
+    return rewards, values
+
+
+def _gae_scan(
+    rewards: Array, values: Array, mask: Array, gamma: Scalar, lam: Scalar
+) -> Array:
+    def step_back(carry: tuple[Array, Array], token: tuple[Array, Array, Array]):
+        next_advantage, next_value = carry
+        reward, value, real = token
+        delta = reward + gamma * next_value - value
+        advantage = delta + gamma * lam * next_advantage
+        carry = (
+            jnp.where(real, advantage, next_advantage),
+            jnp.where(real, value, next_value),
+        )
+        return carry, jnp.where(real, advantage, 0.0)
+
+    end = jnp.zeros_like(values[:, 0])
+    # Not unrolled: on a CPU that is slower, and compiles longer.
+    _, advantages = jax.lax.scan(
+        step_back,
+        (end, end),
+        (rewards.T, values.T, mask.T),  # scan runs over the leading axis
+        reverse=True,
+    )
+    return advantages.T
+
+
+def _gae_associative(
+    rewards: Array, values: Array, mask: Array, gamma: Scalar, lam: Scalar
+) -> Array:
+    # A_t = d_t + g_t · A_{t+1}; a masked token has d = 0 and g = 1. Maps x ↦ d + g·x
+    # compose, so no power of γλ is ever divided by: they underflow in long rows.
+    deltas = rewards + gamma * _next_real(values, mask) - values
+    deltas = jnp.where(mask, deltas, 0.0)
+    decays = jnp.where(mask, jnp.asarray(gamma * lam, jnp.float32), 1.0)
+
+    def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]):
+        d_later, g_later = later
+        d_earlier, g_earlier = earlier
+        return d_earlier + g_earlier * d_later, g_earlier * g_later
+
+    advantages, _ = jax.lax.associative_scan(
+        compose, (deltas, decays), reverse=True, axis=1
+    )
+    return jnp.where(mask, advantages, 0.0)
+
+
+def _next_real(x: Array, mask: Array) -> Array:
+    """`[B, T]`: x at the next real token of the row, 0 after the last one."""
+    here = jnp.where(mask, column_indices(x), x.shape[1])
+    after = jnp.pad(here[:, 1:], ((0, 0), (0, 1)), constant_values=x.shape[1])
+    index = jax.lax.cummin(after, axis=1, reverse=True)  # T where there is none
+    return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, 1))), index, axis=1)

@@ -1,0 +1,178 @@
+"""What to watch in an update. Masked, float32, and without a gradient.
+
+A minibatch that is read in several microbatches hands its own number of real tokens
+to each of them as `num_tokens`: then the results add up to those of the minibatch.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.kl import kl_estimate
+from rlhf_jax.algo.masking import aggregate, masked_mean
+from rlhf_jax.algo.types import Array, Scalar
+
+ClipEps = Scalar | tuple[Scalar, Scalar]
+
+
+def ratio_range(clip_eps: ClipEps) -> tuple[Scalar, Scalar]:
+    """The probability ratios that PPO leaves unclipped, (1 − ε_low, 1 + ε_high).
+
+    Args:
+        clip_eps: ε for both sides, or `(ε_low, ε_high)`.
+    """
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
+    return 1.0 - low, 1.0 + high
+
+
+def approx_kl(
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
+    *,
+    num_tokens: Scalar | None = None,
+) -> Array:
+    """KL(π_old‖π), estimated on tokens drawn from π_old: the mean of (ρ − 1) − log ρ.
+
+    Never negative, and 0 if and only if no real token's probability changed.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t).
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t).
+        mask: `[B, T]` bool, True on real tokens.
+        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
+
+    Returns:
+        `[]` float32.
+
+    References:
+        Schulman, 2020, http://joschu.net/blog/kl-approx.html, k3.
+    """
+    terms = kl_estimate(old_logprobs, logprobs, estimator="k3")
+    return jax.lax.stop_gradient(aggregate(terms, mask, num_tokens=num_tokens))
+
+
+def mean_ratio(
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
+    *,
+    num_tokens: Scalar | None = None,
+) -> Array:
+    """Mean of ρ = π / π_old; 1 at the first step over a rollout, near 1 after it.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t).
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t).
+        mask: `[B, T]` bool, True on real tokens.
+        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
+
+    Returns:
+        `[]` float32.
+    """
+    ratio = jnp.exp(kl_estimate(logprobs, old_logprobs, estimator="k1"))
+    return jax.lax.stop_gradient(aggregate(ratio, mask, num_tokens=num_tokens))
+
+
+def clip_fraction(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_eps: ClipEps = 0.2,
+    num_tokens: Scalar | None = None,
+) -> Array:
+    """Share of tokens whose policy loss is clipped, and so has no gradient.
+
+    Those with ρ > 1 + ε_high and A > 0, or ρ < 1 − ε_low and A < 0; a ratio out of
+    range on the other side of A still learns and does not count.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t).
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t).
+        advantages: `[B, T]` float, A.
+        mask: `[B, T]` bool, True on real tokens.
+        clip_eps: ε, or `(ε_low, ε_high)`.
+        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
+
+    Returns:
+        `[]` float32, in [0, 1].
+    """
+    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
+    lowest, highest = ratio_range(clip_eps)
+    ratio = jnp.exp(kl_estimate(logprobs, old_logprobs, estimator="k1"))
+    clipped = ((ratio > highest) & (advantages > 0)) | (
+        (ratio < lowest) & (advantages < 0)
+    )
+    share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
+    return jax.lax.stop_gradient(share)
+
+
+def value_clip_fraction(
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    mask: Array,
+    *,
+    clip_eps: Scalar = 0.2,
+    num_tokens: Scalar | None = None,
+) -> Array:
+    """Share of tokens whose value loss is clipped, and so has no gradient.
+
+    Those whose value moved by more than `clip_eps`, and nearer to the return than the
+    clipped value is.
+
+    Args:
+        values: `[B, T]` float, V(s_t) of the critic in training.
+        old_values: `[B, T]` float, V(s_t) when the rollout was scored.
+        returns: `[B, T]` float, R_t.
+        mask: `[B, T]` bool, True on real tokens.
+        clip_eps: how far a value may move.
+        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
+
+    Returns:
+        `[]` float32, in [0, 1].
+    """
+    chex.assert_equal_shape([values, old_values, returns, mask])
+    chex.assert_type([values, old_values, returns, mask], [float, float, float, bool])
+    values, old_values, returns = (
+        x.astype(jnp.float32) for x in (values, old_values, returns)
+    )
+    moved = jnp.clip(values - old_values, -clip_eps, clip_eps)
+    clipped = jnp.abs(old_values + moved - returns) > jnp.abs(values - returns)
+    share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
+    return jax.lax.stop_gradient(share)
+
+
+def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
+    """How much of the returns the critic foresaw: 1 − Var(R − V) / Var(R).
+
+    1 for a perfect critic, 0 for a constant, negative for one worse than a constant.
+    Not a mean over tokens: the values of microbatches do not add up.
+
+    Args:
+        values: `[B, T]` float, V(s_t).
+        returns: `[B, T]` float, R_t.
+        mask: `[B, T]` bool, True on real tokens.
+
+    Returns:
+        `[]` float32; 0 where the returns do not vary.
+
+    Raises:
+        AssertionError: on unequal shapes or a wrong dtype.
+    """
+    chex.assert_equal_shape([values, returns, mask])
+    chex.assert_type([values, returns, mask], [float, float, bool])
+    values, returns = values.astype(jnp.float32), returns.astype(jnp.float32)
+
+    def variance(x: Array) -> Array:
+        x = jnp.where(mask, x, 0.0)
+        x = x - masked_mean(x, mask)
+        x = x - masked_mean(x, mask)  # a constant leaves exactly 0
+        return masked_mean(jnp.square(x), mask)
+
+    total, unexplained = variance(returns), variance(returns - values)
+    varies = total > 0
+    share = 1.0 - unexplained / jnp.where(varies, total, 1.0)
+    return jax.lax.stop_gradient(jnp.where(varies, share, 0.0))

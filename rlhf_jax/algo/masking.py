@@ -1,0 +1,241 @@
+"""Response masks, and reductions that never read what is masked out.
+
+Values are selected with `jnp.where`, never multiplied by the mask: padding may hold
+NaN, and 0 · NaN is NaN.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.types import Array, Scalar
+
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"
+]
+
+
+def response_mask(tokens: Array, *, stop_ids: int | Sequence[int] | Array) -> Array:
+    """Which tokens belong to the response: all through the first stop token.
+
+    A row without a stop token is real over its full width. The pad id plays no part,
+    so that it may equal a stop id.
+
+    Args:
+        tokens: `[B, T]` integer, responses that start at column 0.
+        stop_ids: the token id, or ids, that end a response; none for an empty
+            sequence.
+
+    Returns:
+        `[B, T]` bool, True through the first stop token, itself included.
+
+    Raises:
+        AssertionError: when `tokens` is not a matrix of integers.
+    """
+    chex.assert_rank(tokens, 2)
+    chex.assert_type(tokens, int)
+    ids = jnp.asarray(stop_ids, tokens.dtype).reshape(1, 1, -1)
+    is_stop = jnp.any(tokens[:, :, None] == ids, axis=2)  # [B, T]
+    stops = jnp.cumsum(is_stop.astype(jnp.int32), axis=1)
+    return (stops == 0) | (is_stop & (stops == 1))
+
+
+def column_indices(x: Array) -> Array:
+    """`[1, T]` int32: 0 … T − 1, to be compared with an index per row.
+
+    Args:
+        x: `[B, T]`, any dtype; only its shape is read.
+    """
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+
+
+def last_token_index(mask: Array) -> Array:
+    """Column of the last real token of every row; 0 for a row without any.
+
+    Args:
+        mask: `[B, T]` bool, True on real tokens, in any pattern.
+
+    Returns:
+        `[B]` int32.
+
+    Raises:
+        AssertionError: when `mask` is not a matrix of bool.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    return jnp.max(jnp.where(mask, column_indices(mask), 0), axis=1)
+
+
+def include_end_state(mask: Array) -> Array:
+    """The mask, and one column more: the state after the last real token.
+
+    A full row has no such column and stays as it is, and so does an empty one. With
+    the score placed `"after_last_token"`, this is the mask over which rewards and
+    values are real.
+
+    Args:
+        mask: `[B, T]` bool, True on real tokens.
+
+    Returns:
+        `[B, T]` bool.
+
+    Raises:
+        AssertionError: when `mask` is not a matrix of bool.
+    """
+    after = last_token_index(mask)[:, None] + 1  # [B, 1]
+    return mask | (
+        (column_indices(mask) == after) & jnp.any(mask, axis=1, keepdims=True)
+    )
+
+
+def select_index(x: Array, index: Array) -> Array:
+    """One entry per row.
+
+    A comparison and a sum in place of indexing: `x[arange(B), index]` does not trace
+    on a mesh with explicit axes. The other entries may hold NaN.
+
+    Args:
+        x: `[B, S]`, any dtype but bool.
+        index: `[B]` integer, in `[0, S)`; 0 is returned for an index out of range.
+
+    Returns:
+        `[B]`, x[b, index[b]], in the dtype of `x`.
+
+    Raises:
+        AssertionError: on a wrong rank.
+    """
+    chex.assert_rank([x, index], [2, 1])
+    hit = column_indices(x) == index[:, None]
+    return jnp.sum(jnp.where(hit, x, jnp.zeros_like(x)), axis=1, dtype=x.dtype)
+
+
+def masked_mean(
+    x: Array, mask: Array, *, axis: int | Sequence[int] | None = None
+) -> Array:
+    """Mean of what the mask selects: Σ m·x / max(Σ m, 1).
+
+    Args:
+        x: any shape, float; may hold anything where `mask` is False.
+        mask: the same shape, bool.
+        axis: axis or axes to reduce; all by default.
+
+    Returns:
+        float32, without the reduced axes; 0 where nothing is selected.
+
+    Raises:
+        AssertionError: on unequal shapes or a wrong dtype.
+    """
+    chex.assert_equal_shape([x, mask])
+    chex.assert_type([x, mask], [float, bool])
+    axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0), axis=axis)
+    count = jnp.sum(mask.astype(jnp.float32), axis=axis)
+    return total / jnp.maximum(count, 1.0)
+
+
+def masked_whiten(
+    x: Array, mask: Array, *, center: bool = True, ddof: int = 0, eps: Scalar = 1e-8
+) -> Array:
+    """Values scaled to variance one, and by default centred, over all real tokens.
+
+        μ = Σ m·x / n          σ² = Σ m·(x − μ)² / (n − ddof)          n = Σ m
+        y = (x − μ) / √(σ² + eps)     and, with `center=False`,     y + μ
+
+    A constant input becomes 0, whatever its magnitude. Under `jit` on a sharded batch
+    the statistics are those of the whole batch, not of one device.
+
+    Args:
+        x: `[B, T]` float; may hold anything where `mask` is False.
+        mask: `[B, T]` bool, True on the tokens that count.
+        center: False adds the mean back, so that only the scale changes (rewards in
+            lm-human-preferences; `shift_mean=False` there).
+        ddof: 0 divides the squares by n, 1 by n − 1.
+        eps: added to the variance.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Ziegler et al., 2019, arXiv:1909.08593; `whiten` in its code.
+    """
+    chex.assert_rank([x, mask], 2)
+    chex.assert_equal_shape([x, mask])
+    chex.assert_type([x, mask], [float, bool])
+    x = jnp.where(mask, x.astype(jnp.float32), 0.0)
+    mean = masked_mean(x, mask)
+    # The rounding error of the mean, which √eps = 1e-4 would blow up where x is large
+    # and constant.
+    mean = mean + masked_mean(x - mean, mask)
+    centred = jnp.where(mask, x - mean, 0.0)
+    freedom = jnp.sum(mask.astype(jnp.float32)) - ddof
+    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(freedom, 1.0)
+    whitened = centred * jax.lax.rsqrt(variance + eps)
+    return whitened if center else jnp.where(mask, whitened + mean, 0.0)
+
+
+def aggregate(
+    terms: Array,
+    mask: Array,
+    *,
+    mode: Aggregation = "token-mean",
+    num_tokens: Scalar | None = None,
+    num_sequences: Scalar | None = None,
+) -> Array:
+    """The one reduction of per-token losses to a scalar.
+
+    =====================  ==========================================
+    `mode`                 value, with n = Σ m and b non-empty rows
+    =====================  ==========================================
+    `token-mean`           Σ m·L / n
+    `seq-mean-token-mean`  1/b · Σ_rows (Σ_t m·L / Σ_t m)
+    `seq-mean-token-sum`   1/b · Σ_rows Σ_t m·L
+    `token-sum`            Σ m·L
+    =====================  ==========================================
+
+    A minibatch that is read in several microbatches hands its own n and b to each of
+    them: then the results, and their gradients, add up to those of the minibatch.
+
+    Args:
+        terms: `[B, T]` float; may hold anything where `mask` is False.
+        mask: `[B, T]` bool, True on real tokens.
+        mode: which of the four.
+        num_tokens: `[]`, n to divide by in `token-mean`; that of `mask` by default.
+        num_sequences: `[]`, b to divide by in the two `seq-mean` modes; the rows of
+            `mask` with at least one real token by default.
+
+    Returns:
+        `[]` float32; 0 when nothing is selected.
+
+    Raises:
+        ValueError: on an unknown mode.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+    """
+    chex.assert_rank([terms, mask], 2)
+    chex.assert_equal_shape([terms, mask])
+    chex.assert_type([terms, mask], [float, bool])
+    terms = jnp.where(mask, terms.astype(jnp.float32), 0.0)
+    if mode == "token-sum":
+        return jnp.sum(terms)
+    if mode == "token-mean":
+        count = jnp.sum(mask.astype(jnp.float32)) if num_tokens is None else num_tokens
+        return jnp.sum(terms) / _divisor(count)
+    if num_sequences is None:
+        num_sequences = jnp.sum(jnp.any(mask, axis=1).astype(jnp.float32))
+    if mode == "seq-mean-token-sum":
+        return jnp.sum(terms) / _divisor(num_sequences)
+    if mode == "seq-mean-token-mean":
+        return jnp.sum(masked_mean(terms, mask, axis=1)) / _divisor(num_sequences)
+    raise ValueError(
+        f"mode={mode!r}: expected 'token-mean', 'seq-mean-token-mean', "
+        "'seq-mean-token-sum' or 'token-sum'"
+    )
+
+
+def _divisor(count: Scalar) -> Array:
+    return jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)

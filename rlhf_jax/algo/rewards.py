@@ -1,0 +1,120 @@
+"""From one score per sequence to one reward per token."""
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.kl import KLEstimator, kl_estimate
+from rlhf_jax.algo.masking import column_indices, last_token_index
+from rlhf_jax.algo.types import Array, Scalar
+
+ScorePosition = Literal["last_token", "after_last_token"]
+
+
+def penalize_missing_eos(
+    scores: Array,
+    truncated: Array,
+    *,
+    penalty: Scalar,
+    mode: Literal["subtract", "replace"] = "subtract",
+) -> Array:
+    """Scores in which answers that never stopped are worth less.
+
+    * `"subtract"`: s − penalty (TRL); unfinished answers keep their order.
+    * `"replace"`: the score *is* the penalty, such as −1 (lm-human-preferences): what
+      the reward model makes of an unfinished text is ignored. Applying it twice is
+      applying it once.
+
+    Args:
+        scores: `[B]` float.
+        truncated: `[B]` bool, True where no stop token came before the limit.
+        penalty: `[]`, positive to punish by `"subtract"`, usually negative for
+            `"replace"`.
+        mode: which of the two.
+
+    Returns:
+        `[B]` float32.
+
+    Raises:
+        ValueError: on an unknown mode.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+    """
+    chex.assert_rank([scores, truncated], 1)
+    chex.assert_equal_shape([scores, truncated])
+    chex.assert_type([scores, truncated], [float, bool])
+    scores = scores.astype(jnp.float32)
+    penalty = jnp.asarray(penalty, jnp.float32)
+    if mode == "subtract":
+        return jnp.where(truncated, scores - penalty, scores)
+    if mode == "replace":
+        return jnp.where(truncated, penalty, scores)
+    raise ValueError(f"mode={mode!r}: expected 'subtract' or 'replace'")
+
+
+def shape_rewards(
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    mask: Array,
+    *,
+    kl_coef: Scalar,
+    estimator: KLEstimator = "k1",
+    score_position: ScorePosition = "last_token",
+) -> tuple[Array, Array]:
+    """Token rewards: the score at the end, minus β·KL to the reference at every token.
+
+        r_t = s · [t = end] − β · kl_t
+
+    `end` is the last real token. With `score_position="after_last_token"` it is the
+    column after it (the last real token if the row is full), as in TRL and
+    summarize_from_feedback_details. That column then is a state of its own: run
+    `gae` over `include_end_state(mask)`, with the critic's value there, or with 0
+    there for a terminal state. Only `gae` at λ = 1 gives the real tokens the same
+    advantages for both positions. A row without real tokens gets no score.
+
+    Args:
+        scores: `[B]` float, s, one per sequence.
+        logprobs: `[B, T]` float, of the policy that sampled, log π(a_t | s_t).
+        ref_logprobs: `[B, T]` float, of the frozen reference.
+        mask: `[B, T]` bool, True on response tokens through the first stop token.
+        kl_coef: `[]`, β; 0 leaves the score alone.
+        estimator: see `kl_estimate`. With anything but `"k1"` the policy gradient of
+            the penalty is not that of the KL.
+        score_position: `"last_token"` or `"after_last_token"`.
+
+    Returns:
+        `(rewards, kl)`, both `[B, T]` float32, neither with a gradient. `kl` is 0
+        where `mask` is False, `rewards` too but for the score.
+
+    Raises:
+        ValueError: on an unknown estimator or score position.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Ziegler et al., 2019, arXiv:1909.08593, eq. 2; Ouyang et al., 2022,
+        arXiv:2203.02155, eq. 2.
+    """
+    chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
+    chex.assert_type(
+        [scores, logprobs, ref_logprobs, mask], [float, float, float, bool]
+    )
+    kl = jnp.where(mask, kl_estimate(logprobs, ref_logprobs, estimator=estimator), 0.0)
+
+    end = last_token_index(mask)  # [B]
+    if score_position == "after_last_token":
+        end = jnp.minimum(end + 1, mask.shape[1] - 1)
+    elif score_position != "last_token":
+        raise ValueError(
+            f"score_position={score_position!r}: "
+            "expected 'last_token' or 'after_last_token'"
+        )
+    # A comparison, not `.at[arange(B), end].add(...)`: that scatter does not trace on
+    # a mesh with explicit axes.
+    at_end = column_indices(mask) == end[:, None]  # [B, T]
+    at_end = at_end & jnp.any(mask, axis=1, keepdims=True)
+    placed = jnp.where(at_end, scores.astype(jnp.float32)[:, None], 0.0)
+    return jax.lax.stop_gradient((placed - kl_coef * kl, kl))

@@ -1,0 +1,124 @@
+"""Array aliases, the shape legend and the records that flow from prompts to update.
+
+Shapes: `B` sequences, `P` padded prompt length, `T` padded response length,
+`S = P + T`, `V` vocabulary, `D` model width, `M` minibatches, `G` answers per prompt.
+
+Prompts are left-padded and responses right-padded, so that a row of a rollout reads
+`pad … pad prompt … prompt response … response pad … pad`. Masks come from lengths and
+stop tokens, never from comparing ids with a pad id: pad may equal EOS, and may occur
+inside a prompt. Padding may hold anything, NaN included.
+
+Index `t` is response token `t`: `logprobs[:, t]` = log π(a_t | s_t), `values[:, t]` =
+V(s_t), the value *before* a_t is chosen, and `rewards[:, t]` is paid on a_t.
+"""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Scalar = jax.Array | float
+Params = Any  # a pytree of arrays
+
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def record(cls: type[_T]) -> type[_T]:
+    """Makes a class a frozen, keyword-only dataclass that JAX treats as a pytree."""
+    return jax.tree_util.register_dataclass(
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    )
+
+
+@record
+class Prompts:
+    """What the policy is asked to continue."""
+
+    tokens: Array  # [B, P] int32, left-padded
+    lengths: Array  # [B] int32, real tokens per row, at least 1
+
+    @property
+    def mask(self) -> Array:
+        """`[B, P]` bool, True on real tokens."""
+        width = self.tokens.shape[1]
+        return jnp.arange(width)[None, :] >= width - self.lengths[:, None]
+
+
+@record
+class Rollout:
+    """Prompts and the answers sampled to them."""
+
+    prompts: Prompts
+    responses: Array  # [B, T] int32, right-padded
+    lengths: Array  # [B] int32, response tokens through the first stop token
+    truncated: Array  # [B] bool, no stop token before the limit
+    logprobs: Array  # [B, T] float32, of each token under what it was drawn from
+
+    @property
+    def mask(self) -> Array:
+        """`[B, T]` bool, True on response tokens through the first stop token."""
+        columns = jnp.arange(self.responses.shape[1])[None, :]
+        return columns < self.lengths[:, None]
+
+    @property
+    def tokens(self) -> Array:
+        """`[B, S]` int32, prompt then response."""
+        return jnp.concatenate([self.prompts.tokens, self.responses], axis=1)
+
+    @property
+    def sequence_mask(self) -> Array:
+        """`[B, S]` bool, True on real tokens of prompt and response."""
+        return jnp.concatenate([self.prompts.mask, self.mask], axis=1)
+
+
+@record
+class ScoredRollout:
+    """A rollout and what the four models say of it. No gradient flows through it."""
+
+    rollout: Rollout
+    logprobs: Array  # [B, T] float32, of the policy that answered, frozen from here on
+    ref_logprobs: Array  # [B, T] float32, of the frozen reference
+    values: Array  # [B, T] float32, V(s_t) before response token t
+    scores: Array  # [B] float32, one number per sequence
+
+
+@record
+class Experience:
+    """What an update learns from: sequences, and one number of each kind per token."""
+
+    tokens: Array  # [B, S] int32, prompt then response
+    sequence_mask: Array  # [B, S] bool, True on real tokens
+    mask: Array  # [B, T] bool, True on response tokens
+    old_logprobs: Array  # [B, T] float32
+    ref_logprobs: Array  # [B, T] float32
+    old_values: Array  # [B, T] float32
+    advantages: Array  # [B, T] float32
+    returns: Array  # [B, T] float32, what the critic should have said
+
+
+@record
+class Sequences:
+    """Plain token sequences, padded on either side."""
+
+    tokens: Array  # [B, S] int32
+    mask: Array  # [B, S] bool, True on real tokens
+
+
+@record
+class Demonstrations:
+    """Sequences to imitate, and which of their tokens count."""
+
+    tokens: Array  # [B, S] int32
+    mask: Array  # [B, S] bool, True on real tokens
+    target_mask: Array  # [B, S] bool, True on tokens the model learns to produce
+
+
+@record
+class Preferences:
+    """Pairs of whole sequences of which a person preferred the first."""
+
+    chosen: Sequences  # [N, S]
+    rejected: Sequences  # [N, S]

@@ -1,0 +1,21 @@
+"""Strict settings for every test."""
+
+import tempfile
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)  # sharding tests need no accelerator
+jax.config.update("jax_numpy_rank_promotion", "warn")
+
+# Several tests run the same stages: compile their programs once per worker process.
+_cache = tempfile.TemporaryDirectory(prefix="rlhf_jax_xla_")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(params=["eager", "jit"])
+def maybe_jit(request):
+    """Runs the test twice: on the function as written, and on `jax.jit` of it."""
+    return jax.jit if request.param == "jit" else lambda fn: fn
