@@ -1,0 +1,77 @@
+"""The package's own transformer as the callables that algorithms ask for."""
+
+import dataclasses
+from typing import Any
+
+from rlhf_jax.algo.logprobs import before_response, fused_token_logprobs
+from rlhf_jax.algo.types import Array, Params, Scalar
+from rlhf_jax.interfaces import DecodeFn, PrefillFn, ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.models.attention import KVCache
+from rlhf_jax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What rollout and learner call of a language model."""
+
+    token_logprobs: TokenLogprobsFn
+    prefill: PrefillFn
+    decode: DecodeFn
+
+
+def _apply(module: Transformer, params: Params, *args: Any, **options: Any) -> Any:
+    return module.apply({"params": params}, *args, **options)
+
+
+def policy(module: Transformer) -> Policy:
+    """Callables of a transformer with the `"lm"` head."""
+
+    def token_logprobs(
+        params: Params,
+        tokens: Array,
+        mask: Array,
+        /,
+        *,
+        response_length: int,
+        temperature: Scalar,
+    ) -> tuple[Array, Array]:
+        hidden = _apply(module, params, tokens, mask, method="hidden")
+        return fused_token_logprobs(
+            before_response(hidden, response_length),
+            _apply(module, params, method="unembedding"),
+            tokens[:, -response_length:],
+            temperature=temperature,
+        )
+
+    def prefill(
+        params: Params, tokens: Array, mask: Array, /, *, cache_length: int
+    ) -> tuple[Array, KVCache]:
+        return _apply(module, params, tokens, mask, cache_length, method="prefill")
+
+    def decode(
+        params: Params, tokens: Array, cache: KVCache, /
+    ) -> tuple[Array, KVCache]:
+        return _apply(module, params, tokens, cache, method="decode")
+
+    return Policy(token_logprobs=token_logprobs, prefill=prefill, decode=decode)
+
+
+def critic(module: Transformer) -> ValuesFn:
+    """Values before each response token, of a transformer with the `"value"` head."""
+
+    def values(
+        params: Params, tokens: Array, mask: Array, /, *, response_length: int
+    ) -> Array:
+        everywhere = _apply(module, params, tokens, mask)
+        return before_response(everywhere, response_length)
+
+    return values
+
+
+def reward_model(module: Transformer) -> ScoreFn:
+    """Scores of whole sequences, of a transformer with the `"reward"` head."""
+
+    def score(params: Params, tokens: Array, mask: Array, /) -> Array:
+        return _apply(module, params, tokens, mask)
+
+    return score

@@ -1,0 +1,277 @@
+"""Hugging Face checkpoints ↔ the parameter tree, without PyTorch."""
+
+import json
+import math
+import typing
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.models.config import DecoderConfig, Head
+from rlhf_jax.models.families import (
+    LM_HEAD,
+    SCORE,
+    Family,
+    config_fields,
+    family_of,
+    read_config,
+)
+from rlhf_jax.models.heads import fresh_score
+from rlhf_jax.models.model_directory import replaced_directory
+from rlhf_jax.models.safetensors_files import (
+    TensorReader,
+    open_tensors,
+    write_tensors,
+)
+from rlhf_jax.models.sharding import parameter_sharding
+from rlhf_jax.models.tensor_layout import (
+    StoredTensor,
+    leaf_readers,
+    parameter_shapes,
+    stored_array,
+    stored_tensors,
+)
+from rlhf_jax.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    head: Head = "lm",
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
+) -> tuple[Transformer, Params]:
+    """Reads a checkpoint of the GPT-2 or Llama family.
+
+    Args:
+        path: local directory with `config.json` and safetensors files (float32,
+            float16 or bfloat16), of a language model, a sequence classifier with one
+            label, or a bare trunk.
+        head: `"value"` and `"reward"` read the classifier's `score.weight`.
+        dtype: dtype of the parameters and of activations; use
+            `module.clone(dtype=jnp.bfloat16)` to let the two differ.
+        mesh: places the parameters by `parameter_sharding`; each process reads only
+            what its devices hold. None: everything on the default device.
+        key: draws the score vector if the checkpoint has none; otherwise not used.
+
+    Returns:
+        The module and its parameters.
+
+    Raises:
+        ValueError: the directory is no checkpoint of a supported family; a tensor is
+            missing, unknown, or of the wrong shape or dtype; a head is wanted that the
+            checkpoint does not have.
+    """
+    path = Path(path)
+    if head not in typing.get_args(Head):
+        raise ValueError(f"head={head!r} must be one of {typing.get_args(Head)}")
+    family, config = read_config(path)
+    module = Transformer(config, head=head, dtype=dtype, param_dtype=dtype)
+    shapes = parameter_shapes(module)
+    placements: dict[str, Any] = {}
+    if mesh is not None:
+        tree = parameter_sharding(mesh, unflatten_dict(shapes, sep="/"))
+        placements = flatten_dict(tree, sep="/")
+    with open_tensors(path) as tensors:
+        prefix = _prefix(family, tensors)
+        _check_head(path, config, head, tensors, key)
+        if head != "lm" and SCORE.name not in tensors.file_of:
+            del shapes["score"]
+        stored = stored_tensors(family, prefix, shapes, config.num_layers)
+        _check_tensors(path, family, stored, tensors)
+        _check_tie(config, head, prefix + family.trunk[0].name, tensors)
+        leaves = {}
+        for name, read in leaf_readers(family, prefix, shapes, tensors).items():
+            if mesh is None:
+                leaves[name] = jnp.array(read((slice(None),) * shapes[name].ndim))
+            else:
+                leaves[name] = jax.make_array_from_callback(
+                    shapes[name].shape, placements[name], read
+                )
+    params = unflatten_dict(leaves, sep="/")
+    if head != "lm" and "score" not in params:
+        assert key is not None  # _check_head
+        params["score"] = fresh_score(params["final_norm"]["scale"], key)
+    return module, params
+
+
+def save_pretrained(
+    path: str | Path,
+    module: Transformer,
+    params: Params,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint that `transformers` and `load_pretrained` read.
+
+    Critics and reward models become sequence classifiers with one label. A model that
+    was in the directory is replaced, whole, once the new one is complete; other files
+    stay. With several processes all must call; the first one writes.
+
+    Args:
+        path: directory to write.
+        module: the transformer.
+        params: its parameters; stored in their dtype.
+        tokenizer: saved beside the model; gives the ids of EOS, BOS and pad.
+        max_shard_bytes: files are split at this size.
+
+    Raises:
+        ValueError: `params` are not the module's, the configuration fits no family, or
+            `path` is a file.
+    """
+    config = module.config
+    family = family_of(config)
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    _check_leaves(module, leaves)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in leaves.items()}
+    tensors = {}
+    stored = stored_tensors(family, family.prefix, shapes, config.num_layers)
+    for name, tensor in stored.items():
+        itemsize = shapes[tensor.rule.leaves[0]].dtype.itemsize
+        size = math.prod(tensor.shape) * itemsize
+        tensors[name] = (size, partial(stored_array, tensor, leaves))
+    ids = _token_ids(tokenizer)
+    dtype = leaves["token_embedding"].dtype
+    fields = config_fields(config, module.head, dtype) | ids
+    if module.head != "lm" and ids["pad_token_id"] == ids["eos_token_id"]:
+        # transformers reads the score at the last token that is not pad. Were pad EOS,
+        # that would be the token before the one where ours is read.
+        fields["pad_token_id"] = None
+
+    is_writer = jax.process_index() == 0
+    staged = replaced_directory(Path(path), with_tokenizer=tokenizer is not None)
+    with staged if is_writer else nullcontext() as directory:
+        write_tensors(directory, tensors, max_shard_bytes=max_shard_bytes)
+        if directory is not None:
+            _write_json(directory / "config.json", fields)
+            if module.head == "lm":
+                _write_json(directory / "generation_config.json", ids)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _prefix(family: Family, tensors: TensorReader) -> str:
+    """The family's prefix, or none if the file holds a bare trunk."""
+    embedding = family.trunk[0].name
+    bare = embedding in tensors.file_of
+    return (
+        ""
+        if bare and family.prefix + embedding not in tensors.file_of
+        else family.prefix
+    )
+
+
+def _check_head(
+    path: Path,
+    config: DecoderConfig,
+    head: Head,
+    tensors: TensorReader,
+    key: Array | None,
+) -> None:
+    if head == "lm":
+        if not config.tie_embeddings and LM_HEAD.name not in tensors.file_of:
+            raise ValueError(
+                f"{path} has no {LM_HEAD.name} and tie_word_embeddings is false: it is "
+                "no language model; load it with head='value' or head='reward'"
+            )
+    elif SCORE.name not in tensors.file_of and key is None:
+        raise ValueError(
+            f"{path} has no {SCORE.name}: it is a language model without a "
+            f"{head} head; pass key=jax.random.key(seed) to start from a fresh one"
+        )
+
+
+def _check_tensors(
+    path: Path,
+    family: Family,
+    stored: dict[str, StoredTensor],
+    tensors: TensorReader,
+) -> None:
+    """Every tensor is there, has its shape and a floating dtype; no other is."""
+    problems = []
+    for name, tensor in stored.items():
+        if name not in tensors.file_of:
+            problems.append(f"{path}: tensor {name} of shape {tensor.shape} is missing")
+        elif tensors.shape(name) != tensor.shape:
+            problems.append(
+                f"{tensors.file_of[name]}: tensor {name} has shape "
+                f"{tensors.shape(name)}; config.json says {tensor.shape}"
+            )
+        elif tensors.dtype(name) not in ("F32", "F16", "BF16"):
+            problems.append(
+                f"{tensors.file_of[name]}: tensor {name} is of dtype "
+                f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
+            )
+    for name, file in tensors.file_of.items():
+        is_head = name in (LM_HEAD.name, SCORE.name)  # of the heads not asked for
+        if name not in stored and not is_head and not family.buffers.fullmatch(name):
+            problems.append(
+                f"{file}: tensor {name} of shape {tensors.shape(name)} has no place in "
+                f"a {family.model_type} model with this config.json"
+            )
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)
+
+
+def _check_tie(
+    config: DecoderConfig, head: Head, embedding: str, tensors: TensorReader
+) -> None:
+    """Some files store the tied output matrix again; it must be the same."""
+    if head != "lm" or not config.tie_embeddings or LM_HEAD.name not in tensors.file_of:
+        return
+    everything = (slice(None), slice(None))
+    again = tensors.read(LM_HEAD.name, everything)
+    if not np.array_equal(again, tensors.read(embedding, everything)):
+        raise ValueError(
+            f"{tensors.file_of[LM_HEAD.name]}: {LM_HEAD.name} differs from "
+            f"{embedding}, but config.json says tie_word_embeddings; set it to false"
+        )
+
+
+def _check_leaves(module: Transformer, leaves: dict[str, Any]) -> None:
+    """The parameters are those of the module."""
+    want = {name: leaf.shape for name, leaf in parameter_shapes(module).items()}
+    have = {name: leaf.shape for name, leaf in leaves.items()}
+    owner = f"a {type(module).__name__} with head={module.head!r}"
+    for name in sorted(want.keys() | have.keys()):
+        if name not in want:
+            raise ValueError(f"params have {name}, which {owner} does not have")
+        if name not in have:
+            raise ValueError(
+                f"params lack {name} of shape {want[name]}; {owner} has it"
+            )
+        if want[name] != have[name]:
+            raise ValueError(
+                f"params have {name} of shape {have[name]}; the module's configuration "
+                f"says {want[name]}"
+            )
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """Null where unknown: `transformers` takes an absent EOS of GPT-2 for 50256."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if tokenizer is None:
+        return dict.fromkeys(names)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return dict(zip(names, ids, strict=True))
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
