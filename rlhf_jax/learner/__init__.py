@@ -1,0 +1,34 @@
+"""Experience to better parameters: states, optimizers, objectives, updates."""
+
+from rlhf_jax.learner.objectives import (
+    imitation_objective,
+    ppo_objective,
+    preference_objective,
+)
+from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
+from rlhf_jax.learner.supervised import make_supervised_step
+from rlhf_jax.learner.train_state import (
+    ActorCritic,
+    ModelState,
+    TrainState,
+    init_model_state,
+    init_train_state,
+    step_keys,
+)
+from rlhf_jax.learner.update import make_update
+
+__all__ = [
+    "ActorCritic",
+    "ModelState",
+    "TrainState",
+    "imitation_objective",
+    "init_model_state",
+    "init_train_state",
+    "make_optimizer",
+    "make_schedule",
+    "make_supervised_step",
+    "make_update",
+    "ppo_objective",
+    "preference_objective",
+    "step_keys",
+]

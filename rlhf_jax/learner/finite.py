@@ -1,0 +1,56 @@
+"""Finding the first loss or gradient that is not a number, and saying so."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from rlhf_jax.algo.types import Array
+
+PREFIX = "first_nonfinite/"
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; the state before it was kept."""
+
+
+def first_nonfinite(terms: Mapping[str, Array]) -> dict[str, Array]:
+    """First optimizer step of an update at which each term is not finite, or -1.
+
+    Args:
+        terms: `[N]` values by name, one per optimizer step.
+
+    Returns:
+        `[]` int32 by `first_nonfinite/<name>`.
+    """
+
+    def first(values: Array) -> Array:
+        bad = ~jnp.isfinite(values)
+        return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+    return {PREFIX + name: first(values) for name, values in terms.items()}
+
+
+def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
+    """Metrics without the `first_nonfinite/` entries; fails where one is set.
+
+    Args:
+        metrics: host numbers of one update.
+        step: the update, for the message.
+
+    Raises:
+        NonFiniteError: naming the update, the optimizer step in it and the term that
+            went wrong first.
+    """
+    found = {
+        name.removeprefix(PREFIX): int(value)
+        for name, value in metrics.items()
+        if name.startswith(PREFIX) and value >= 0
+    }
+    if found:
+        # Once one term is bad all later ones are: the earliest is the cause.
+        term = min(found, key=lambda name: found[name])
+        raise NonFiniteError(
+            f"step {step}: {term} is not finite (optimizer step {found[term]} of this "
+            "update, counted from 0); the parameters from before it are kept"
+        )
+    return {k: v for k, v in metrics.items() if not k.startswith(PREFIX)}

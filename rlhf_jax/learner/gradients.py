@@ -1,0 +1,82 @@
+"""Gradients of a batch, whole or in microbatches, and the step they lead to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.algo.types import Array, Params
+
+Batch = Any  # a pytree whose leaves lead with the batch axis
+Metrics = dict[str, Array]
+Objective = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
+"""`(params, batch, divisor) -> (loss, metrics)`, scalars that add up over microbatches.
+
+`divisor` is the number of tokens, pairs or whatever the objective averages over,
+counted over the *whole* batch: then the losses, metrics and gradients of its
+microbatches sum to those of the batch, however unequal they are.
+"""
+
+
+def accumulate_gradients(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    divisor: Array,
+    *,
+    num_microbatches: int,
+) -> tuple[Array, Metrics, Params]:
+    """Loss, metrics and gradients of a batch, holding one microbatch's activations.
+
+    Args:
+        objective: see `Objective`.
+        params: differentiated.
+        batch: leaves `[B, …]`.
+        divisor: of the whole batch.
+        num_microbatches: a divisor of B.
+
+    Returns:
+        What one call on the whole batch would give, gradients summed in float32.
+    """
+    compute = jax.value_and_grad(objective, has_aux=True)
+    if num_microbatches == 1:
+        (loss, metrics), grads = compute(params, batch, divisor)
+        return loss, metrics, grads
+
+    # [B, …] → [B/N, N, …] → [N, B/N, …] leaves every microbatch on all devices.
+    split = jax.tree.map(
+        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def add(total, microbatch):
+        (loss, metrics), grads = compute(params, microbatch, divisor)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(compute, params, first, divisor)
+    (loss, metrics), grads = shapes
+    grads = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), grads)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
+    (loss, metrics, grads), _ = jax.lax.scan(add, zeros, split)
+    return loss, metrics, grads
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+    *,
+    accept: Array,
+) -> tuple[Params, optax.OptState]:
+    """One optimizer step, or none where `accept` (`[]` bool) is False."""
+    updates, stepped_state = optimizer.update(grads, opt_state, params)
+    stepped = optax.apply_updates(params, updates)
+    keep = lambda new, old: jnp.where(accept, new, old)  # noqa: E731
+    return (
+        jax.tree.map(keep, stepped, params),
+        jax.tree.map(keep, stepped_state, opt_state),
+    )

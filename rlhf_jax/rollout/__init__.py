@@ -1,0 +1,19 @@
+"""Prompts to experience: sampling, scoring, shaping. Callables in, arrays out."""
+
+from rlhf_jax.rollout.adapters import (
+    token_logprobs_from_logits,
+    uncached_decoding,
+    values_from_sequence,
+)
+from rlhf_jax.rollout.experience import make_experience
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.scoring import score_rollout
+
+__all__ = [
+    "generate",
+    "make_experience",
+    "score_rollout",
+    "token_logprobs_from_logits",
+    "uncached_decoding",
+    "values_from_sequence",
+]
