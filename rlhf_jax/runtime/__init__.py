@@ -1,0 +1,1 @@
+"""Files, devices and reporting: everything a run needs that is not arithmetic."""

@@ -1,0 +1,220 @@
+"""The parts that configurations are made of: flags, file keys and help.
+
+The string below each field is its help on the command line.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+Overlong = Literal["drop", "truncate", "fail"]
+
+
+def check(condition: bool, field: str, value: Any, remedy: str) -> None:
+    """Raises ValueError `field=value: remedy` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {remedy}")
+
+
+def check_positive(prefix: str = "", **fields: int) -> None:
+    """Raises ValueError naming the first field below 1."""
+    for name, value in fields.items():
+        flag = prefix + name.replace("_", "-")
+        check(value >= 1, flag, value, "must be at least 1")
+
+
+def check_unit(prefix: str = "", **fields: float) -> None:
+    """Raises ValueError naming the first field outside [0, 1]."""
+    for name, value in fields.items():
+        flag = prefix + name.replace("_", "-")
+        check(0 <= value <= 1, flag, value, "must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreshModelConfig:
+    """Shape of a model built from nothing, where no checkpoint is given."""
+
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """architecture; the written directory opens as this family everywhere"""
+    vocab_size: int = 1024
+    """entries of the byte-level BPE tokenizer that is trained on the data"""
+    width: int = 128
+    """size of the residual stream"""
+    num_layers: int = 4
+    """number of blocks"""
+    num_heads: int = 4
+    """attention heads; divides width"""
+    max_positions: int = 512
+    """longest sequence the model can read, in tokens"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check_positive(
+            f"{name}.",
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            max_positions=self.max_positions,
+        )
+        check(
+            self.vocab_size >= 258,
+            f"{name}.vocab-size",
+            self.vocab_size,
+            "must be at least 258: 256 bytes and two special tokens",
+        )
+        check(
+            self.width % self.num_heads == 0,
+            f"{name}.width",
+            self.width,
+            f"must be a multiple of {name}.num-heads={self.num_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-3
+    """peak learning rate"""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """decay after warm-up"""
+    warmup_fraction: float = 0.05
+    """share of all optimizer steps over which the rate grows from 0"""
+    end_fraction: float = 0.1
+    """share of the peak that is left at the end (linear, cosine)"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay, on matrices only"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger global norm are scaled down; 0: never"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(
+            self.learning_rate >= 0,
+            f"{name}.learning-rate",
+            self.learning_rate,
+            "must not be negative",
+        )
+        check_unit(
+            f"{name}.",
+            warmup_fraction=self.warmup_fraction,
+            end_fraction=self.end_fraction,
+        )
+        check(0 <= self.b1 < 1, f"{name}.b1", self.b1, "must lie in [0, 1)")
+        check(0 <= self.b2 < 1, f"{name}.b2", self.b2, "must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work."""
+
+    data: int = 1
+    """groups of devices that each hold a part of the batch"""
+    fsdp: int = 1
+    """devices in a group; they share batch, parameters and optimizer state"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(self.data >= 1, f"{name}.data", self.data, "must be at least 1")
+        check(self.fsdp >= 1, f"{name}.fsdp", self.fsdp, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run has."""
+
+    run_dir: str
+    """directory of this run: configuration, metrics, checkpoints, model, report"""
+    resume: bool = False
+    """go on from the newest checkpoint in the run directory"""
+    seed: int = 0
+    """all randomness of the run follows from it"""
+    checkpoint_every: int = 50
+    """steps between checkpoints; one is also written at the end and on interruption"""
+    eval_every: int = 20
+    """steps between evaluations on held-out data; one also at start and end"""
+    dtype: Dtype = "float32"
+    """of parameters and activations"""
+    remat: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    scan_layers: bool = False
+    """run the blocks under a scan: compiles faster for deep models, slower on CPU"""
+    tensorboard: bool = False
+    """also write TensorBoard files (needs the extra "tensorboard")"""
+    wandb: bool = False
+    """also log to Weights & Biases (needs the extra "wandb")"""
+    quiet: bool = False
+    """print nothing but errors"""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """devices"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
+        check_positive(
+            checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
+        )
+        self.mesh.validate("mesh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """The penalty that keeps the policy near the reference."""
+
+    coef: float = 0.05
+    """β, nats to reward; the start of an adaptive one"""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """of the per-token KL inside the reward; only k1 has the right gradient there"""
+    target: float | None = None
+    """adapt β so that the mean sequence KL goes to this many nats; without it β is
+    fixed"""
+    horizon: int = 10_000
+    """episodes over which an adaptive β corrects"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
+        if self.target is not None:
+            check(self.target > 0, f"{name}.target", self.target, "must be positive")
+            check(
+                self.coef > 0,
+                f"{name}.coef",
+                self.coef,
+                f"an adaptive coefficient ({name}.target) multiplies it, so it must "
+                "start above 0",
+            )
+        check(self.horizon >= 1, f"{name}.horizon", self.horizon, "must be at least 1")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Keys and values of a YAML file.
+
+    Raises:
+        ValueError: where the file is missing, broken or no mapping.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"config={str(path)!r}: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"config={str(path)!r}: not YAML: {line}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config={str(path)!r}: must hold `key: value` lines")
+    return values

@@ -1,0 +1,273 @@
+"""Numbers and samples of a run as lines of JSON, and on request in other places."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class _JsonLines:
+    """A file of JSON lines that each carry a `step`, none of them older than needed.
+
+    Lines of `start_step` and later are left over from a run that went further than
+    its last checkpoint: they are cut off, so that the file of an interrupted and
+    resumed run equals that of an uninterrupted one. So is a last line that a kill left
+    without its end. Every write reaches the operating system at once.
+    """
+
+    def __init__(self, path: str | Path, *, start_step: int):
+        self._path = Path(path)
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        length = _length_before(self._path, start_step)
+        self._file = open(self._path, "ab")
+        self._file.truncate(length)
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        assert self._file is not None
+        lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
+        # A lone surrogate has no UTF-8 form; "\\ud800" is what JSON writes for it.
+        text = "".join(line + "\n" for line in lines)
+        self._file.write(text.encode("utf-8", "backslashreplace"))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class MetricsWriter(_JsonLines):
+    """One line per step: `{"step": 3, "policy/loss": 0.25, …}`.
+
+    Floats are written so that reading gives the same number. JSON has no NaN and no
+    infinities: they become the strings `"nan"`, `"inf"` and `"-inf"`, which
+    `read_metrics` turns back (and `float` understands). With several processes only
+    process 0 writes.
+
+    Args:
+        path: the JSON-lines file, usually `metrics.jsonl` in the run directory.
+        start_step: the first step that this process will write.
+        tensorboard: also write TensorBoard files beside `path`.
+        wandb: also log to Weights & Biases. Project, entity and mode come from its own
+            environment variables; a resumed run goes on in the same place.
+        config: the configuration to show there.
+
+    Raises:
+        ValueError: if a package is missing, or a line of the file is broken.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        start_step: int = 0,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ):
+        directory, writes = Path(path).parent, jax.process_index() == 0
+        self._tensorboard = self._wandb = None
+        if tensorboard and writes:
+            self._tensorboard = _open_tensorboard(directory, start_step)
+        if wandb and writes:
+            self._wandb = _open_wandb(directory, config or {})
+        super().__init__(path, start_step=start_step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends the line of one step.
+
+        Args:
+            step: the step that the numbers belong to.
+            metrics: name → number: Python's, NumPy's, or an array without axes. Arrays
+                are fetched from the devices together.
+
+        Raises:
+            ValueError: if a value is no single number, or is called `step`.
+        """
+        if self._file is None:
+            return
+        if "step" in metrics:
+            raise ValueError("a metric is called 'step'; that name is the step's own")
+        fetched = jax.device_get(dict(metrics))  # sorts the names
+        numbers = {name: _number(name, fetched[name]) for name in metrics}
+        texts = {name: _strict(number) for name, number in numbers.items()}
+        self._write([{"step": step} | texts])
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Closes every place that numbers go to."""
+        super().close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class SamplesWriter(_JsonLines):
+    """One line per answer: `{"step": 3, "prompt": …, "response": …, "score": …}`.
+
+    Args:
+        path: the JSON-lines file, usually `samples.jsonl` in the run directory.
+        start_step: the first step that this process will write.
+    """
+
+    def __init__(self, path: str | Path, *, start_step: int = 0):
+        super().__init__(path, start_step=start_step)
+
+    def write(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the answers of one step.
+
+        Args:
+            step: when they were given.
+            samples: rows with the texts `prompt` and `response`, `score` (a number or
+                None) and, if wanted, further numbers.
+
+        Raises:
+            ValueError: if a value is neither text, a single number nor None, or if
+                `prompt` or `response` is missing.
+        """
+        if self._file is None:
+            return
+        for sample in samples:
+            if not {"prompt", "response"} <= sample.keys():
+                raise ValueError(
+                    f"a sample has the fields {sorted(sample)}; it needs prompt and "
+                    "response"
+                )
+        rows = [
+            {name: _text_or_number(name, value) for name, value in sample.items()}
+            for sample in samples
+        ]
+        self._write([{"step": step} | row for row in rows])
+
+
+def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
+    """The lines of a metrics file; a last one that is still being written is left out.
+
+    Raises:
+        ValueError: if another line is no JSON object with a step.
+    """
+    return [
+        {
+            name: float(value) if isinstance(value, str) else value
+            for name, value in row.items()
+        }
+        for _, row in _complete_lines(Path(path))
+    ]
+
+
+def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a samples file; a last one that is still being written is left out.
+
+    Raises:
+        ValueError: if another line is no JSON object with a step.
+    """
+    return [row for _, row in _complete_lines(Path(path))]
+
+
+def _length_before(path: Path, start_step: int) -> int:
+    """Bytes of the file up to the first line of `start_step` or later."""
+    end = 0
+    if not path.exists():
+        return end
+    for line_end, row in _complete_lines(path):
+        if row["step"] >= start_step:
+            break
+        end = line_end
+    return end
+
+
+def _complete_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Each line that has its line feed: where it ends, in bytes, and what it says."""
+    rows, end = [], 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: no object with a whole `step`")
+        rows.append((end, row))
+    return rows
+
+
+def _number(name: str, value: Any) -> int | float:
+    array = np.asarray(value)
+    if array.ndim == 0 and array.dtype.kind in "biu":
+        return int(array)
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.floating):
+        return float(array)
+    raise ValueError(f"{name}={value!r}: a metric is a single real number")
+
+
+def _text_or_number(name: str, value: Any) -> str | int | float | None:
+    if value is None or isinstance(value, str):
+        return value
+    return _strict(_number(name, value))
+
+
+def _strict(number: int | float) -> int | float | str:
+    return number if math.isfinite(number) else str(number)
+
+
+def _open_tensorboard(directory: Path, start_step: int) -> Any:
+    try:
+        import tensorboardX  # pyright: ignore[reportMissingImports] (optional)
+    except ImportError as error:
+        raise ValueError(
+            "tensorboard=True needs tensorboardX: pip install 'rlhf-jax[tensorboard]'"
+        ) from error
+    # `purge_step` hides what a killed process wrote beyond its last checkpoint.
+    return tensorboardX.SummaryWriter(
+        str(directory / "tensorboard"), purge_step=start_step or None
+    )
+
+
+def _open_wandb(directory: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports] (optional)
+    except ImportError as error:
+        raise ValueError(
+            "wandb=True needs wandb: pip install 'rlhf-jax[wandb]'"
+        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    id_file = directory / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return wandb.init(
+        id=id_file.read_text(encoding="utf-8"),
+        name=directory.name,
+        dir=os.fspath(directory),
+        config=dict(config),
+        resume="allow",
+    )

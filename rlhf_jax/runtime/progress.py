@@ -1,0 +1,126 @@
+"""What a run shows while it works: a bar in a terminal, plain lines in a log."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class StepProgress:
+    """Reports how far a loop is; made by `progress`."""
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Shows that `step` steps are done, and the few numbers that matter most.
+
+        Args:
+            step: steps done since the run began, those before a resume included.
+            metrics: short name → number, for example `{"score": 1.2, "KL": 0.3}`.
+        """
+
+
+class _Bar(StepProgress):
+    def __init__(self, bar: Progress, total: int, description: str, start: int):
+        self._bar = bar
+        self._task = bar.add_task(description, total=total, completed=start, metrics="")
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        self._bar.update(self._task, completed=step, metrics=_line(metrics))
+
+
+class _Lines(StepProgress):
+    """The first step, the last one, and between them one line per ten seconds."""
+
+    def __init__(self, console: Console, total: int, description: str, start: int):
+        self._console = console
+        self._total = total
+        self._description = description
+        self._start = start
+        self._began = time.monotonic()
+        self._last_line = -SECONDS_BETWEEN_LINES
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        elapsed = time.monotonic() - self._began
+        is_due = elapsed - self._last_line >= SECONDS_BETWEEN_LINES
+        if not is_due and step < self._total:
+            return
+        self._last_line = elapsed
+        remaining = elapsed / max(step - self._start, 1) * (self._total - step)
+        text = (
+            f"{self._description} {step}/{self._total}, {_clock(elapsed)} elapsed, "
+            f"{_clock(remaining)} to go"
+        )
+        shown = _line(metrics)
+        _print(self._console, f"{text}: {shown}" if shown else text)
+
+
+@contextlib.contextmanager
+def progress(
+    total: int,
+    description: str,
+    *,
+    start: int = 0,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Iterator[StepProgress]:
+    """Shows the progress of a loop of `total` steps while the block runs.
+
+    Args:
+        total: steps of the whole run.
+        description: the stage, for example `"ppo"`.
+        start: steps already done, when the run is resumed.
+        quiet: show nothing. Processes other than 0 never do.
+        console: where to write; standard output by default.
+    """
+    console = console or Console()
+    if quiet or jax.process_index() != 0:
+        yield StepProgress()
+    elif not console.is_terminal:
+        yield _Lines(console, total, description, start)
+    else:
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]eta"),
+            TimeRemainingColumn(),
+            TextColumn("[cyan]{task.fields[metrics]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            yield _Bar(bar, total, description, start)
+
+
+def stage(text: str, *, quiet: bool = False, console: Console | None = None) -> None:
+    """Prints a heading for the next part of the work."""
+    if quiet or jax.process_index() != 0:
+        return
+    _print(console or Console(), text, style="bold")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    # Text is shown as it is: no markup, no colours of numbers, no line breaks.
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(metrics: Mapping[str, Any] | None) -> str:
+    values = (metrics or {}).items()
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in values)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

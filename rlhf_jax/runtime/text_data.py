@@ -1,0 +1,180 @@
+"""Prompts, demonstrations and human preferences from files.
+
+The first row of a file decides its form, and every other row must have the same:
+
+    preferences              prompt, chosen, rejected
+    whole dialogues          chosen, rejected; their common beginning is the prompt
+    chat                     messages: a list of {"role": ..., "content": ...}
+    prompt and completion    prompt, and completion or response
+    prompt                   prompt
+    plain text               text, or a .txt file
+
+`Columns` gives the columns other names. Prompts and answers may be text or chat
+messages; messages become text through the caller's `render_chat`.
+"""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Generic, Literal, TypeVar
+
+from rlhf_jax.runtime.dialogues import RenderChat
+from rlhf_jax.runtime.row_files import Row, is_text_file, read_lines, read_rows, shown
+from rlhf_jax.runtime.row_forms import (
+    EMPTY_TEXT,
+    Columns,
+    Example,
+    Parsed,
+    Parser,
+    PreferencePair,
+    example_parser,
+    pair_parser,
+    prompt_parser,
+)
+
+__all__ = [
+    "Columns",
+    "Example",
+    "OnUnusable",
+    "PreferencePair",
+    "RenderChat",
+    "TextRows",
+    "read_examples",
+    "read_pairs",
+    "read_prompts",
+]
+
+OnUnusable = Literal["fail", "drop"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows(Generic[T]):
+    """What a file holds, and how many of its rows were left out, by reason."""
+
+    rows: list[T]
+    dropped: dict[str, int]
+
+
+def read_examples(
+    path: str | os.PathLike[str],
+    *,
+    columns: Columns | None = None,
+    render_chat: RenderChat | None = None,
+    on_unusable: OnUnusable = "fail",
+) -> TextRows[Example]:
+    """Demonstrations for supervised fine-tuning, or questions with their answers.
+
+    Of chat messages the last, which must be the assistant's, is the completion; of
+    preferences the chosen answer is. A `.txt` file is one plain text.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
+        columns: names of the columns; None for the usual ones.
+        render_chat: turns chat messages into text.
+        on_unusable: what to do with rows whose prompt, completion or text is blank.
+
+    Raises:
+        ValueError: one line that names the file, the line and what is wrong.
+    """
+    if is_text_file(path):
+        text = "".join(line for _, line in read_lines(path))
+        reason = None if text.strip() else EMPTY_TEXT
+        return _collect([(str(path), (Example("", text), reason))], on_unusable)
+    return _read(path, example_parser, columns, render_chat, on_unusable)
+
+
+def read_pairs(
+    path: str | os.PathLike[str],
+    *,
+    columns: Columns | None = None,
+    render_chat: RenderChat | None = None,
+    on_unusable: OnUnusable = "fail",
+) -> TextRows[PreferencePair]:
+    """Human preferences, for a reward model.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
+        columns: names of the columns; None for the usual ones.
+        render_chat: turns chat messages into text.
+        on_unusable: what to do with pairs of equal answers, with a blank prompt, or of
+            dialogues without a common beginning.
+
+    Raises:
+        ValueError: one line that names the file, the line and what is wrong.
+    """
+    if is_text_file(path):
+        raise ValueError(
+            f"{path}: a .txt file holds no preferences; give .jsonl, .jsonl.gz or "
+            ".parquet"
+        )
+    return _read(path, pair_parser, columns, render_chat, on_unusable)
+
+
+def read_prompts(
+    path: str | os.PathLike[str],
+    *,
+    columns: Columns | None = None,
+    render_chat: RenderChat | None = None,
+    on_unusable: OnUnusable = "fail",
+) -> TextRows[str]:
+    """The prompts of a file of any form; of a `.txt` file, each line that is not blank.
+
+    Of plain texts the whole text is the prompt; of chat messages everything before the
+    assistant's last answer, or all if the assistant has not answered yet.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
+        columns: names of the columns; None for the usual ones.
+        render_chat: turns chat messages into text.
+        on_unusable: what to do with rows whose prompt is blank.
+
+    Raises:
+        ValueError: one line that names the file, the line and what is wrong.
+    """
+    if is_text_file(path):
+        lines = [line.rstrip("\n") for _, line in read_lines(path)]
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{path}: the file has no line with text")
+        return TextRows(prompts, {})
+    return _read(path, prompt_parser, columns, render_chat, on_unusable)
+
+
+def _read(
+    path: str | os.PathLike[str],
+    choose_parser: Callable[[Row, Columns], Parser[T]],
+    columns: Columns | None,
+    render_chat: RenderChat | None,
+    on_unusable: OnUnusable,
+) -> TextRows[T]:
+    columns = columns or Columns()
+    parsed: list[tuple[str, Parsed[T]]] = []
+    parse = None
+    for row in read_rows(path):
+        if parse is None:
+            columns.check_used(row)
+            parse = choose_parser(row, columns)
+        parsed.append((row.where, parse(row, columns, render_chat)))
+    return _collect(parsed, on_unusable)
+
+
+def _collect(
+    parsed: list[tuple[str, Parsed[T]]], on_unusable: OnUnusable
+) -> TextRows[T]:
+    """Parts the rows that can be used from the others, which are counted."""
+    if on_unusable not in ("fail", "drop"):
+        raise ValueError(f'on_unusable={shown(on_unusable)}: give "fail" or "drop"')
+    rows = [item for _, (item, reason) in parsed if reason is None]
+    unusable = [(where, reason) for where, (_, reason) in parsed if reason is not None]
+    dropped = dict(Counter(reason for _, reason in unusable))
+    if unusable and (on_unusable == "fail" or not rows):
+        where, reason = unusable[0]
+        counts = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
+        remedy = ' or leave them out with on_unusable="drop"' if rows else ""
+        raise ValueError(
+            f"{where}: {reason}; {len(unusable)} of {len(parsed)} rows cannot be used "
+            f"({counts}): correct them{remedy}"
+        )
+    return TextRows(rows, dropped)

@@ -1,0 +1,237 @@
+"""The report shows all that was logged, safely, in one file."""
+
+import html.parser
+import json
+import re
+
+import jax
+import pytest
+
+from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter
+from rlhf_jax.runtime.report import (
+    format_number,
+    format_seconds,
+    pair_samples,
+    write_report,
+)
+from rlhf_jax.runtime.run_directory import open_run
+
+NASTY = '<script>alert("x")</script> & {{ 7 * 7 }}'
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """Text, attributes and nesting of a page, by an independent parser."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = {"seed": 17, "actor": {"learning_rate": 1e-6}, "note": NASTY}
+    return open_run(tmp_path / "run", config, stage="ppo")
+
+
+def write_metrics(run, rows):
+    with MetricsWriter(run.metrics) as writer:
+        for step, row in enumerate(rows):
+            writer.write(step, row)
+
+
+def report(run, **options):
+    path = write_report(run.path, **options)
+    assert path == run.report
+    return path.read_text(encoding="utf-8")
+
+
+def test_every_metric_is_charted_and_listed(run):
+    names = [
+        "reward/score_mean",
+        "reward/score_std",
+        "kl/sequence",
+        "policy/clip_fraction",
+        "value/clip_fraction",
+        "value/surprise",
+        "made_up/by_somebody",
+    ]
+    write_metrics(run, [dict.fromkeys(names, 0.5), dict.fromkeys(names, 0.75)])
+    text = report(run)
+    charts = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    for name in names:
+        assert sum(f">{name}<" in chart for chart in charts) == 1, name
+        assert f"<td>{name}</td>" in text
+    assert all("<svg" in chart for chart in charts)
+
+
+def test_key_numbers_go_from_first_to_last(run):
+    write_metrics(run, [{"kl/sequence": 0.25}, {"kl/sequence": 9.0}, {"eval/x": 1}])
+    tile = re.search(r'<div class="tile.*?</div>', report(run), re.DOTALL)
+    assert tile is not None
+    text = " ".join("".join(Page(tile.group()).text).split())
+    assert text == "KL per answer9from 0.25"
+
+
+def test_header_names_stage_steps_time_seed_and_versions(run):
+    write_metrics(run, [{"time/step_seconds": 50.0}, {"time/step_seconds": 75.5}])
+    facts = re.search(r"<dl.*?</dl>", report(run), re.DOTALL)
+    assert facts is not None
+    words = [text.strip() for text in Page(facts.group()).text if text.strip()]
+    told = dict(zip(words[::2], words[1::2], strict=True))
+    assert told["Stage"] == "ppo"
+    assert told["Steps"] == "2"
+    assert told["Time in steps"] == "2 min 6 s"  # 125.5 s, rounded half to even
+    assert told["Seed"] == "17"
+    assert told["jax"] == jax.__version__
+
+
+def test_text_from_outside_is_escaped_everywhere(run):
+    write_metrics(run, [{f"mine/{NASTY}": 1.0}])
+    sample = {"prompt": NASTY, "response": NASTY, "score": None, NASTY: NASTY}
+    with SamplesWriter(run.samples) as samples:
+        samples.write(0, [sample])
+    text = report(run, title=NASTY, notes=[NASTY], table=[{NASTY: NASTY}])
+    page = Page(text)
+    assert "script" not in page.tags
+    shown = "".join(page.text)
+    # Title twice, note, table 2, chart, metric, prompt, response, sample number 2,
+    # configuration: each as it was written.
+    assert shown.count(NASTY) >= 12
+
+
+def test_page_needs_nothing_from_outside_and_is_well_formed(run):
+    write_metrics(run, [{"train/loss": 2.0, "eval/loss": 3.0}, {"train/loss": 1.0}])
+    text = report(run)
+    page = Page(text)
+    assert page.open == []
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith("#"), (name, value)
+    assert not {"link", "script", "iframe", "img", "object", "base"} & set(page.tags)
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", text))
+    assert run.path.as_posix() not in text
+
+
+def test_ids_are_unique(run):
+    write_metrics(run, [{"train/loss": 2.0, "train/accuracy": 2.0}] * 3)
+    ids = [value for name, value in Page(report(run)).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_values_that_are_not_finite_are_counted(run):
+    write_metrics(run, [{"train/loss": float("nan")}, {"train/loss": float("inf")}])
+    text = report(run)
+    assert "2 values not finite" in text
+    assert "train/loss" in text
+
+
+def test_table_and_notes_come_first(run):
+    write_metrics(run, [{"train/loss": 2.0}])
+    table = [{"model": "base", "score": 0.25}, {"model": "ppo", "score": 0.5, "KL": 3}]
+    text = report(run, title="Quickstart", table=table, notes="One paragraph.")
+    body = text[text.index("<h1") : text.index("</main")]
+    shown = " ".join(Page(body).text).split()
+    assert shown[0] == "Quickstart"
+    start = shown.index("model")
+    assert shown[start : start + 8] == "model score KL base 0.25 ppo 0.5 3".split()
+    assert shown.index("paragraph.") < start < shown.index("Key")
+
+
+def test_a_run_without_anything_still_has_a_page(tmp_path):
+    text = write_report(tmp_path).read_text()
+    assert f"run: {tmp_path.name}" in text
+    assert Page(text).open == []
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        write_report(tmp_path / "nowhere")
+
+
+def row(step, prompt, response, **numbers):
+    return {"step": step, "prompt": prompt, "response": response} | numbers
+
+
+def test_first_and_last_answer_to_each_prompt():
+    pairs = pair_samples(
+        [
+            row(0, "a", "a0", score=-1.0),
+            row(0, "a", "a0, second answer"),
+            row(0, "b", "b0"),
+            row(5, "a", "a5"),
+            row(9, "a", "a9", score=2.0, length=4),
+            row(9, "c", "c9", score=None),
+            row(9, "a", "a9, second answer"),
+        ]
+    )
+    assert pairs == [
+        {
+            "prompt": "a",
+            "answers": [
+                {"step": 0, "response": "a0", "numbers": {"score": -1.0}},
+                {"step": 9, "response": "a9", "numbers": {"score": 2.0, "length": 4}},
+            ],
+        },
+        {
+            "prompt": "a",
+            "answers": [
+                {"step": 0, "response": "a0, second answer", "numbers": {}},
+                {"step": 9, "response": "a9, second answer", "numbers": {}},
+            ],
+        },
+        {"prompt": "b", "answers": [{"step": 0, "response": "b0", "numbers": {}}]},
+        {"prompt": "c", "answers": [{"step": 9, "response": "c9", "numbers": {}}]},
+    ]
+
+
+def test_answers_beyond_the_page_are_counted(run):
+    rows = [{"prompt": f"<{i}>", "response": "r", "score": 0.5} for i in range(203)]
+    run.samples.write_text("".join(json.dumps({"step": 1} | r) + "\n" for r in rows))
+    text = report(run)
+    assert "&lt;199&gt;" in text
+    assert "&lt;200&gt;" not in text
+    assert "194 more</summary>" in text  # 6 open, 200 on the page
+    assert "3 more prompts are in samples.jsonl" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1 / 3, "0.3333"),
+        (-12345.6, "-12,346"),
+        (2e-5, "2.00e-05"),
+        (1234567, "1,234,567"),
+        (float("nan"), "nan"),
+        (True, "True"),
+        ("text", "text"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert format_number(value) == text
+
+
+def test_durations():
+    assert format_seconds(59.94) == "59.9 s"
+    assert format_seconds(61) == "1 min 1 s"
+    assert format_seconds(7325) == "2 h 2 min"
