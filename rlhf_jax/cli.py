@@ -1,0 +1,202 @@
+"""The command `rlhf-jax`: flags and files to a configuration, and that to a run."""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from rlhf_jax.recipes.configs import (
+    EvaluateConfig,
+    GenerateConfig,
+    PPOConfig,
+    QuickstartConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from rlhf_jax.runtime.config import load_yaml
+
+USAGE = """\
+usage: rlhf-jax COMMAND [options]
+
+Reinforcement learning from human feedback, from a Hugging Face directory to a Hugging
+Face directory.
+
+commands, in the order in which they are used:
+  quickstart  all three stages on short reviews, from nothing, in minutes on a laptop
+  sft         stage 1: a language model learns to imitate texts or answers
+  reward      stage 2: a reward model learns from human preferences
+  ppo         stage 3: the language model learns to please the reward model
+  generate    answers of a model to prompts
+  evaluate    held-out figures of a language model, a policy or a reward model
+
+`rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
+`rlhf-jax ppo --config ppo.yaml --updates 200`; flags go before the file.
+"""
+
+
+def sft(config: SFTConfig) -> None:
+    """Runs stage 1."""
+    from rlhf_jax.recipes import sft as recipe
+
+    recipe.run(config)
+
+
+def reward(config: RewardConfig) -> None:
+    """Runs stage 2."""
+    from rlhf_jax.recipes import reward_model as recipe
+
+    recipe.run(config)
+
+
+def ppo(config: PPOConfig) -> None:
+    """Runs stage 3."""
+    from rlhf_jax.recipes import ppo as recipe
+
+    recipe.run(config)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Prints answers."""
+    from rlhf_jax.recipes import generate as recipe
+
+    recipe.run(config)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Prints figures."""
+    from rlhf_jax.recipes import evaluate as recipe
+
+    recipe.run(config)
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Runs everything on the embedded task."""
+    from rlhf_jax.recipes import quickstart as recipe
+
+    recipe.run(config)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "quickstart": (QuickstartConfig, quickstart),
+    "sft": (SFTConfig, sft),
+    "reward": (RewardConfig, reward),
+    "ppo": (PPOConfig, ppo),
+    "generate": (GenerateConfig, generate),
+    "evaluate": (EvaluateConfig, evaluate),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; user errors end with one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    command, *flags = arguments
+    if command == "--version":
+        from rlhf_jax import __version__
+
+        print(__version__)
+        return
+    if command not in COMMANDS:
+        _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
+    config_type, run = COMMANDS[command]
+    try:
+        config = parse(config_type, flags, prog=f"rlhf-jax {command}")
+        use_compilation_cache()
+        run(config)
+    except ValueError as error:
+        if os.environ.get("RLHF_JAX_TRACEBACK"):
+            raise
+        _fail(str(error))
+
+
+def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
+    """A configuration from flags, and from a YAML file where `--config` names one.
+
+    Raises:
+        ValueError: on a file that cannot be read or has keys that do not exist.
+    """
+    flags = list(flags)
+    default = None
+    if "--config" in flags:
+        at = flags.index("--config")
+        if at + 1 == len(flags):
+            raise ValueError("--config needs the path of a YAML file")
+        path = flags[at + 1]
+        del flags[at : at + 2]
+        default = from_dict(config_type, load_yaml(path), where=path)
+    return tyro.cli(
+        config_type,
+        args=flags,
+        default=default,
+        prog=prog,
+        description=f"{config_type.__doc__}\n\n--config FILE reads options from YAML.",
+    )
+
+
+def from_dict(config_type: type, values: Mapping[str, Any], *, where: str) -> Any:
+    """A configuration from nested values; what is not given keeps its default.
+
+    Fields without a default that are not given must come from flags.
+
+    Raises:
+        ValueError: naming the file and the key, where a key does not exist.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    for name in values:
+        if name not in fields:
+            raise ValueError(
+                f"{where}: unknown option {name!r}{_suggestion(name, fields)}"
+            )
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _from_value(field, values[name], where)
+        elif field.default is not dataclasses.MISSING:
+            arguments[name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            arguments[name] = field.default_factory()
+        else:
+            arguments[name] = tyro.MISSING
+    return config_type(**arguments)
+
+
+def _from_value(field: dataclasses.Field, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(field.type):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {field.name} must be a section of options")
+        start = field.default_factory()  # pyright: ignore[reportCallIssue]
+        given = dataclasses.asdict(start) | dict(value)
+        return from_dict(field.type, given, where=f"{where}: {field.name}")  # pyright: ignore
+    return tuple(value) if isinstance(value, list) else value
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the environment says where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(home / "rlhf_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _suggestion(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _fail(message: str) -> None:
+    print(f"rlhf-jax: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

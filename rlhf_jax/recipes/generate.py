@@ -1,0 +1,101 @@
+"""Answers of a model to prompts, on the screen or in a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.types import Prompts
+from rlhf_jax.models.callables import policy
+from rlhf_jax.models.hf_weights import load_pretrained
+from rlhf_jax.recipes.answers import Examiner, make_sampler
+from rlhf_jax.recipes.configs import GenerateConfig
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.networks import check_fits
+from rlhf_jax.runtime.batches import pad_prompts
+from rlhf_jax.runtime.encoding import encode_prompts
+from rlhf_jax.runtime.mesh import make_mesh
+from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.runtime.text_data import Columns, read_prompts
+
+
+def run(config: GenerateConfig) -> list[dict[str, Any]]:
+    """Answers every prompt `config.samples` times; returns the rows it writes.
+
+    Raises:
+        ValueError: on bad input, before anything is compiled.
+    """
+    config.validate()
+    mesh = make_mesh()
+    language = Language.load(config.model)
+    texts = _prompts(config, language)
+    module, params = load_pretrained(config.model, dtype=jnp.dtype(config.dtype))
+    module = module.clone(dtype=jnp.dtype(config.dtype))
+    longest = module.config.max_positions - config.max_new_tokens
+    encoded = encode_prompts(
+        texts,
+        language.tokenizer,
+        max_prompt_tokens=max(longest, 1),
+        bos_id=language.bos_id,
+        overlong="fail",
+    )
+    check_fits(
+        module,
+        language,
+        needed=max(len(row) for row in encoded.rows) + config.max_new_tokens,
+        name="the model",
+        why="prompt and max-new-tokens",
+    )
+    batch_size = min(config.batch_size, len(texts))
+    callables = policy(module)
+    examiner = Examiner(
+        make_sampler(
+            callables,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=language.stop_ids(config.stop),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            pad_id=language.pad_id,
+        ),
+        policy=callables,
+        score_fn=None,
+        temperature=config.temperature,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+    prompts: Prompts = pad_prompts(
+        encoded.rows, width=encoded.width, pad_id=language.pad_id
+    )
+
+    key = jax.random.key(config.seed)
+    rows = []
+    for number in range(config.samples):
+        answers = examiner.answers(jax.random.fold_in(key, number), params, prompts)
+        pairs = zip(texts, answers.texts(language), strict=True)
+        rows += [{"prompt": p, "response": r, "sample": number} for p, r in pairs]
+    _show(config, rows)
+    return rows
+
+
+def _prompts(config: GenerateConfig, language: Language) -> list[str]:
+    if config.data is None:
+        return list(config.prompt)
+    columns = Columns(prompt=config.prompt_column)
+    found = read_prompts(config.data, columns=columns, render_chat=language.render)
+    return found.rows[: config.limit]
+
+
+def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
+    if config.output is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_atomic(Path(config.output), "".join(lines))
+        stage(f"{len(rows)} answers written to {config.output}")
+        return
+    for row in rows:
+        stage(row["prompt"])
+        print(row["response"], end="\n\n")

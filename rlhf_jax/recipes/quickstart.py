@@ -1,0 +1,254 @@
+"""All three stages on short reviews, from nothing, with the true reward to check them.
+
+Training sees demonstrations and the noisy judgements of a simulated annotator. The
+true reward that the annotator judges by is looked at in the end only.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.recipes import ppo, sft
+from rlhf_jax.recipes import reward_model as reward_stage
+from rlhf_jax.recipes.configs import (
+    PPOConfig,
+    QuickstartConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from rlhf_jax.recipes.review_panel import ReviewPanel
+from rlhf_jax.runtime.config import FreshModelConfig, KLConfig, OptimizerConfig
+from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.report import write_report
+from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.tasks import reviews
+
+NUM_DEMONSTRATIONS = 8_000
+NUM_GRAMMAR_PAIRS = 6_000
+NUM_SAMPLED_PAIRS = 2_000  # between answers of the SFT model: what PPO starts from
+NUM_PROMPTS = 4_000
+NUM_HELD_OUT = 512  # rows of each kind
+MAX_TOKENS = 96
+MAX_NEW_TOKENS = 48
+BATCH_SIZE = 64
+
+
+def run(config: QuickstartConfig) -> dict[str, Any]:
+    """Runs all stages, or goes on with them; prints a table and returns the summary.
+
+    Raises:
+        ValueError: where the run directory holds something else.
+        Interrupted: after a checkpoint, when asked to stop; run it again to go on.
+    """
+    began = time.perf_counter()
+    root = Path(config.run_dir)
+    _check_directory(config, root)
+
+    stage("1/3  supervised fine-tuning: imitate reviews of every mood")
+    _write_demonstrations(root, config.seed)
+    sft_run = sft.run(_sft_config(config, root))
+
+    stage("2/3  reward model: which of two reviews does the annotator prefer?")
+    held_out_pairs = _write_pairs(root, config.seed, ReviewPanel(sft_run.model))
+    reward_run = reward_stage.run(_reward_config(config, root))
+
+    stage("3/3  PPO: please the reward model, and stay near the SFT model")
+    _write_prompts(root, config.seed)
+    ppo_run = ppo.run(_ppo_config(config, root))
+
+    stage("held-out prompts, judged by the true reward")
+    panel = ReviewPanel(sft_run.model, reward_run.model)
+    policies = panel.compare(ppo_run.model, seed=config.seed)
+    summary = {
+        "seed": config.seed,
+        "reward_model": {
+            "held_out_pairs": len(held_out_pairs),
+            "accuracy": panel.pair_accuracy(held_out_pairs),
+            "best_possible_accuracy": reviews.bayes_accuracy(held_out_pairs),
+        },
+        "policies": policies,
+        "ppo_gain_in_sft_std": (
+            (policies[-1]["true reward"] - policies[0]["true reward"])
+            / policies[0]["true reward std"]
+        ),
+        "seconds": time.perf_counter() - began,
+    }
+    write_atomic(root / "summary.json", json.dumps(summary, indent=2) + "\n")
+    notes = _notes(summary)
+    write_report(ppo_run.path, title="Quickstart: reviews", table=policies, notes=notes)
+    _print_table(policies, notes)
+    _print_next_steps(root)
+    return summary
+
+
+def _check_directory(config: QuickstartConfig, root: Path) -> None:
+    """Enters a new directory, or one that a quickstart of the same seed began."""
+    marker = root / "quickstart.json"
+    wanted = {"seed": config.seed}
+    if marker.exists():
+        found = json.loads(marker.read_text("utf-8"))
+        if found != wanted:
+            raise ValueError(
+                f"--run-dir {root} holds a quickstart with seed {found['seed']}; give "
+                f"that seed to go on with it, or another --run-dir for seed "
+                f"{config.seed}"
+            )
+        return
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(marker, json.dumps(wanted) + "\n")
+
+
+def _sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
+    run_dir = root / "sft"
+    return SFTConfig(
+        run_dir=str(run_dir),
+        resume=run_dir.exists(),
+        data=str(root / "demonstrations.jsonl"),
+        eval_data=str(root / "demonstrations_held_out.jsonl"),
+        fresh=FreshModelConfig(vocab_size=512, max_positions=MAX_TOKENS),
+        max_tokens=MAX_TOKENS,
+        steps=400,
+        batch_size=BATCH_SIZE,
+        eval_every=100,
+        checkpoint_every=200,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        seed=config.seed,
+        quiet=config.quiet,
+    )
+
+
+def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
+    run_dir = root / "reward"
+    return RewardConfig(
+        run_dir=str(run_dir),
+        resume=run_dir.exists(),
+        data=str(root / "pairs.jsonl"),
+        eval_data=str(root / "pairs_held_out.jsonl"),
+        model=str(root / "sft" / "model"),
+        max_tokens=MAX_TOKENS,
+        steps=300,
+        batch_size=BATCH_SIZE,
+        eval_every=100,
+        checkpoint_every=150,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        seed=config.seed,
+        quiet=config.quiet,
+    )
+
+
+def _ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
+    run_dir = root / "ppo"
+    return PPOConfig(
+        run_dir=str(run_dir),
+        resume=run_dir.exists(),
+        policy=str(root / "sft" / "model"),
+        reward_model=str(root / "reward" / "model"),
+        data=str(root / "prompts.jsonl"),
+        eval_data=str(root / "prompts_held_out.jsonl"),
+        max_new_tokens=MAX_NEW_TOKENS,
+        updates=60,
+        batch_size=BATCH_SIZE,
+        eval_every=15,
+        checkpoint_every=30,
+        kl=KLConfig(coef=0.1),
+        seed=config.seed,
+        quiet=config.quiet,
+    )
+
+
+def _write_demonstrations(root: Path, seed: int) -> None:
+    def write(name: str, number: int, split: reviews.Split) -> None:
+        rows = reviews.make_demonstrations(seed, number, split)
+        _write_rows(
+            root / f"{name}.jsonl",
+            [{"prompt": row.prompt, "completion": row.response} for row in rows],
+        )
+
+    write("demonstrations", NUM_DEMONSTRATIONS, "train")
+    write("demonstrations_held_out", NUM_HELD_OUT, "heldout")
+
+
+def _write_pairs(root: Path, seed: int, panel: ReviewPanel) -> list[reviews.Preference]:
+    """Pairs from the grammar and of sampled answers; returns the held-out ones."""
+
+    def write(
+        name: str, from_grammar: int, from_samples: int, split: reviews.Split
+    ) -> list[reviews.Preference]:
+        pairs = reviews.make_preferences(seed, from_grammar, split)
+        prompts = reviews.make_prompts(seed + 1, from_samples, split)
+        first, _ = panel.answers(prompts, seed=seed)
+        second, _ = panel.answers(prompts, seed=seed + 1)
+        differ = [i for i in range(len(prompts)) if first[i] != second[i]]
+        pairs += reviews.label_pairs(
+            seed,
+            [prompts[i] for i in differ],
+            [first[i] for i in differ],
+            [second[i] for i in differ],
+        )
+        rows = [(p.prompt, p.chosen, p.rejected) for p in pairs]
+        columns = ("prompt", "chosen", "rejected")
+        _write_rows(
+            root / f"{name}.jsonl",
+            [dict(zip(columns, row, strict=True)) for row in rows],
+        )
+        return pairs
+
+    write("pairs", NUM_GRAMMAR_PAIRS, NUM_SAMPLED_PAIRS, "train")
+    return write("pairs_held_out", NUM_HELD_OUT, NUM_HELD_OUT, "heldout")
+
+
+def _write_prompts(root: Path, seed: int) -> None:
+    def write(name: str, number: int, split: reviews.Split) -> None:
+        prompts = reviews.make_prompts(seed + 2, number, split)
+        _write_rows(root / f"{name}.jsonl", [{"prompt": text} for text in prompts])
+
+    write("prompts", NUM_PROMPTS, "train")
+    write("prompts_held_out", NUM_HELD_OUT, "heldout")
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    reward = summary["reward_model"]
+    return [
+        f"The reward model gets {reward['accuracy']:.1%} of {reward['held_out_pairs']} "
+        f"held-out pairs right; the annotator's noise allows "
+        f"{reward['best_possible_accuracy']:.1%} at best.",
+        f"PPO raised the true reward, which training never sees, by "
+        f"{summary['ppo_gain_in_sft_std']:.2f} standard deviations of the SFT model's "
+        f"answers.",
+    ]
+
+
+def _print_table(policies: list[dict[str, Any]], notes: list[str]) -> None:
+    table = Table()
+    for column in policies[0]:
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for row in policies:
+        shown = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*shown)
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+
+
+def _print_next_steps(root: Path) -> None:
+    stage(
+        f"\nLook at {root}/ppo/report.html, {root}/reward/report.html and "
+        f"{root}/sft/report.html.\nNext:\n"
+        f"  rlhf-jax generate --model {root}/ppo/model "
+        "--prompt 'Review of the film The Silent Harbour:' --samples 4\n"
+        f"  rlhf-jax ppo --config {root}/ppo/config.yaml --run-dir runs/no-kl "
+        "--kl.coef 0    # what does the KL penalty hold back?\n"
+        "  rlhf-jax sft --help    # the same stages on your own data"
+    )

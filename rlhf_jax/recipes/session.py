@@ -1,0 +1,169 @@
+"""What surrounds every training loop: files, terminal, signals, checkpoints."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
+from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.runtime.checkpoint import Checkpointer
+from rlhf_jax.runtime.config import to_dict
+from rlhf_jax.runtime.interrupt import Interruptible
+from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter
+from rlhf_jax.runtime.progress import progress
+from rlhf_jax.runtime.report import write_report
+from rlhf_jax.runtime.run_directory import MAY_DIFFER, RunDirectory, open_run
+
+State = TypeVar("State")
+
+
+LEARNING_RATES = (
+    "optimizer.learning_rate",
+    "actor_optimizer.learning_rate",
+    "critic_optimizer.learning_rate",
+)
+"""What else a resumed run may change: the remedy for a run that went astray."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop; it did, and can be resumed."""
+
+
+class Session(contextlib.ExitStack):
+    """One run directory from first step to report, as a context manager.
+
+    Step 0 is the state before training; step n is the state after n steps. Used as
+
+        with Session(config, stage="sft", total_steps=config.steps) as session:
+            state = session.restore(state)
+            for step in session.steps():
+                …
+                session.log(step, metrics, shown=("loss",))
+                session.checkpoint(step, state)
+
+    Args:
+        config: of the stage, validated.
+        stage: the command's name.
+        total_steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        config: SFTConfig | RewardConfig | PPOConfig,
+        *,
+        stage: str,
+        total_steps: int,
+    ):
+        super().__init__()
+        self.config = config
+        self.stage = stage
+        self.total_steps = total_steps
+        self.run: RunDirectory = open_run(
+            config.run_dir,
+            to_dict(config),
+            stage=stage,
+            resume=config.resume,
+            may_differ=(*MAY_DIFFER, *LEARNING_RATES),
+        )
+
+    def __enter__(self) -> "Session":
+        super().__enter__()
+        config, run = self.config, self.run
+        self._checkpointer = self.enter_context(Checkpointer(run.checkpoints))
+        self.start_step = (
+            (self._checkpointer.latest_step() or 0) if config.resume else 0
+        )
+        # A resumed run has logged its first steps already; a fresh one logs from 0.
+        first = self.start_step + 1 if self.start_step else 0
+        self._metrics = self.enter_context(
+            MetricsWriter(
+                run.metrics,
+                start_step=first,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_dict(config),
+            )
+        )
+        self._samples = self.enter_context(SamplesWriter(run.samples, start_step=first))
+        self._interrupt = self.enter_context(Interruptible())
+        self._progress = self.enter_context(
+            progress(
+                self.total_steps,
+                self.stage,
+                start=self.start_step,
+                quiet=config.quiet,
+            )
+        )
+        return self
+
+    def restore(self, state: State) -> State:
+        """The newest checkpointed state when resuming, else `state`."""
+        if self.start_step == 0:
+            return state
+        return self._checkpointer.restore(self.start_step, state)[0]
+
+    def steps(self) -> range:
+        """Numbers of the steps that are left."""
+        return range(self.start_step + 1, self.total_steps + 1)
+
+    def is_eval_step(self, step: int) -> bool:
+        """Whether held-out data is due after this step."""
+        return step % self.config.eval_every == 0 or step == self.total_steps
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str]
+    ) -> None:
+        """Writes a step's line and shows those of its numbers named in `shown`."""
+        self._metrics.write(step, metrics)
+        names = [name for name in shown if name in metrics]
+        self._progress.update(
+            step, {name.rsplit("/")[-1]: metrics[name] for name in names}
+        )
+
+    def check_finite(
+        self, step: int, state: Any, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Metrics without their `first_nonfinite/` entries, all of them fine.
+
+        Raises:
+            NonFiniteError: after saving the last good state, where one is set.
+        """
+        try:
+            return pop_nonfinite(metrics, step=step)
+        except NonFiniteError as error:
+            if (self._checkpointer.latest_step() or 0) < step - 1:
+                self._checkpointer.save(step - 1, state, {"step": step - 1})
+                self._checkpointer.wait()
+            raise NonFiniteError(
+                f"{error}. The last good state is in {self.run.checkpoints}; go on "
+                "from it with --resume and a lower learning rate"
+            ) from None
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Writes prompts with answers."""
+        self._samples.write(step, samples)
+
+    def checkpoint(self, step: int, state: Any, *, now: bool = False) -> None:
+        """Saves where a checkpoint is due, and stops the run where that was asked for.
+
+        Raises:
+            Interrupted: after saving, saying how to go on.
+        """
+        stop = self._interrupt.requested_anywhere() and step < self.total_steps
+        due = step % self.config.checkpoint_every == 0 or step == self.total_steps
+        if due or stop or now:
+            self._checkpointer.save(step, state, {"step": step})
+        if stop:
+            self._checkpointer.wait()
+            raise Interrupted(
+                f"{self.stage} stopped after step {step} of {self.total_steps}; its "
+                f"checkpoint is in {self.run.checkpoints}. Go on with: rlhf-jax "
+                f"{self.stage} --config {self.run.config} --resume"
+            )
+
+    def report(self, **options: Any) -> None:
+        """Writes the report of the run."""
+        if jax.process_index() == 0:
+            write_report(self.run.path, **options)

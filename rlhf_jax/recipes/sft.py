@@ -1,0 +1,185 @@
+"""Stage 1: a language model learns to imitate texts, or answers to prompts."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array, Demonstrations, Params
+from rlhf_jax.learner.objectives import imitation_losses, imitation_objective
+from rlhf_jax.learner.supervised import count_targets, make_supervised_step
+from rlhf_jax.learner.train_state import init_model_state
+from rlhf_jax.models.callables import policy
+from rlhf_jax.models.hf_weights import save_pretrained
+from rlhf_jax.models.tokenizer import train_tokenizer
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.batched import map_batches
+from rlhf_jax.recipes.configs import SFTConfig
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.networks import (
+    check_fits,
+    configured,
+    fresh_network,
+    place_state,
+    trained_network,
+)
+from rlhf_jax.recipes.session import Session
+from rlhf_jax.recipes.supervised import fit, optimizer_of
+from rlhf_jax.recipes.texts import read_reported
+from rlhf_jax.runtime.batches import Batches, holdout, pad_examples
+from rlhf_jax.runtime.encoding import encode_examples
+from rlhf_jax.runtime.mesh import make_mesh
+from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.run_directory import RunDirectory
+from rlhf_jax.runtime.text_data import Columns, Example, read_examples
+
+
+def run(config: SFTConfig) -> RunDirectory:
+    """Trains, and writes the model as a Hugging Face directory.
+
+    Raises:
+        ValueError: on bad input, before anything is compiled.
+        Interrupted: after a checkpoint, when asked to stop.
+        NonFiniteError: on a loss or gradient that is no number.
+    """
+    config.validate()
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+
+    # ---- text ----
+    given = Language.load(config.model) if config.model else None
+    examples, eval_examples = _read(config, given)
+    language = given or _learn_language(config, examples)
+    batches, held_out, width = _encode(config, language, examples, eval_examples)
+
+    # ---- model, optimizer, state ----
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    module, params = _network(config, language, mesh, init_key)
+    check_fits(module, language, needed=width, name="the model", why="max-tokens")
+    optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
+    state, sharding = place_state(init_model_state(run_key, params, optimizer), mesh)
+    token_logprobs = policy(module).token_logprobs
+    train_step = make_supervised_step(
+        imitation_objective(token_logprobs),
+        optimizer,
+        count=count_targets,
+        num_microbatches=config.microbatches,
+        state_sharding=sharding,
+    )
+
+    # ---- train ----
+    with Session(config, stage="sft", total_steps=config.steps) as session:
+        state = fit(
+            session,
+            state,
+            train_step=train_step,
+            batches=batches,
+            evaluate=make_evaluation(
+                jax.jit(imitation_losses(token_logprobs)),
+                held_out,
+                batch_size=config.batch_size,
+                mesh=mesh,
+            ),
+            schedule=schedule,
+            tokens_per_step=config.batch_size * width,
+            mesh=mesh,
+            shown=("train/loss", "eval/loss"),
+        )
+    save_pretrained(
+        session.run.model, module, state.params, tokenizer=language.tokenizer
+    )
+    session.report()
+    return session.run
+
+
+def make_evaluation(
+    losses_fn: Callable[[Params, Demonstrations], Array],
+    rows: Demonstrations,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> Callable[[Params], dict[str, float]]:
+    """Loss and perplexity per target token on held-out rows, by parameters."""
+    num_targets = int(np.sum(np.asarray(rows.target_mask)[:, 1:]))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        losses = map_batches(
+            lambda _, batch: losses_fn(params, batch),
+            rows,
+            batch_size=batch_size,
+            mesh=mesh,
+        )
+        loss = float(np.sum(losses)) / num_targets
+        return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
+
+    return evaluate
+
+
+def _read(
+    config: SFTConfig, language: Language | None
+) -> tuple[list[Example], list[Example] | None]:
+    """Examples, and those of `eval_data` if there is such a file."""
+    read = partial(
+        read_examples,
+        columns=Columns(
+            prompt=config.prompt_column, completion=config.completion_column
+        ),
+        render_chat=language.render if language else None,
+        on_unusable=config.unusable_rows,
+    )
+    examples = read_reported(config.data, read, quiet=config.quiet)
+    if config.eval_data is None:
+        return examples, None
+    return examples, read_reported(config.eval_data, read, quiet=config.quiet)
+
+
+def _learn_language(config: SFTConfig, examples: list[Example]) -> Language:
+    texts = (example.prompt + example.completion for example in examples)
+    return Language(train_tokenizer(texts, vocab_size=config.fresh.vocab_size))
+
+
+def _encode(
+    config: SFTConfig,
+    language: Language,
+    examples: list[Example],
+    eval_examples: list[Example] | None,
+) -> tuple[Batches, Demonstrations, int]:
+    """Training batches, held-out rows, and the width of both."""
+    encode = partial(
+        encode_examples,
+        tokenizer=language.tokenizer,
+        max_tokens=config.max_tokens,
+        eos_id=language.eos_id,
+        bos_id=language.bos_id,
+        overlong=config.overlong,
+    )
+    encoded = encode(examples)
+    width = encoded.width
+    if eval_examples is None:
+        # Of the encoded rows: one long text is many of them.
+        train, held_out = holdout(encoded.rows, config.eval_fraction, config.seed)
+    else:
+        encoded_eval = encode(eval_examples)
+        train, held_out = encoded.rows, encoded_eval.rows
+        width = max(width, encoded_eval.width)
+    stage(
+        f"sft: {len(train)} training and {len(held_out)} held-out sequences of at most "
+        f"{width} tokens; too long: {encoded.dropped} dropped, {encoded.truncated} "
+        "truncated",
+        quiet=config.quiet,
+    )
+    collate = partial(pad_examples, width=width, pad_id=language.pad_id)
+    batches = Batches(train, collate, batch_size=config.batch_size, seed=config.seed)
+    return batches, collate(held_out), width
+
+
+def _network(
+    config: SFTConfig, language: Language, mesh: Mesh, key: Array
+) -> tuple[Transformer, Params]:
+    if config.model is not None:
+        return trained_network(config.model, config, head="lm", mesh=mesh)
+    module, params = fresh_network(
+        config.fresh, vocab_size=len(language.tokenizer), key=key
+    )
+    return configured(module, config), params

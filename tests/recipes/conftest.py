@@ -1,0 +1,95 @@
+"""A few reviews, and models trained on them for a handful of steps."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rlhf_jax.recipes import ppo, reward_model, sft
+from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.runtime.config import FreshModelConfig
+from rlhf_jax.tasks import reviews
+
+TINY = FreshModelConfig(
+    vocab_size=300, width=32, num_layers=2, num_heads=2, max_positions=96
+)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Configurations of three tiny runs, and the models of the first two."""
+
+    sft: SFTConfig
+    reward: RewardConfig
+    ppo: PPOConfig
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory) -> Stages:
+    root = tmp_path_factory.mktemp("stages")
+    demonstrations = reviews.make_demonstrations(0, 60)
+    sft_config = SFTConfig(
+        run_dir=str(root / "sft"),
+        data=write_rows(
+            root / "sft.jsonl",
+            [{"prompt": r.prompt, "completion": r.response} for r in demonstrations],
+        ),
+        eval_fraction=0.2,
+        fresh=TINY,
+        max_tokens=96,
+        steps=4,
+        batch_size=8,
+        eval_every=2,
+        checkpoint_every=3,
+        quiet=True,
+    )
+    pairs = reviews.make_preferences(1, 60)
+    reward_config = RewardConfig(
+        run_dir=str(root / "reward"),
+        data=write_rows(
+            root / "pairs.jsonl",
+            [
+                {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+                for p in pairs
+            ],
+        ),
+        model=str(root / "sft" / "model"),
+        eval_fraction=0.2,
+        max_tokens=96,
+        steps=3,
+        batch_size=8,
+        eval_every=2,
+        quiet=True,
+    )
+    ppo_config = PPOConfig(
+        run_dir=str(root / "ppo"),
+        policy=str(root / "sft" / "model"),
+        reward_model=str(root / "reward" / "model"),
+        data=write_rows(
+            root / "prompts.jsonl",
+            [{"prompt": prompt} for prompt in reviews.make_prompts(2, 40)],
+        ),
+        eval_fraction=0.2,
+        eval_prompts=10,
+        updates=4,
+        batch_size=8,
+        epochs=2,
+        minibatches=2,
+        max_new_tokens=12,
+        eval_every=2,
+        checkpoint_every=3,
+        quiet=True,
+    )
+    sft.run(sft_config)
+    reward_model.run(reward_config)
+    return Stages(sft=sft_config, reward=reward_config, ppo=ppo_config)
+
+
+@pytest.fixture(scope="session")
+def ppo_run(stages):
+    return ppo.run(stages.ppo)
