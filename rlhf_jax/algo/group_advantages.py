@@ -44,7 +44,7 @@ def group_advantages(
         scale: divide by the group's standard deviation or not.
         baseline: the mean of the group, or of the other answers.
         ddof: σ² divides by n − ddof; 1 as in TRL, verl and OpenRLHF.
-        eps: added to σ; bounds what nearly equal scores can become.
+        eps: added to σ, positive; bounds what nearly equal scores can become.
 
     Returns:
         `[B]` float32.
@@ -77,7 +77,7 @@ def group_advantages(
         # From the centred scores: E s² − μ² cancels when they are nearly equal.
         variance = group_sum(jnp.square(centred)) / jnp.maximum(count - ddof, 1.0)
         advantages = advantages / (jnp.sqrt(variance) + eps)
-    return jnp.where(count > 1, advantages, 0.0)
+    return advantages
 
 
 def _group_sum(

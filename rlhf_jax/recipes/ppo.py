@@ -33,7 +33,7 @@ from rlhf_jax.recipes.networks import (
     place_state,
     trained_network,
 )
-from rlhf_jax.recipes.session import Session
+from rlhf_jax.recipes.session import Session, check_start
 from rlhf_jax.recipes.supervised import optimizer_of
 from rlhf_jax.recipes.texts import read_split
 from rlhf_jax.rollout.experience import make_experience
@@ -57,7 +57,7 @@ def run(config: PPOConfig) -> RunDirectory:
         Interrupted: after a checkpoint, when asked to stop.
         NonFiniteError: on a loss or gradient that is no number.
     """
-    config.validate()
+    check_start(config, stage="ppo")
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
     # ---- text ----

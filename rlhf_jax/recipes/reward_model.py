@@ -19,7 +19,7 @@ from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import RewardConfig
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, place_state, trained_network
-from rlhf_jax.recipes.session import Session
+from rlhf_jax.recipes.session import Session, check_start
 from rlhf_jax.recipes.supervised import fit, optimizer_of
 from rlhf_jax.recipes.texts import read_split
 from rlhf_jax.runtime.batches import Batches, pad_pairs
@@ -38,7 +38,7 @@ def run(config: RewardConfig) -> RunDirectory:
         Interrupted: after a checkpoint, when asked to stop.
         NonFiniteError: on a loss or gradient that is no number.
     """
-    config.validate()
+    check_start(config, stage="reward")
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
     # ---- text ----

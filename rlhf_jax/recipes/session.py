@@ -14,17 +14,37 @@ from rlhf_jax.runtime.interrupt import Interruptible
 from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter
 from rlhf_jax.runtime.progress import progress
 from rlhf_jax.runtime.report import write_report
-from rlhf_jax.runtime.run_directory import MAY_DIFFER, RunDirectory, open_run
+from rlhf_jax.runtime.run_directory import (
+    MAY_DIFFER,
+    RunDirectory,
+    check_run,
+    open_run,
+)
 
 State = TypeVar("State")
 
 
-LEARNING_RATES = (
+_MAY_DIFFER = (
+    *MAY_DIFFER,
+    # The remedy for a run that went astray.
     "optimizer.learning_rate",
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
 )
-"""What else a resumed run may change: the remedy for a run that went astray."""
+
+StageConfig = SFTConfig | RewardConfig | PPOConfig
+
+
+def check_start(config: StageConfig, *, stage: str) -> None:
+    """Raises ValueError, before any work, where the run could not start."""
+    config.validate()
+    check_run(
+        config.run_dir,
+        to_dict(config),
+        stage=stage,
+        resume=config.resume,
+        may_differ=_MAY_DIFFER,
+    )
 
 
 class Interrupted(SystemExit):
@@ -51,7 +71,7 @@ class Session(contextlib.ExitStack):
 
     def __init__(
         self,
-        config: SFTConfig | RewardConfig | PPOConfig,
+        config: StageConfig,
         *,
         stage: str,
         total_steps: int,
@@ -65,7 +85,7 @@ class Session(contextlib.ExitStack):
             to_dict(config),
             stage=stage,
             resume=config.resume,
-            may_differ=(*MAY_DIFFER, *LEARNING_RATES),
+            may_differ=_MAY_DIFFER,
         )
 
     def __enter__(self) -> "Session":

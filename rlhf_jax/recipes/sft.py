@@ -25,7 +25,7 @@ from rlhf_jax.recipes.networks import (
     place_state,
     trained_network,
 )
-from rlhf_jax.recipes.session import Session
+from rlhf_jax.recipes.session import Session, check_start
 from rlhf_jax.recipes.supervised import fit, optimizer_of
 from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.runtime.batches import Batches, holdout, pad_examples
@@ -44,7 +44,7 @@ def run(config: SFTConfig) -> RunDirectory:
         Interrupted: after a checkpoint, when asked to stop.
         NonFiniteError: on a loss or gradient that is no number.
     """
-    config.validate()
+    check_start(config, stage="sft")
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
     # ---- text ----

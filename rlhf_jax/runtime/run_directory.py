@@ -103,6 +103,24 @@ class RunDirectory:
         return [json.loads(line) for line in lines]
 
 
+def check_run(
+    path: str | Path,
+    config: Mapping[str, Any],
+    *,
+    stage: str,
+    resume: bool = False,
+    may_differ: Sequence[str] = MAY_DIFFER,
+) -> None:
+    """Raises what `open_run` would raise, and writes nothing; arguments as there."""
+    if jax.process_index() != 0:
+        return
+    run, plain = RunDirectory(Path(path)), _plain(config, "")
+    if resume:
+        _check_resumable(run, plain, stage, may_differ)
+    else:
+        _check_unused(run)
+
+
 def open_run(
     path: str | Path,
     config: Mapping[str, Any],
@@ -132,11 +150,8 @@ def open_run(
     run = RunDirectory(Path(path))
     if jax.process_index() != 0:
         return run
+    check_run(path, config, stage=stage, resume=resume, may_differ=may_differ)
     plain = _plain(config, "")
-    if resume:
-        _check_resumable(run, plain, stage, may_differ)
-    else:
-        _check_unused(run)
     run.path.mkdir(parents=True, exist_ok=True)
     launches = [*run.read_launches(), _launch(stage)]
     write_atomic(run.launches, "".join(json.dumps(row) + "\n" for row in launches))

@@ -9,29 +9,29 @@ import pytest
 
 from rlhf_jax.algo import diagnostics
 
-MASK = jnp.array([[True, True, True, False], [True, False, False, False]])
+MASK = jnp.array([[True, True, True, False], [True, True, False, False]])
 OLD = jnp.full((2, 4), -1.0)
-# Ratios 1.5, 0.5, 1.1 | 0.5; padding is garbage.
-RATIOS = jnp.array([[1.5, 0.5, 1.1, np.nan], [0.5, np.inf, np.nan, 1e6]])
+# Ratios 1.5, 0.5, 1.4 | 0.5, 1.5; padding is garbage.
+RATIOS = jnp.array([[1.5, 0.5, 1.4, np.nan], [0.5, 1.5, np.nan, 1e6]])
 LOGPROBS = OLD + jnp.log(RATIOS)
-ADVANTAGES = jnp.array([[2.0, 0.5, -1.0, np.nan], [-0.5, np.nan, 1.0, 1.0]])
+ADVANTAGES = jnp.array([[2.0, 0.5, 1.5, np.nan], [-0.5, -2.5, 1.0, 1.0]])
 
 
 def test_policy_diagnostics_by_hand(maybe_jit):
-    # Σ (ρ − 1 − log ρ) = (0.5 − 0.5 − 0.5 + 0.1) − log(1.5 · 0.5 · 0.5 · 1.1)
-    want = (-0.4 - np.log(0.4125)) / 4
+    # Σ (ρ − 1) = 0.5 − 0.5 + 0.4 − 0.5 + 0.5;   Π ρ = 1.5 · 0.5 · 1.4 · 0.5 · 1.5
+    want = (0.4 - np.log(0.7875)) / 5
     got = maybe_jit(diagnostics.approx_kl)(LOGPROBS, OLD, MASK)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     got = maybe_jit(diagnostics.mean_ratio)(LOGPROBS, OLD, MASK)
-    np.testing.assert_allclose(got, 3.6 / 4, rtol=1e-5)
+    np.testing.assert_allclose(got, 5.4 / 5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("clip_eps", "want"),
     [
-        (0.2, 2 / 4),  # ρ = 1.5 with A > 0 and ρ = 0.5 with A < 0
-        ((0.2, 0.6), 1 / 4),
-        ((0.6, 0.2), 1 / 4),
+        (0.2, 3 / 5),  # ρ = 1.5 and 1.4 with A > 0, and ρ = 0.5 with A < 0
+        ((0.2, 0.6), 1 / 5),
+        ((0.6, 0.2), 2 / 5),
         (0.6, 0.0),
     ],
 )
@@ -46,8 +46,9 @@ def test_value_clip_fraction_by_hand(maybe_jit):
     values = jnp.array([[1.0, 1.0, 0.6, np.nan], [0.0, np.nan, 1.0, 9.0]])
     old = jnp.full((2, 4), 0.5)
     returns = jnp.array([[2.0, 0.0, 2.0, np.nan], [-1.0, np.inf, 1.0, 1.0]])
+    mask = jnp.array([[True, True, True, False], [True, False, False, False]])
     fn = functools.partial(diagnostics.value_clip_fraction, clip_eps=0.2)
-    got = maybe_jit(fn)(values, old, returns, MASK)
+    got = maybe_jit(fn)(values, old, returns, mask)
     np.testing.assert_allclose(got, 2 / 4, rtol=1e-6)
 
 
@@ -80,7 +81,7 @@ def test_microbatches_add_up():
         (diagnostics.clip_fraction, (ADVANTAGES,)),
     ):
         arrays = (LOGPROBS, OLD, *extra, MASK)
-        parts = [fn(*(x[i : i + 1] for x in arrays), num_tokens=4) for i in range(2)]
+        parts = [fn(*(x[i : i + 1] for x in arrays), num_tokens=5) for i in range(2)]
         np.testing.assert_allclose(sum(parts), fn(*arrays), rtol=1e-5)
 
 
@@ -106,10 +107,11 @@ def test_explained_variance_at_its_marks(rng, mask):
     assert fn(-returns, returns, mask) < 0
 
 
-def test_explained_variance_without_variance_is_zero():
-    flat = jnp.full((1, 3), 0.1)
-    mask = jnp.ones((1, 3), bool)
-    values = jnp.array([[0.3, 0.5, 0.9]])
+@pytest.mark.parametrize("constant", [0.1, -17.3, 12345.678])
+def test_explained_variance_without_variance_is_zero(constant):
+    flat = jnp.full((1, 7), constant)
+    mask = jnp.ones((1, 7), bool)
+    values = jnp.linspace(0.3, 0.9, 7)[None, :]
     assert diagnostics.explained_variance(values, flat, mask) == 0
     assert diagnostics.explained_variance(values, flat, ~mask) == 0
 

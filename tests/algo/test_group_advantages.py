@@ -79,6 +79,13 @@ def test_nothing_to_compare_with_gives_zero(scale, baseline):
     np.testing.assert_array_equal(fn(jnp.array([0.7, 0.1, 0.1]), ids), [0.0] * 3)
 
 
+@pytest.mark.parametrize("constant", [0.1, -17.3, 12345.678])
+@pytest.mark.parametrize("size", [3, 7])
+def test_equal_scores_give_exactly_zero(constant, size):
+    got = group_advantages(jnp.full(2 * size, constant), size)
+    np.testing.assert_array_equal(got, np.zeros(2 * size))
+
+
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_nearly_equal_scores_do_not_spike(scale):
     # σ = 1.1e-4 at magnitude 100, where float32 steps by 8e-6: E s² − μ² is noise.

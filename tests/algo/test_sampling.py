@@ -70,6 +70,16 @@ def test_frequencies(maybe_jit, logits, options):
     assert np.all(np.abs(frequency - want) <= 4 * np.sqrt(want * (1 - want) / draws))
 
 
+def test_nucleus_among_nearly_equal_probabilities():
+    # Neighbours differ by 5e-5 of themselves; the 4,382 largest of 10,000 reach 0.5.
+    logits = np.linspace(0.25, -0.25, 10_000)[None, :]
+    want = oracle(logits, top_p=0.5)
+    kept = np.isfinite(transform_logits(jnp.array(logits, jnp.float32), top_p=0.5))
+    # float32 sums of 4,382 terms: one token more or less.
+    assert (want > 0).sum() == 4382 and abs(kept.sum() - 4382) <= 2
+    assert kept[0, : kept.sum()].all()
+
+
 def test_rows_draw_independently():
     flat = jnp.zeros((64, 1000))
     tokens, _ = sample_token(jax.random.key(3), flat)

@@ -1,0 +1,1 @@
+"""Embedded tasks: their text, their simulated preferences and their true reward."""
