@@ -47,8 +47,8 @@ def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
         if name.startswith(PREFIX) and value >= 0
     }
     if found:
-        # Once one term is bad all later ones are: the earliest is the cause.
-        term = min(found, key=lambda name: found[name])
+        # The earliest is the cause; of one step, a loss before the gradient it gave.
+        term = min(found, key=lambda name: (found[name], "gradient" in name))
         raise NonFiniteError(
             f"step {step}: {term} is not finite (optimizer step {found[term]} of this "
             "update, counted from 0); the parameters from before it are kept"

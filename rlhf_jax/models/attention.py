@@ -1,25 +1,33 @@
-"""Attention, rotary positions and the key/value cache, as functions of arrays."""
+"""Attention, rotary positions and the key/value cache, as functions of arrays.
+
+Heads come before positions, `[B, N, S, H]`: the layout that batched products read
+without a transposed copy, which would cost a decode step more than its arithmetic.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.types import Array, record
+from rlhf_jax.algo.types import Array, Params, record
 from rlhf_jax.models.config import DecoderConfig, Llama3RopeScaling
 
 
 @record
 class KVCache:
-    """Keys and values of the tokens read so far; one entry per layer.
+    """What decoding carries from token to token.
 
-    All rows write their next token at the same column, `end`: prompts are left-padded.
+    Keys and values have one entry per layer. All rows write their next token at the
+    same column, `end`: prompts are left-padded. The weights are those of the model,
+    cut into layers and cast to the dtype of the activations once, not at every token.
     """
 
-    keys: tuple[Array, ...]  # L × [B, C, K, H]
-    values: tuple[Array, ...]  # L × [B, C, K, H]
+    keys: tuple[Array, ...]  # L × [B, K, C, H]
+    values: tuple[Array, ...]  # L × [B, K, C, H]
     mask: Array  # [B, C] bool, True where a real token is stored
     end: Array  # [] int32, column of the next token
+    layers: tuple[Params, ...]  # L × parameters of a block
+    unembedding: Array  # [D, V]
 
 
 def positions_of(mask: Array) -> Array:
@@ -77,13 +85,13 @@ def rotate(x: Array, angles: Array) -> Array:
     """Turns the pairs (x_i, x_{i + H/2}) of each head by `angles`.
 
     Args:
-        x: `[B, S, N, H]`, queries or keys.
+        x: `[B, N, S, H]`, queries or keys.
         angles: `[B, S, H / 2]` float32.
 
     Returns:
-        `[B, S, N, H]`, dtype of `x`.
+        `[B, N, S, H]`, dtype of `x`.
     """
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -93,22 +101,25 @@ def attend(queries: Array, keys: Array, values: Array, visible: Array) -> Array:
     """Softmax attention with grouped key/value heads; softmax in float32.
 
     Args:
-        queries: `[B, Q, N, H]`.
-        keys: `[B, C, K, H]`; each key head serves N / K query heads.
-        values: `[B, C, K, H]`.
+        queries: `[B, N, Q, H]`.
+        keys: `[B, K, C, H]`; each key head serves N / K query heads.
+        values: `[B, K, C, H]`.
         visible: `[B, Q, C]` bool, True where the query sees the key. A query that sees
             nothing (padding) gets a finite, meaningless answer.
 
     Returns:
-        `[B, Q, N, H]`, dtype of `queries`.
+        `[B, N, Q, H]`, dtype of `values`.
     """
-    batch, num_queries, num_heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    grouped = queries.reshape(batch, num_queries, kv_heads, -1, head_dim)
+    batch, num_heads, num_queries, head_dim = queries.shape
+    kv_heads, length = keys.shape[1:3]
+    # The query heads of a group are so many more queries to its one key head.
+    grouped = queries.reshape(batch, kv_heads, -1, head_dim)
     logits = jnp.einsum(
-        "bqkgh,bckh->bkgqc", grouped, keys, preferred_element_type=jnp.float32
+        "bkqh,bkch->bkqc", grouped, keys, preferred_element_type=jnp.float32
     ) / math.sqrt(head_dim)
-    logits = jnp.where(visible[:, None, None], logits, -1e30)  # finite: no NaN rows
+    logits = logits.reshape(batch, num_heads, num_queries, length)
+    logits = jnp.where(visible[:, None], logits, -1e30)  # finite: no NaN rows
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgqc,bckh->bqkgh", weights, values)
-    return mixed.reshape(batch, num_queries, num_heads, head_dim)
+    weights = weights.reshape(batch, kv_heads, -1, length)
+    mixed = jnp.einsum("bkqc,bkch->bkqh", weights, values)
+    return mixed.reshape(batch, num_heads, num_queries, head_dim)

@@ -6,6 +6,7 @@ in constant time). The residual stream is kept as `[B·S, D]`: matrix products o
 single leading axis have far faster weight gradients on CPU.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -48,31 +49,33 @@ class Block(nn.Module):
             x: `[B·Q, D]`, the residual stream.
             angles: `[B, Q, H / 2]` rotary angles, or None.
             visible: `[B, Q, C]` bool.
-            past: `(keys, values, end)`: two of `[B, C, K, H]`, and `[]` int32, the
+            past: `(keys, values, end)`: two of `[B, K, C, H]`, and `[]` int32, the
                 column where the new ones are written. None: attend over this call's
                 own keys.
 
         Returns:
-            The residual stream and `(keys, values)`, each `[B, C, K, H]`.
+            The residual stream and `(keys, values)`, each `[B, K, C, H]`.
         """
         c = self.config
         batch, num_queries = visible.shape[:2]
+
+        def heads_first(x: Array) -> Array:
+            x = x.reshape(batch, num_queries, -1, c.head_dim)
+            return x.swapaxes(1, 2)  # [B, N, Q, H]
 
         h = norm(c, self.dtype, self.param_dtype, "attention_norm")(x)
         queries = self.dense("query", c.num_heads * c.head_dim, c.attention_bias)(h)
         keys = self.dense("key", c.num_kv_heads * c.head_dim, c.attention_bias)(h)
         values = self.dense("value", c.num_kv_heads * c.head_dim, c.attention_bias)(h)
-        queries = queries.reshape(batch, num_queries, c.num_heads, c.head_dim)
-        keys = keys.reshape(batch, num_queries, c.num_kv_heads, c.head_dim)
-        values = values.reshape(batch, num_queries, c.num_kv_heads, c.head_dim)
+        queries, keys, values = map(heads_first, (queries, keys, values))
         if angles is not None:
             queries, keys = rotate(queries, angles), rotate(keys, angles)
         if past is not None:
             past_keys, past_values, end = past
             put = jax.lax.dynamic_update_slice_in_dim
-            keys = put(past_keys, keys, end, axis=1)
-            values = put(past_values, values, end, axis=1)
-        mixed = attend(queries, keys, values, visible)
+            keys = put(past_keys, keys, end, axis=2)
+            values = put(past_values, values, end, axis=2)
+        mixed = attend(queries, keys, values, visible).swapaxes(1, 2)
         mixed = mixed.reshape(batch * num_queries, c.num_heads * c.head_dim)
         x = x + self.dense("output", c.width, c.projection_bias, residual=True)(mixed)
 
@@ -187,7 +190,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, mask)
         if self.head == "lm":
-            return self._logits(hidden)
+            return _logits(hidden, self.unembedding().astype(self.dtype))
         values = self._score(hidden)
         if self.head == "value":
             return values
@@ -228,20 +231,23 @@ class Transformer(nn.Module):
         """
         x, angles = self._embed(tokens, positions_of(mask))
         visible = causal_mask(mask)
+        layers = self._decoding_layers()
         keys, values = [], []
-        room = ((0, 0), (0, cache_length - tokens.shape[1]))
-        for params in unstack(self.layers, self.config.num_layers):
+        room = (0, cache_length - tokens.shape[1])
+        for params in layers:
             x, (k, v) = self._block(params, x, angles, visible)
-            keys.append(jnp.pad(k, (*room, (0, 0), (0, 0))))
-            values.append(jnp.pad(v, (*room, (0, 0), (0, 0))))
+            keys.append(jnp.pad(k, ((0, 0), (0, 0), room, (0, 0))))
+            values.append(jnp.pad(v, ((0, 0), (0, 0), room, (0, 0))))
         last = self.final_norm(x.reshape(*tokens.shape, -1)[:, -1])
         cache = KVCache(
             keys=tuple(keys),
             values=tuple(values),
-            mask=jnp.pad(mask, room),
+            mask=jnp.pad(mask, ((0, 0), room)),
             end=jnp.asarray(tokens.shape[1], jnp.int32),
+            layers=layers,
+            unembedding=self.unembedding().astype(self.dtype),
         )
-        return self._logits(last), cache
+        return _logits(last, cache.unembedding), cache
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one more token per row.
@@ -258,15 +264,29 @@ class Transformer(nn.Module):
         mask = cache.mask | (columns == cache.end)
         x, angles = self._embed(tokens[:, None], position)
         keys, values = [], []
-        for i, params in enumerate(unstack(self.layers, self.config.num_layers)):
+        for i, params in enumerate(cache.layers):
             past = (cache.keys[i], cache.values[i], cache.end)
             x, (k, v) = self._block(params, x, angles, mask[:, None], past)
             keys.append(k)
             values.append(v)
-        cache = KVCache(
-            keys=tuple(keys), values=tuple(values), mask=mask, end=cache.end + 1
+        cache = dataclasses.replace(
+            cache,
+            keys=tuple(keys),
+            values=tuple(values),
+            mask=mask,
+            end=cache.end + 1,
         )
-        return self._logits(self.final_norm(x)), cache
+        return _logits(self.final_norm(x), cache.unembedding), cache
+
+    def _decoding_layers(self) -> tuple[Params, ...]:
+        """Parameters of each block, matrices cast as they will be used."""
+
+        def cast(path: tuple, leaf: Array) -> Array:
+            is_norm = any(str(key.key).endswith("norm") for key in path)
+            return leaf if is_norm else leaf.astype(self.dtype)
+
+        layers = jax.tree_util.tree_map_with_path(cast, self.layers)
+        return tuple(unstack(layers, self.config.num_layers))
 
     def _block(self, params: Params, x: Array, *args) -> tuple[Array, Any]:
         return self.block.apply({"params": params}, x, *args)  # pyright: ignore
@@ -281,17 +301,14 @@ class Transformer(nn.Module):
             angles = rotary_angles(self.config, positions)
         return x.reshape(-1, self.config.width).astype(self.dtype), angles
 
-    def _logits(self, hidden: Array) -> Array:
-        return jnp.dot(
-            hidden,
-            self.unembedding().astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-
     def _score(self, hidden: Array) -> Array:
         """`[B, S, D]` → `[B, S]`; a sum, as TPUs round the factors of a dot product."""
         score = self.score.astype(jnp.float32)[None, None]
         return jnp.sum(hidden.astype(jnp.float32) * score, axis=-1)
+
+
+def _logits(hidden: Array, unembedding: Array) -> Array:
+    return jnp.dot(hidden, unembedding, preferred_element_type=jnp.float32)
 
 
 def unstack(layers: Params, num_layers: int) -> list[Params]:

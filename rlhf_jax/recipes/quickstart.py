@@ -29,12 +29,12 @@ from rlhf_jax.runtime.run_directory import write_atomic
 from rlhf_jax.tasks import reviews
 
 NUM_DEMONSTRATIONS = 8_000
-NUM_GRAMMAR_PAIRS = 6_000
-NUM_SAMPLED_PAIRS = 2_000  # between answers of the SFT model: what PPO starts from
+NUM_GRAMMAR_PAIRS = 14_000
+NUM_SAMPLED_PAIRS = 6_000  # between answers of the SFT model: what PPO starts from
 NUM_PROMPTS = 4_000
-NUM_HELD_OUT = 512  # rows of each kind
-MAX_TOKENS = 96
-MAX_NEW_TOKENS = 48
+NUM_HELD_OUT = 1_024  # rows of each kind
+MAX_TOKENS = 48
+MAX_NEW_TOKENS = 39
 BATCH_SIZE = 64
 
 
@@ -112,13 +112,15 @@ def _sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
         resume=run_dir.exists(),
         data=str(root / "demonstrations.jsonl"),
         eval_data=str(root / "demonstrations_held_out.jsonl"),
-        fresh=FreshModelConfig(vocab_size=512, max_positions=MAX_TOKENS),
+        fresh=FreshModelConfig(
+            family="llama", vocab_size=768, num_layers=3, max_positions=64
+        ),
         max_tokens=MAX_TOKENS,
         steps=400,
         batch_size=BATCH_SIZE,
         eval_every=100,
         checkpoint_every=200,
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=6e-3),
         seed=config.seed,
         quiet=config.quiet,
     )
@@ -133,11 +135,11 @@ def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
         eval_data=str(root / "pairs_held_out.jsonl"),
         model=str(root / "sft" / "model"),
         max_tokens=MAX_TOKENS,
-        steps=300,
+        steps=400,
         batch_size=BATCH_SIZE,
         eval_every=100,
         checkpoint_every=150,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
         seed=config.seed,
         quiet=config.quiet,
     )

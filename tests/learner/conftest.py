@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +28,15 @@ NETWORKS = {
 }
 
 
-def random_rollout(seed=0):
-    """Prompts of 1 to 3 tokens, answers of 1 to 5, and nothing at all in two rows."""
-    rng = np.random.default_rng(seed)
+@pytest.fixture(autouse=True)
+def count_traces_anew():
+    chex.clear_trace_counter()  # it tells functions apart by their source alone
+
+
+@pytest.fixture(scope="session")
+def rollout():
+    """Prompts of 1 to 3 tokens, answers of 1 to 5, and none at all in the last rows."""
+    rng = np.random.default_rng(0)
     lengths = rng.integers(1, T + 1, B)
     lengths[-2:] = 0
     return Rollout(
@@ -57,7 +64,7 @@ def objective():
 
 
 @pytest.fixture(scope="session")
-def on_policy():
+def on_policy(rollout):
     """Experience that the actor and the critic of `params` would have made."""
     actor, critic = context_params(jax.random.key(0), vocab_size=V, width=6)
     reference, _ = context_params(jax.random.key(1), vocab_size=V, width=6)
@@ -75,7 +82,7 @@ def on_policy():
         )
         return make_experience(scored, kl_coef=0.05)[0]
 
-    return experience_of(random_rollout())
+    return experience_of(rollout)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`optimizer.py`: schedules by hand, and AdamW against the formula and its neighbour."""
+"""`optimizer.py`: schedules by hand, AdamW against the formula and its neighbour."""
 
 import jax
 import jax.numpy as jnp

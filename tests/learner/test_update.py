@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.algo.types import Experience
 from rlhf_jax.learner import (
     ActorCritic,
     TrainState,
@@ -92,9 +93,7 @@ def test_a_single_step_has_ratio_one_and_the_mean_advantage_as_loss(
     # Whitened advantages have mean 0, and the values are those of the rollout.
     np.testing.assert_allclose(metrics["policy/loss"], 0.0, atol=1e-6)
     gap = np.asarray(on_policy.old_values - on_policy.returns)[on_policy.mask]
-    np.testing.assert_allclose(
-        metrics["value/loss"], 0.5 * np.mean(gap**2), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["value/loss"], 0.5 * np.mean(gap**2), rtol=1e-5)
 
 
 def test_epochs_times_minibatches_optimizer_steps(update, params, experience):
@@ -182,8 +181,17 @@ def rows_of_every_step(seed, num_updates):
         lambda _: {"step": jnp.int32(0), "rows": jnp.zeros((steps, batch))}, keep
     )
     optimizers = ActorCritic(actor=recorder, critic=optax.sgd(0.1))
-    index = jnp.arange(batch)
-    experience = _index_experience(index)
+    zeros = jnp.zeros((batch, 1))
+    experience = Experience(
+        tokens=jnp.arange(batch)[:, None],
+        sequence_mask=zeros == 0,
+        mask=zeros == 0,
+        old_logprobs=zeros,
+        ref_logprobs=zeros,
+        old_values=zeros,
+        advantages=zeros,
+        returns=zeros,
+    )
     update = make_update(
         objective, optimizers, num_epochs=EPOCHS, num_minibatches=MINIBATCHES
     )
@@ -206,22 +214,6 @@ def rows_of_every_step(seed, num_updates):
     return np.stack(logs).reshape(num_updates, EPOCHS, MINIBATCHES, batch)
 
 
-def _index_experience(index):
-    from rlhf_jax.algo.types import Experience
-
-    zeros = jnp.zeros((len(index), 1))
-    return Experience(
-        tokens=index[:, None],
-        sequence_mask=zeros == 0,
-        mask=zeros == 0,
-        old_logprobs=zeros,
-        ref_logprobs=zeros,
-        old_values=zeros,
-        advantages=zeros,
-        returns=zeros,
-    )
-
-
 def test_every_epoch_reads_every_row_once_in_an_order_of_its_own():
     rows = rows_of_every_step(seed=0, num_updates=3)
     np.testing.assert_array_equal(rows.sum(axis=2), np.ones((3, EPOCHS, 8)))
@@ -240,7 +232,6 @@ def test_every_epoch_reads_every_row_once_in_an_order_of_its_own():
 def test_one_shape_compiles_once_and_moves_nothing_from_the_host(
     objective, params, on_policy, experience
 ):
-    # Once for the outputs' shapes, once for the gradients: per trace of the update.
     counted = chex.assert_max_traces(objective, n=1)
     optimizers = ActorCritic(actor=adamw, critic=adamw)
     update = make_update(counted, optimizers, num_epochs=2, num_minibatches=4)
@@ -299,7 +290,6 @@ def test_a_bad_advantage_stops_at_its_minibatch(update, params, experience, seed
 def test_steps_before_the_bad_one_count_and_those_after_it_do_not(
     update, params, experience
 ):
-    # The same shuffle without the poison agrees up to the bad step.
     seeds = range(12)
     results = [update(state_of(params, seed=s), poisoned(experience, 5)) for s in seeds]
     firsts = [int(m["first_nonfinite/policy_loss"]) for _, m in results]
@@ -321,7 +311,7 @@ def test_a_bad_critic_parameter_stops_the_first_step(update, params, experience)
     assert_equal(arrays(state.params), arrays(bad))  # the actor as well
     assert count(state.opt_state.actor) == 0
     assert_finite(state.opt_state)
-    with pytest.raises(NonFiniteError, match="value_loss .*optimizer step 0 of"):
+    with pytest.raises(NonFiniteError, match=r"value_loss .*optimizer step 0 of"):
         pop_nonfinite(jax.device_get(metrics), step=1)
 
 

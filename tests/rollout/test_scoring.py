@@ -1,4 +1,4 @@
-"""`scoring.py`: one temperature, values before tokens, scores at the last real token."""
+"""`scoring.py`: one temperature, values before tokens, scores at the last token."""
 
 from functools import partial
 

@@ -138,7 +138,7 @@ def test_pairs_hold_different_responses_and_malformed_text():
     rows = make_preferences(10, 1000, "heldout")
     assert all(r.chosen != r.rejected for r in rows)
     assert {r.prompt for r in rows} <= set(make_prompts(0, 1600, "heldout"))
-    # Pairs of two sound responses, of one, and of none; nobody wins by position.
+    # Pairs of two sound responses, of one, and of none.
     faulty = collections.Counter(
         (faults(r.prompt, r.chosen), faults(r.prompt, r.rejected)) for r in rows
     )
