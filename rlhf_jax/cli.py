@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config_type, run = COMMANDS[command]
     try:
         config = parse(config_type, flags, prog=f"rlhf-jax {command}")
+        quieten_libraries()
         use_compilation_cache()
         run(config)
     except ValueError as error:
@@ -175,6 +176,12 @@ def _from_value(field: dataclasses.Field, value: Any, where: str) -> Any:
         given = dataclasses.asdict(start) | dict(value)
         return from_dict(field.type, given, where=f"{where}: {field.name}")  # pyright: ignore
     return tuple(value) if isinstance(value, list) else value
+
+
+def quieten_libraries() -> None:
+    """No advice about PyTorch, which nothing here needs."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def use_compilation_cache() -> None:

@@ -39,12 +39,21 @@ def accumulate_gradients(
 
     Returns:
         What one call on the whole batch would give, gradients summed in float32.
+
+    Raises:
+        ValueError: when `num_microbatches` does not divide B.
     """
     compute = jax.value_and_grad(objective, has_aux=True)
     if num_microbatches == 1:
         (loss, metrics), grads = compute(params, batch, divisor)
         return loss, metrics, grads
 
+    batch_size = jax.tree.leaves(batch)[0].shape[0]
+    if num_microbatches < 1 or batch_size % num_microbatches:
+        raise ValueError(
+            f"num_microbatches={num_microbatches}: expected a divisor of the "
+            f"{batch_size} sequences of a minibatch"
+        )
     # [B, …] → [B/N, N, …] → [N, B/N, …] leaves every microbatch on all devices.
     split = jax.tree.map(
         lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch

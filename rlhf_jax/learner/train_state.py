@@ -54,7 +54,8 @@ def init_train_state(
 
     Args:
         key: typed PRNG key, kept as the root of all randomness of the run.
-        params: parameters of actor and critic.
+        params: parameters of actor and critic. The update reuses their buffers, so the
+            frozen models must not share arrays with them: copy where they start equal.
         optimizers: an `optax.GradientTransformation` for each.
         kl_coef: initial β.
     """

@@ -45,7 +45,12 @@ from rlhf_jax.runtime.progress import stage
 from rlhf_jax.runtime.run_directory import RunDirectory
 from rlhf_jax.runtime.text_data import Columns, read_prompts
 
-SHOWN = ("reward/score_mean", "kl/sequence", "response/length_mean")
+SHOWN = {
+    "score": "reward/score_mean",
+    "KL": "kl/sequence",
+    "length": "response/length_mean",
+    "held-out score": "eval/score_mean",
+}
 NUM_LOGGED_SAMPLES = 8
 
 
@@ -106,7 +111,7 @@ def run(config: PPOConfig) -> RunDirectory:
         state = session.restore(state)
         evaluate = _evaluation(config, session, language, models, sample, mesh)
         if session.start_step == 0:
-            session.log(0, evaluate(0, eval_key, state, held_out), shown=())
+            session.log(0, evaluate(0, eval_key, state, held_out), shown=SHOWN)
         for step in session.steps():
             prompts = put_batch(mesh, batches[step - 1])
             state, metrics = ppo_step(

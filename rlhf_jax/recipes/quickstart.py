@@ -135,10 +135,10 @@ def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
         eval_data=str(root / "pairs_held_out.jsonl"),
         model=str(root / "sft" / "model"),
         max_tokens=MAX_TOKENS,
-        steps=400,
+        steps=500,
         batch_size=BATCH_SIZE,
         eval_every=100,
-        checkpoint_every=150,
+        checkpoint_every=250,
         optimizer=OptimizerConfig(learning_rate=2e-3),
         seed=config.seed,
         quiet=config.quiet,
@@ -234,14 +234,21 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 def _print_table(policies: list[dict[str, Any]], notes: list[str]) -> None:
     table = Table()
     for column in policies[0]:
-        table.add_column(column, justify="left" if column == "policy" else "right")
+        is_name = column == "policy"
+        table.add_column(
+            column, justify="left" if is_name else "right", no_wrap=is_name
+        )
     for row in policies:
-        shown = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*shown)
+        table.add_row(*(_cell(value) for value in row.values()))
     console = Console()
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
+
+
+def _cell(value: str | float) -> str:
+    # + 0.0 turns -0.0 into 0.0
+    return value if isinstance(value, str) else f"{round(value, 2) + 0.0:.2f}"
 
 
 def _print_next_steps(root: Path) -> None:

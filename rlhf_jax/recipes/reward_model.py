@@ -79,7 +79,11 @@ def run(config: RewardConfig) -> RunDirectory:
             schedule=schedule,
             tokens_per_step=2 * config.batch_size * width,
             mesh=mesh,
-            shown=("train/loss", "train/accuracy", "eval/accuracy"),
+            shown={
+                "loss": "train/loss",
+                "accuracy": "train/accuracy",
+                "held-out accuracy": "eval/accuracy",
+            },
         )
     save_pretrained(
         session.run.model, module, state.params, tokenizer=language.tokenizer

@@ -60,7 +60,7 @@ class Session(contextlib.ExitStack):
             state = session.restore(state)
             for step in session.steps():
                 …
-                session.log(step, metrics, shown=("loss",))
+                session.log(step, metrics, shown={"loss": "train/loss"})
                 session.checkpoint(step, state)
 
     Args:
@@ -133,13 +133,13 @@ class Session(contextlib.ExitStack):
         return step % self.config.eval_every == 0 or step == self.total_steps
 
     def log(
-        self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str]
+        self, step: int, metrics: Mapping[str, float], *, shown: Mapping[str, str]
     ) -> None:
-        """Writes a step's line and shows those of its numbers named in `shown`."""
+        """Writes a step's line; shows the metrics `shown` names, by label."""
         self._metrics.write(step, metrics)
-        names = [name for name in shown if name in metrics]
+        found = {label: name for label, name in shown.items() if name in metrics}
         self._progress.update(
-            step, {name.rsplit("/")[-1]: metrics[name] for name in names}
+            step, {label: metrics[name] for label, name in found.items()}
         )
 
     def check_finite(

@@ -84,7 +84,7 @@ def run(config: SFTConfig) -> RunDirectory:
             schedule=schedule,
             tokens_per_step=config.batch_size * width,
             mesh=mesh,
-            shown=("train/loss", "eval/loss"),
+            shown={"loss": "train/loss", "held-out loss": "eval/loss"},
         )
     save_pretrained(
         session.run.model, module, state.params, tokenizer=language.tokenizer

@@ -1,7 +1,7 @@
 """The loop of the stages that train one model: `sft` and `reward`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def fit(
     schedule: optax.Schedule,
     tokens_per_step: int,
     mesh: Mesh,
-    shown: tuple[str, ...],
+    shown: Mapping[str, str],
 ) -> ModelState:
     """Trains to the last step: logs, evaluates and checkpoints on the way.
 
@@ -62,7 +62,7 @@ def fit(
         schedule: learning rate by optimizer step.
         tokens_per_step: padded tokens of one batch.
         mesh: where batches go.
-        shown: metrics for the terminal.
+        shown: metrics for the terminal, by label.
 
     Returns:
         The state after the last step.

@@ -31,7 +31,8 @@ def make_experience(
     Args:
         scored: the rollout with log-probabilities, values and scores.
         kl_coef: β.
-        kl_estimator: of the per-token KL to the reference.
+        kl_estimator: of the per-token KL to the reference. Only `"k1"` optimises
+            E[score] − β·KL; see `rlhf_jax.algo.rewards.shape_rewards`.
         gamma: discount per token.
         lam: λ of GAE.
         missing_eos_penalty: taken off (or put in place of) the score of an answer
