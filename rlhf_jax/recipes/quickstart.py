@@ -239,16 +239,11 @@ def _print_table(policies: list[dict[str, Any]], notes: list[str]) -> None:
             column, justify="left" if is_name else "right", no_wrap=is_name
         )
     for row in policies:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(v if isinstance(v, str) else f"{v:.2f}" for v in row.values()))
     console = Console()
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
-
-
-def _cell(value: str | float) -> str:
-    # + 0.0 turns -0.0 into 0.0
-    return value if isinstance(value, str) else f"{round(value, 2) + 0.0:.2f}"
 
 
 def _print_next_steps(root: Path) -> None:

@@ -132,8 +132,7 @@ def _row(
 ) -> dict[str, Any]:
     true = reviews.true_rewards(prompts, texts)
     figures = answers.metrics()
-    return {
-        "policy": name,
+    row = {
         "true reward": float(np.mean(true)),
         "true reward std": float(np.std(true)),
         "proxy reward": figures["score_mean"],
@@ -141,3 +140,5 @@ def _row(
         "length (tokens)": figures["length_mean"],
         "stop rate": figures["stop_rate"],
     }
+    # Rounding noise would show as -1.9e-08; + 0.0 turns -0.0 into 0.0.
+    return {"policy": name} | {key: round(v, 4) + 0.0 for key, v in row.items()}

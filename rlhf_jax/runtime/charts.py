@@ -64,6 +64,9 @@ SECTIONS = (
                 "share of 1",
                 {"train/accuracy": "training data", "eval/accuracy": "held-out data"},
             ),
+            Chart("Perplexity", "held-out data", {"eval/perplexity": "per token"}),
+            Chart("Margin", "chosen minus rejected", {"train/margin": "mean"}),
+            Chart("Score", "training data", {"train/score_mean": "mean"}),
         ),
     ),
     Section(
@@ -76,7 +79,12 @@ SECTIONS = (
                 {"reward/score_mean": "mean"},
                 band="reward/score_std",
             ),
-            Chart("Score on held-out prompts", "mean", {"eval/score_mean": "mean"}),
+            Chart(
+                "Score on held-out data",
+                "per answer",
+                {"eval/score_mean": "mean"},
+                band="eval/score_std",
+            ),
             Chart("True reward", "on held-out prompts", {"eval/true_reward": "mean"}),
             Chart(
                 "Shaped reward",
@@ -89,7 +97,11 @@ SECTIONS = (
         "Distance from the reference",
         ("kl",),
         (
-            Chart("KL per answer", "nats", {"kl/sequence": "mean"}),
+            Chart(
+                "KL per answer",
+                "nats",
+                {"kl/sequence": "training data", "eval/kl_sequence": "held-out data"},
+            ),
             Chart("KL per token", "nats", {"kl/token": "mean"}),
             Chart("KL coefficient β", "reward per nat", {"kl/coef": "β"}),
         ),
@@ -113,6 +125,14 @@ SECTIONS = (
             Chart(
                 "Probability ratio", "new over old, mean", {"policy/ratio_mean": "mean"}
             ),
+            Chart(
+                "First step of an update",
+                "zero while on policy",
+                {
+                    "policy/first_approx_kl": "KL",
+                    "policy/first_clip_fraction": "clip fraction",
+                },
+            ),
         ),
     ),
     Section(
@@ -125,17 +145,32 @@ SECTIONS = (
                 "1 is perfect, 0 a constant",
                 {"value/explained_variance": "returns"},
             ),
+            Chart(
+                "Values and returns",
+                "reward, mean",
+                {"value/mean": "values", "value/return_mean": "returns"},
+            ),
         ),
     ),
     Section(
         "Answers",
         ("response",),
         (
-            Chart("Length", "tokens, mean", {"response/length_mean": "mean"}),
+            Chart(
+                "Length",
+                "tokens, mean",
+                {
+                    "response/length_mean": "training data",
+                    "eval/length_mean": "held-out data",
+                },
+            ),
             Chart(
                 "Stop rate",
                 "share of answers that end by themselves",
-                {"response/stop_rate": "rate"},
+                {
+                    "response/stop_rate": "training data",
+                    "eval/stop_rate": "held-out data",
+                },
             ),
         ),
     ),
