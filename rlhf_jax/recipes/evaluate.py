@@ -23,7 +23,7 @@ from rlhf_jax.recipes.networks import check_fits
 from rlhf_jax.runtime.batches import pad_examples, pad_pairs, pad_prompts
 from rlhf_jax.runtime.encoding import encode_examples, encode_pairs, encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import write_atomic
 from rlhf_jax.runtime.text_data import (
     Columns,
@@ -168,4 +168,4 @@ def _named(group: str, figures: dict[str, float]) -> dict[str, float]:
 
 def _report_dropped(path: str, count: int) -> None:
     if count:
-        stage(f"{path}: {count} rows longer than max-tokens left out")
+        heading(f"{path}: {count} rows longer than max-tokens left out")

@@ -17,7 +17,7 @@ from rlhf_jax.recipes.networks import check_fits
 from rlhf_jax.runtime.batches import pad_prompts
 from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import write_atomic
 from rlhf_jax.runtime.text_data import Columns, read_prompts
 
@@ -94,8 +94,8 @@ def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
     if config.output is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_atomic(Path(config.output), "".join(lines))
-        stage(f"{len(rows)} answers written to {config.output}")
+        heading(f"{len(rows)} answers written to {config.output}")
         return
     for row in rows:
-        stage(row["prompt"])
+        heading(row["prompt"])
         print(row["response"], end="\n\n")

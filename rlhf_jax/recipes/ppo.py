@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.kl import adapt_kl_coef
 from rlhf_jax.algo.types import Array, Experience, Params, Prompts, Rollout
-from rlhf_jax.interfaces import ScoreFn, ValuesFn
 from rlhf_jax.learner.objectives import ppo_objective
 from rlhf_jax.learner.train_state import (
     ActorCritic,
@@ -21,17 +20,13 @@ from rlhf_jax.learner.train_state import (
     step_keys,
 )
 from rlhf_jax.learner.update import UpdateFn, make_update
-from rlhf_jax.models.callables import Policy, critic, policy, reward_model
 from rlhf_jax.models.hf_weights import save_pretrained
-from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.answers import Examiner, Sampler, make_sampler
 from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.recipes.four_models import FourModels, load_four_models
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import (
-    check_fits,
-    frozen_network,
     place_state,
-    trained_network,
 )
 from rlhf_jax.recipes.session import Session, check_start
 from rlhf_jax.recipes.supervised import optimizer_of
@@ -41,7 +36,7 @@ from rlhf_jax.rollout.scoring import score_rollout
 from rlhf_jax.runtime.batches import Batches, pad_prompts
 from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh, put_batch
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
 from rlhf_jax.runtime.text_data import Columns, read_prompts
 
@@ -70,7 +65,9 @@ def run(config: PPOConfig) -> RunDirectory:
     batches, held_out = _read(config, language)
 
     # ---- four models ----
-    models = _load(config, language, mesh, prompt_width=held_out.tokens.shape[1])
+    models = load_four_models(
+        config, language, mesh, prompt_width=held_out.tokens.shape[1]
+    )
     optimizers, schedules = _optimizers(config)
     run_key, eval_key = jax.random.split(jax.random.key(config.seed))
     state = init_train_state(
@@ -131,20 +128,6 @@ def run(config: PPOConfig) -> RunDirectory:
     )
     session.report()
     return session.run
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FourModels:
-    """Starting points of actor and critic, the frozen two, and how to call them."""
-
-    module: Transformer
-    policy: Policy
-    values_fn: ValuesFn
-    score_fn: ScoreFn
-    actor: Params
-    critic: Params
-    reference: Params
-    reward: Params
 
 
 ExperienceFn = Callable[
@@ -245,7 +228,7 @@ def _read(config: PPOConfig, language: Language) -> tuple[Batches, Prompts]:
     encoded = encode(train)
     encoded_held_out = encode(held_out[: config.eval_prompts])
     width = max(encoded.width, encoded_held_out.width)
-    stage(
+    heading(
         f"ppo: {len(encoded.rows)} training and {len(encoded_held_out.rows)} held-out "
         f"prompts of at most {width} tokens; too long: {encoded.dropped} dropped, "
         f"{encoded.truncated} truncated",
@@ -256,57 +239,6 @@ def _read(config: PPOConfig, language: Language) -> tuple[Batches, Prompts]:
         encoded.rows, collate, batch_size=config.batch_size, seed=config.seed
     )
     return batches, collate(encoded_held_out.rows)
-
-
-def _load(
-    config: PPOConfig, language: Language, mesh: Mesh, *, prompt_width: int
-) -> FourModels:
-    """Actor and reference, critic and reward model, each with arrays of its own."""
-    critic_path = config.critic or config.reward_model
-    reference_path = config.reference or config.policy
-    for name, path in (
-        ("reward-model", config.reward_model),
-        ("critic", critic_path),
-        ("reference", reference_path),
-    ):
-        language.check_same_as(Language.load(path), name, path)
-    module, actor = trained_network(config.policy, config, head="lm", mesh=mesh)
-    reference_module, reference = frozen_network(
-        reference_path, config, head="lm", mesh=mesh
-    )
-    if reference_module.config != module.config:
-        raise ValueError(
-            f"reference={reference_path!r}: its shape differs from that of "
-            f"policy={config.policy!r}; the two run through one program"
-        )
-    critic_module, critic_params = trained_network(
-        critic_path, config, head="value", mesh=mesh
-    )
-    reward_module, reward = frozen_network(
-        config.reward_model, config, head="reward", mesh=mesh
-    )
-    for name, network in (
-        ("policy", module),
-        ("critic", critic_module),
-        ("reward-model", reward_module),
-    ):
-        check_fits(
-            network,
-            language,
-            needed=prompt_width + config.max_new_tokens,
-            name=name,
-            why=f"prompts of {prompt_width} + max-new-tokens={config.max_new_tokens}",
-        )
-    return FourModels(
-        module=module,
-        policy=policy(module),
-        values_fn=critic(critic_module),
-        score_fn=reward_model(reward_module),
-        actor=actor,
-        critic=critic_params,
-        reference=reference,
-        reward=reward,
-    )
 
 
 def _optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:

@@ -23,7 +23,7 @@ from rlhf_jax.recipes.configs import (
 )
 from rlhf_jax.recipes.review_panel import ReviewPanel
 from rlhf_jax.runtime.config import FreshModelConfig, KLConfig, OptimizerConfig
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import write_atomic
 from rlhf_jax.tasks import reviews
@@ -49,19 +49,19 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     root = Path(config.run_dir)
     _check_directory(config, root)
 
-    stage("1/3  supervised fine-tuning: imitate reviews of every mood")
+    heading("1/3  supervised fine-tuning: imitate reviews of every mood")
     _write_demonstrations(root, config.seed)
     sft_run = sft.run(_sft_config(config, root))
 
-    stage("2/3  reward model: which of two reviews does the annotator prefer?")
+    heading("2/3  reward model: which of two reviews does the annotator prefer?")
     held_out_pairs = _write_pairs(root, config.seed, ReviewPanel(sft_run.model))
     reward_run = reward_stage.run(_reward_config(config, root))
 
-    stage("3/3  PPO: please the reward model, and stay near the SFT model")
+    heading("3/3  PPO: please the reward model, and stay near the SFT model")
     _write_prompts(root, config.seed)
     ppo_run = ppo.run(_ppo_config(config, root))
 
-    stage("held-out prompts, judged by the true reward")
+    heading("held-out prompts, judged by the true reward")
     panel = ReviewPanel(sft_run.model, reward_run.model)
     policies = panel.compare(ppo_run.model, seed=config.seed)
     summary = {
@@ -247,7 +247,7 @@ def _print_table(policies: list[dict[str, Any]], notes: list[str]) -> None:
 
 
 def _print_next_steps(root: Path) -> None:
-    stage(
+    heading(
         f"\nLook at {root}/ppo/report.html, {root}/reward/report.html and "
         f"{root}/sft/report.html.\nNext:\n"
         f"  rlhf-jax generate --model {root}/ppo/model "

@@ -11,21 +11,19 @@ from rlhf_jax.algo.preferences import preference_loss
 from rlhf_jax.algo.types import Params, Preferences
 from rlhf_jax.interfaces import ScoreFn
 from rlhf_jax.learner.objectives import preference_objective
-from rlhf_jax.learner.supervised import count_pairs, make_supervised_step
-from rlhf_jax.learner.train_state import init_model_state
+from rlhf_jax.learner.supervised import count_pairs
 from rlhf_jax.models.callables import reward_model
-from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import RewardConfig
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits, place_state, trained_network
-from rlhf_jax.recipes.session import Session, check_start
-from rlhf_jax.recipes.supervised import fit, optimizer_of
+from rlhf_jax.recipes.networks import check_fits, trained_network
+from rlhf_jax.recipes.session import check_start
+from rlhf_jax.recipes.supervised import SupervisedStage, train
 from rlhf_jax.recipes.texts import read_split
 from rlhf_jax.runtime.batches import Batches, pad_pairs
 from rlhf_jax.runtime.encoding import encode_pairs
 from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
 from rlhf_jax.runtime.text_data import read_pairs
 
@@ -45,51 +43,37 @@ def run(config: RewardConfig) -> RunDirectory:
     language = Language.load(config.model)
     batches, held_out, width = _read(config, language)
 
-    # ---- model, optimizer, state ----
+    # ---- model ----
     head_key, run_key = jax.random.split(jax.random.key(config.seed))
     module, params = trained_network(
         config.model, config, head="reward", mesh=mesh, key=head_key
     )
     check_fits(module, language, needed=width, name="the model", why="max-tokens")
-    optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
-    state, sharding = place_state(init_model_state(run_key, params, optimizer), mesh)
     score_fn = reward_model(module)
-    train_step = make_supervised_step(
-        preference_objective(
+
+    # ---- train ----
+    stage = SupervisedStage(
+        name="reward",
+        objective=preference_objective(
             score_fn,
             label_smoothing=config.label_smoothing,
             center_coef=config.center_coef,
         ),
-        optimizer,
         count=count_pairs,
-        num_microbatches=config.microbatches,
-        state_sharding=sharding,
+        evaluate=make_evaluation(
+            score_fn, held_out, batch_size=config.batch_size, mesh=mesh
+        ),
+        batches=batches,
+        tokens_per_step=2 * config.batch_size * width,
+        shown={
+            "loss": "train/loss",
+            "accuracy": "train/accuracy",
+            "held-out accuracy": "eval/accuracy",
+        },
     )
-
-    # ---- train ----
-    with Session(config, stage="reward", total_steps=config.steps) as session:
-        state = fit(
-            session,
-            state,
-            train_step=train_step,
-            batches=batches,
-            evaluate=make_evaluation(
-                score_fn, held_out, batch_size=config.batch_size, mesh=mesh
-            ),
-            schedule=schedule,
-            tokens_per_step=2 * config.batch_size * width,
-            mesh=mesh,
-            shown={
-                "loss": "train/loss",
-                "accuracy": "train/accuracy",
-                "held-out accuracy": "eval/accuracy",
-            },
-        )
-    save_pretrained(
-        session.run.model, module, state.params, tokenizer=language.tokenizer
+    return train(
+        config, stage, module, params, key=run_key, language=language, mesh=mesh
     )
-    session.report()
-    return session.run
 
 
 def make_evaluation(
@@ -125,7 +109,7 @@ def _read(config: RewardConfig, language: Language) -> tuple[Batches, Preference
     read = partial(
         read_pairs, render_chat=language.render, on_unusable=config.unusable_pairs
     )
-    train, held_out = read_split(config, read, prompt_of=lambda pair: pair.prompt)
+    training, held_out = read_split(config, read, prompt_of=lambda pair: pair.prompt)
     encode = partial(
         encode_pairs,
         tokenizer=language.tokenizer,
@@ -134,9 +118,9 @@ def _read(config: RewardConfig, language: Language) -> tuple[Batches, Preference
         bos_id=language.bos_id,
         overlong=config.overlong,
     )
-    encoded, encoded_held_out = encode(train), encode(held_out)
+    encoded, encoded_held_out = encode(training), encode(held_out)
     width = max(encoded.width, encoded_held_out.width)
-    stage(
+    heading(
         f"reward: {len(encoded.rows)} training and {len(encoded_held_out.rows)} "
         f"held-out pairs of at most {width} tokens; too long: {encoded.dropped} "
         f"dropped, {encoded.truncated} truncated",

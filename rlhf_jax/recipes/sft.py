@@ -9,10 +9,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Demonstrations, Params
 from rlhf_jax.learner.objectives import imitation_losses, imitation_objective
-from rlhf_jax.learner.supervised import count_targets, make_supervised_step
-from rlhf_jax.learner.train_state import init_model_state
+from rlhf_jax.learner.supervised import count_targets
 from rlhf_jax.models.callables import policy
-from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.models.tokenizer import train_tokenizer
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.batched import map_batches
@@ -22,16 +20,15 @@ from rlhf_jax.recipes.networks import (
     check_fits,
     configured,
     fresh_network,
-    place_state,
     trained_network,
 )
-from rlhf_jax.recipes.session import Session, check_start
-from rlhf_jax.recipes.supervised import fit, optimizer_of
+from rlhf_jax.recipes.session import check_start
+from rlhf_jax.recipes.supervised import SupervisedStage, train
 from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.runtime.batches import Batches, holdout, pad_examples
 from rlhf_jax.runtime.encoding import encode_examples
 from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
 from rlhf_jax.runtime.text_data import Columns, Example, read_examples
 
@@ -53,44 +50,30 @@ def run(config: SFTConfig) -> RunDirectory:
     language = given or _learn_language(config, examples)
     batches, held_out, width = _encode(config, language, examples, eval_examples)
 
-    # ---- model, optimizer, state ----
+    # ---- model ----
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     module, params = _network(config, language, mesh, init_key)
     check_fits(module, language, needed=width, name="the model", why="max-tokens")
-    optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
-    state, sharding = place_state(init_model_state(run_key, params, optimizer), mesh)
     token_logprobs = policy(module).token_logprobs
-    train_step = make_supervised_step(
-        imitation_objective(token_logprobs),
-        optimizer,
-        count=count_targets,
-        num_microbatches=config.microbatches,
-        state_sharding=sharding,
-    )
 
     # ---- train ----
-    with Session(config, stage="sft", total_steps=config.steps) as session:
-        state = fit(
-            session,
-            state,
-            train_step=train_step,
-            batches=batches,
-            evaluate=make_evaluation(
-                jax.jit(imitation_losses(token_logprobs)),
-                held_out,
-                batch_size=config.batch_size,
-                mesh=mesh,
-            ),
-            schedule=schedule,
-            tokens_per_step=config.batch_size * width,
+    stage = SupervisedStage(
+        name="sft",
+        objective=imitation_objective(token_logprobs),
+        count=count_targets,
+        evaluate=make_evaluation(
+            jax.jit(imitation_losses(token_logprobs)),
+            held_out,
+            batch_size=config.batch_size,
             mesh=mesh,
-            shown={"loss": "train/loss", "held-out loss": "eval/loss"},
-        )
-    save_pretrained(
-        session.run.model, module, state.params, tokenizer=language.tokenizer
+        ),
+        batches=batches,
+        tokens_per_step=config.batch_size * width,
+        shown={"loss": "train/loss", "held-out loss": "eval/loss"},
     )
-    session.report()
-    return session.run
+    return train(
+        config, stage, module, params, key=run_key, language=language, mesh=mesh
+    )
 
 
 def make_evaluation(
@@ -158,19 +141,19 @@ def _encode(
     width = encoded.width
     if eval_examples is None:
         # Of the encoded rows: one long text is many of them.
-        train, held_out = holdout(encoded.rows, config.eval_fraction, config.seed)
+        training, held_out = holdout(encoded.rows, config.eval_fraction, config.seed)
     else:
         encoded_eval = encode(eval_examples)
-        train, held_out = encoded.rows, encoded_eval.rows
+        training, held_out = encoded.rows, encoded_eval.rows
         width = max(width, encoded_eval.width)
-    stage(
-        f"sft: {len(train)} training and {len(held_out)} held-out sequences of at most "
-        f"{width} tokens; too long: {encoded.dropped} dropped, {encoded.truncated} "
-        "truncated",
+    heading(
+        f"sft: {len(training)} training and {len(held_out)} held-out sequences of at "
+        f"most {width} tokens; too long: {encoded.dropped} dropped, "
+        f"{encoded.truncated} truncated",
         quiet=config.quiet,
     )
     collate = partial(pad_examples, width=width, pad_id=language.pad_id)
-    batches = Batches(train, collate, batch_size=config.batch_size, seed=config.seed)
+    batches = Batches(training, collate, batch_size=config.batch_size, seed=config.seed)
     return batches, collate(held_out), width
 
 

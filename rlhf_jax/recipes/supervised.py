@@ -1,5 +1,6 @@
 """The loop of the stages that train one model: `sft` and `reward`."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,13 +9,96 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.learner.gradients import Objective
 from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
-from rlhf_jax.learner.supervised import SupervisedStep
-from rlhf_jax.learner.train_state import ModelState
+from rlhf_jax.learner.supervised import make_supervised_step
+from rlhf_jax.learner.train_state import init_model_state
+from rlhf_jax.models.hf_weights import save_pretrained
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.session import Session
 from rlhf_jax.runtime.batches import Batches
 from rlhf_jax.runtime.config import OptimizerConfig
 from rlhf_jax.runtime.mesh import put_batch
+from rlhf_jax.runtime.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedStage:
+    """What distinguishes one stage from the other."""
+
+    name: str  # the command
+    objective: Objective
+    count: Callable[[Any], Array]  # the objective's divisor, from a whole batch
+    evaluate: Callable[[Params], dict[str, float]]  # held-out metrics
+    batches: Batches  # by step, from 0
+    tokens_per_step: int  # of a batch, padding included
+    shown: Mapping[str, str]  # label → metric, for the terminal
+
+
+def train(
+    config: SFTConfig | RewardConfig,
+    stage: SupervisedStage,
+    module: Transformer,
+    params: Params,
+    *,
+    key: Array,
+    language: Language,
+    mesh: Mesh,
+) -> RunDirectory:
+    """Trains to the last step, then writes the model and the report.
+
+    Args:
+        config: of the stage, checked.
+        stage: what is trained, and on what.
+        module: the model.
+        params: its parameters; given up to the training.
+        key: root of the run's randomness.
+        language: the tokenizer that is written with the model.
+        mesh: where everything lives.
+
+    Raises:
+        Interrupted: after a checkpoint, when asked to stop.
+        NonFiniteError: on a loss or gradient that is no number.
+    """
+    optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
+    state, sharding = place_state(init_model_state(key, params, optimizer), mesh)
+    train_step = make_supervised_step(
+        stage.objective,
+        optimizer,
+        count=stage.count,
+        num_microbatches=config.microbatches,
+        state_sharding=sharding,
+    )
+    with Session(config, stage=stage.name, total_steps=config.steps) as session:
+        state = session.restore(state)
+        if session.start_step == 0:
+            session.log(0, stage.evaluate(state.params), shown=stage.shown)
+        for step in session.steps():
+            began = time.perf_counter()
+            batch = put_batch(mesh, stage.batches[step - 1])
+            state, metrics = train_step(state, batch)
+            metrics = session.check_finite(step, state, jax.device_get(metrics))
+            seconds = time.perf_counter() - began
+            line = {
+                "optim/grad_norm": metrics.pop("grad_norm"),
+                "optim/learning_rate": schedule(step - 1),
+                "time/step_seconds": seconds,
+                "time/tokens_per_second": stage.tokens_per_step / seconds,
+            }
+            line |= {f"train/{name}": value for name, value in metrics.items()}
+            if session.is_eval_step(step):
+                line |= stage.evaluate(state.params)
+            session.log(step, line, shown=stage.shown)
+            session.checkpoint(step, state)
+    save_pretrained(
+        session.run.model, module, state.params, tokenizer=language.tokenizer
+    )
+    session.report()
+    return session.run
 
 
 def optimizer_of(
@@ -37,53 +121,3 @@ def optimizer_of(
         max_grad_norm=config.max_grad_norm or None,
     )
     return optimizer, schedule
-
-
-def fit(
-    session: Session,
-    state: ModelState,
-    *,
-    train_step: SupervisedStep,
-    batches: Batches,
-    evaluate: Callable[[Any], dict[str, float]],
-    schedule: optax.Schedule,
-    tokens_per_step: int,
-    mesh: Mesh,
-    shown: Mapping[str, str],
-) -> ModelState:
-    """Trains to the last step: logs, evaluates and checkpoints on the way.
-
-    Args:
-        session: entered.
-        state: placed on the mesh; a checkpoint takes its place when resuming.
-        train_step: compiled, donates the state.
-        batches: by step, from 0.
-        evaluate: parameters to held-out metrics.
-        schedule: learning rate by optimizer step.
-        tokens_per_step: padded tokens of one batch.
-        mesh: where batches go.
-        shown: metrics for the terminal, by label.
-
-    Returns:
-        The state after the last step.
-    """
-    state = session.restore(state)
-    if session.start_step == 0:
-        session.log(0, evaluate(state.params), shown=shown)
-    for step in session.steps():
-        began = time.perf_counter()
-        state, metrics = train_step(state, put_batch(mesh, batches[step - 1]))
-        metrics = session.check_finite(step, state, jax.device_get(metrics))
-        seconds = time.perf_counter() - began
-        line = {
-            "optim/grad_norm": metrics.pop("grad_norm"),
-            "optim/learning_rate": schedule(step - 1),
-            "time/step_seconds": seconds,
-            "time/tokens_per_second": tokens_per_step / seconds,
-        }
-        line |= {f"train/{name}": value for name, value in metrics.items()}
-        if session.is_eval_step(step):
-            line |= evaluate(state.params)
-        session.log(step, line, shown=shown)
-        session.checkpoint(step, state)
-    return state

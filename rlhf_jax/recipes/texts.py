@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from rlhf_jax.recipes.configs import PPOConfig, RewardConfig
 from rlhf_jax.runtime.batches import holdout
-from rlhf_jax.runtime.progress import stage
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.text_data import TextRows
 
 Row = TypeVar("Row")
@@ -17,7 +17,7 @@ def read_reported(
     """The rows of a file; says how many were left out, and why."""
     found = read(path)
     for reason, count in found.dropped.items():
-        stage(f"{path}: {count} rows left out: {reason}", quiet=quiet)
+        heading(f"{path}: {count} rows left out: {reason}", quiet=quiet)
     return found.rows
 
 

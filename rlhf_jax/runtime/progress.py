@@ -103,7 +103,7 @@ def progress(
             yield _Bar(bar, total, description, start)
 
 
-def stage(text: str, *, quiet: bool = False, console: Console | None = None) -> None:
+def heading(text: str, *, quiet: bool = False, console: Console | None = None) -> None:
     """Prints a heading for the next part of the work."""
     if quiet or jax.process_index() != 0:
         return

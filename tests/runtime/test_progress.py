@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.runtime import progress as progress_module
-from rlhf_jax.runtime.progress import progress, stage
+from rlhf_jax.runtime.progress import heading, progress
 
 
 class Clock:
@@ -62,16 +62,16 @@ def test_a_terminal_gets_a_bar():
 
 def test_a_heading_is_text_not_markup():
     file = io.StringIO()
-    stage("reward model [bold]", console=Console(file=file))
+    heading("reward model [bold]", console=Console(file=file))
     assert file.getvalue() == "reward model [bold]\n"
 
 
 def test_quiet_and_other_processes_print_nothing(capfd, monkeypatch):
     with progress(2, "ppo", quiet=True) as shown:
         shown.update(1, {"score": 1.0})
-    stage("ppo", quiet=True)
+    heading("ppo", quiet=True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with progress(2, "ppo") as shown:
         shown.update(1, {"score": 1.0})
-    stage("ppo")
+    heading("ppo")
     assert capfd.readouterr().out == ""
