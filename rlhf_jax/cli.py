@@ -106,82 +106,87 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
     config_type, run = COMMANDS[command]
+    from rlhf_jax.learner.finite import NonFiniteError
+
     try:
         config = parse(config_type, flags, prog=f"rlhf-jax {command}")
         quieten_libraries()
         use_compilation_cache()
         run(config)
-    except ValueError as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     """A configuration from flags, and from a YAML file where `--config` names one.
 
+    What the file says becomes flags before those given, so that the last one counts and
+    one parser checks all values.
+
     Raises:
         ValueError: on a file that cannot be read or has keys that do not exist.
     """
-    flags = list(flags)
-    default = None
-    if "--config" in flags:
-        at = flags.index("--config")
-        if at + 1 == len(flags):
-            raise ValueError("--config needs the path of a YAML file")
-        path = flags[at + 1]
-        del flags[at : at + 2]
-        default = from_dict(config_type, load_yaml(path), where=path)
+    flags, path = _take_config(list(flags))
+    if path is not None:
+        flags = flags_from(config_type, load_yaml(path), where=path) + flags
     return tyro.cli(
         config_type,
         args=flags,
-        default=default,
         prog=prog,
         description=f"{config_type.__doc__}\n\n--config FILE reads options from YAML.",
     )
 
 
-def from_dict(config_type: type, values: Mapping[str, Any], *, where: str) -> Any:
-    """A configuration from nested values; what is not given keeps its default.
+def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
+    """The flags without `--config PATH` or `--config=PATH`, and the path."""
+    for at, flag in enumerate(flags):
+        if flag.startswith("--config="):
+            return flags[:at] + flags[at + 1 :], flag.removeprefix("--config=")
+        if flag == "--config":
+            if at + 1 == len(flags):
+                raise ValueError("--config needs the path of a YAML file")
+            return flags[:at] + flags[at + 2 :], flags[at + 1]
+    return flags, None
 
-    Fields without a default that are not given must come from flags.
+
+def flags_from(
+    config_type: type, values: Mapping[str, Any], *, where: str, prefix: str = ""
+) -> list[str]:
+    """Nested values as the flags that give them.
 
     Raises:
         ValueError: naming the file and the key, where a key does not exist.
     """
     fields = {field.name: field for field in dataclasses.fields(config_type)}
-    for name in values:
+    flags = []
+    for name, value in values.items():
         if name not in fields:
             raise ValueError(
                 f"{where}: unknown option {name!r}{_suggestion(name, fields)}"
             )
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _from_value(field, values[name], where)
-        elif field.default is not dataclasses.MISSING:
-            arguments[name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            arguments[name] = field.default_factory()
+        flag = prefix + name.replace("_", "-")
+        section = fields[name].type
+        if dataclasses.is_dataclass(section):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{where}: {name} must be a section of options")
+            assert isinstance(section, type)
+            flags += flags_from(section, value, where=where, prefix=f"{flag}.")
+        elif isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--{prefix}no-{flag}")
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
         else:
-            arguments[name] = tyro.MISSING
-    return config_type(**arguments)
-
-
-def _from_value(field: dataclasses.Field, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(field.type):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: {field.name} must be a section of options")
-        start = field.default_factory()  # pyright: ignore[reportCallIssue]
-        given = dataclasses.asdict(start) | dict(value)
-        return from_dict(field.type, given, where=f"{where}: {field.name}")  # pyright: ignore
-    return tuple(value) if isinstance(value, list) else value
+            flags += [f"--{flag}", str(value)]
+    return flags
 
 
 def quieten_libraries() -> None:
     """No advice about PyTorch, which nothing here needs."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def use_compilation_cache() -> None:

@@ -47,8 +47,15 @@ def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
         if name.startswith(PREFIX) and value >= 0
     }
     if found:
-        # The earliest is the cause; of one step, a loss before the gradient it gave.
-        term = min(found, key=lambda name: (found[name], "gradient" in name))
+        # The earliest is the cause. Of one step, a loss of one network before what it
+        # led to: the total, and the gradients.
+        order = ("policy_loss", "value_loss", "loss", "total_loss")
+        rank = {name: number for number, name in enumerate(order)}
+        late = {"actor_gradient", "critic_gradient", "gradient"}
+        term = min(
+            found,
+            key=lambda name: (found[name], name in late, rank.get(name, len(rank))),
+        )
         raise NonFiniteError(
             f"step {step}: {term} is not finite (optimizer step {found[term]} of this "
             "update, counted from 0); the parameters from before it are kept"

@@ -57,13 +57,11 @@ def make_update(
     def minibatch_step(carry, minibatch: Experience):
         params, opt_state, healthy = carry
         num_tokens = jnp.maximum(jnp.sum(minibatch.mask), 1).astype(jnp.float32)
-        _, metrics, grads = accumulate_gradients(
+        loss, metrics, grads = accumulate_gradients(
             objective, params, minibatch, num_tokens, num_microbatches=num_microbatches
         )
-        terms = {
-            "policy_loss": metrics["policy/loss"],
-            "value_loss": metrics["value/loss"],
-            "entropy": metrics["policy/entropy"],
+        terms = {name.replace("/", "_"): value for name, value in metrics.items()} | {
+            "total_loss": loss,
             "actor_gradient": optax.tree.norm(grads.actor),
             "critic_gradient": optax.tree.norm(grads.critic),
         }
@@ -108,12 +106,12 @@ def make_update(
         (params, opt_state, healthy), (metrics, terms) = jax.lax.scan(
             epoch, start, keys
         )
-        first = metrics["policy/clip_fraction"][0, 0], metrics["policy/approx_kl"][0, 0]
-        metrics = jax.tree.map(jnp.mean, metrics)
-        metrics |= {
-            "policy/first_clip_fraction": first[0],
-            "policy/first_approx_kl": first[1],
+        first_step = {
+            f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
+            for name in ("clip_fraction", "approx_kl")
+            if f"policy/{name}" in metrics
         }
+        metrics = jax.tree.map(jnp.mean, metrics) | first_step
         metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
         state = TrainState(
             params=params,

@@ -104,7 +104,7 @@ def train_tokenizer(
 
 
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool,
@@ -116,8 +116,8 @@ def render_chat(
     to such a prompt starts with a space.
 
     Args:
-        tokenizer: with or without a chat template. Templates write special tokens into
-            the text: encode it with `add_special_tokens=False`.
+        tokenizer: with or without a chat template; None has none. Templates write
+            special tokens into the text: encode it with `add_special_tokens=False`.
         messages: each with a `"role"` (`"system"`, `"user"`, `"assistant"`) and its
             `"content"`.
         add_generation_prompt: end with the start of the assistant's turn.
@@ -130,7 +130,7 @@ def render_chat(
     """
     if not messages:
         raise ValueError("messages is empty; a conversation has at least one")
-    if tokenizer.chat_template is not None:
+    if tokenizer is not None and tokenizer.chat_template is not None:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,

@@ -58,6 +58,12 @@ class SFTConfig(RunConfig):
         super().validate()
         _check_supervised(self)
         self.fresh.validate("fresh")
+        check(
+            self.model is None or self.fresh == FreshModelConfig(),
+            "model",
+            self.model,
+            "brings its own shape; leave out the fresh options, or the model",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,12 @@ class RewardConfig(RunConfig):
             self.label_smoothing,
             "must lie in [0, 0.5)",
         )
+        check(
+            self.center_coef >= 0,
+            "center-coef",
+            self.center_coef,
+            "must not be negative",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +159,8 @@ class PPOConfig(RunConfig):
     temperature: float = 1.0
     """of sampling and of all log-probabilities"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
+    """texts of single tokens that end an answer, besides the tokenizer's EOS; the
+    reward model reads the score at whichever came"""
     missing_eos_penalty: float | None = 1.0
     """what answers cut off at max-new-tokens lose; None: nothing"""
     missing_eos_mode: Literal["subtract", "replace"] = "subtract"
@@ -167,9 +180,10 @@ class PPOConfig(RunConfig):
     """ε of the value clip; None: plain squared error"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
-    old_logprobs: Literal["sampler", "recomputed"] = "sampler"
-    """log-probabilities that ratios are taken against; recompute them when sampling
-    and training round differently (bfloat16)"""
+    old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
+    """log-probabilities that ratios are taken against: the sampler's, or recomputed as
+    in training; auto recomputes where the two round differently, that is everywhere
+    but in float32 on a CPU"""
     actor_optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=1e-4, schedule="linear", end_fraction=0.0, b2=0.999, eps=1e-5
@@ -214,6 +228,26 @@ class PPOConfig(RunConfig):
         )
         check_unit(gamma=self.gamma, lam=self.lam)
         check(self.clip_eps > 0, "clip-eps", self.clip_eps, "must be above 0")
+        check(
+            self.value_clip_eps is None or self.value_clip_eps > 0,
+            "value-clip-eps",
+            self.value_clip_eps,
+            "must be above 0, or None for no clipping",
+        )
+        check(
+            self.entropy_coef >= 0,
+            "entropy-coef",
+            self.entropy_coef,
+            "must not be negative",
+        )
+        check(
+            self.missing_eos_mode == "subtract"
+            or (self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0),
+            "missing-eos-penalty",
+            self.missing_eos_penalty,
+            "takes the place of the score under missing-eos-mode=replace, so it must "
+            "be 0 or below",
+        )
         self.kl.validate("kl")
         self.actor_optimizer.validate("actor-optimizer")
         self.critic_optimizer.validate("critic-optimizer")
@@ -263,6 +297,12 @@ class GenerateConfig:
             "prompt",
             self.prompt,
             "give either prompt or data",
+        )
+        check(
+            self.limit is None or (self.limit >= 1 and self.data is not None),
+            "limit",
+            self.limit,
+            "must be at least 1, and is for prompts from data",
         )
         check_positive(
             samples=self.samples,
@@ -322,6 +362,8 @@ class EvaluateConfig:
     """longest answer, in tokens"""
     temperature: float = 1.0
     """of sampling"""
+    stop: tuple[str, ...] = ()
+    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
     dtype: Dtype = "float32"
     """of parameters and activations"""
     output: str | None = None
@@ -344,6 +386,18 @@ class EvaluateConfig:
             check(
                 self.reward_model is not None, "reward-model", None, "needed for pairs"
             )
+        check(
+            self.reference is None or self.prompts is not None,
+            "reference",
+            self.reference,
+            "is what the KL of answers to prompts is measured against; give prompts",
+        )
+        check(
+            self.limit is None or self.limit >= 1,
+            "limit",
+            self.limit,
+            "must be at least 1",
+        )
         check_positive(
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,

@@ -2,6 +2,7 @@
 policy."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.configs import EvaluateConfig
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits
+from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.runtime.batches import pad_examples, pad_pairs, pad_prompts
 from rlhf_jax.runtime.encoding import encode_examples, encode_pairs, encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh
@@ -40,6 +42,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         ValueError: on bad input, before anything is compiled.
     """
     config.validate()
+    if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh()
     figures = {}
     if config.data is not None:
@@ -59,9 +63,9 @@ def _texts(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     assert config.model is not None  # validated
     language = Language.load(config.model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
-    found = read_examples(path, columns=columns, render_chat=language.render)
+    read = partial(read_examples, columns=columns, render_chat=language.render)
     encoded = encode_examples(
-        found.rows[: config.limit],
+        read_reported(path, read, quiet=False)[: config.limit],
         language.tokenizer,
         max_tokens=config.max_tokens,
         eos_id=language.eos_id,
@@ -82,11 +86,13 @@ def _texts(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
 def _pairs(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     assert config.reward_model is not None  # validated
     language = Language.load(config.reward_model)
-    found = read_pairs(
-        path, render_chat=language.render, on_unusable=config.unusable_pairs
+    read = partial(
+        read_pairs,
+        render_chat=language.render,
+        on_unusable=config.unusable_pairs,
     )
     encoded = encode_pairs(
-        found.rows[: config.limit],
+        read_reported(path, read, quiet=False)[: config.limit],
         language.tokenizer,
         max_tokens=config.max_tokens,
         eos_id=language.eos_id,
@@ -110,9 +116,9 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     assert config.model is not None  # validated
     language = Language.load(config.model)
     columns = Columns(prompt=config.prompt_column)
-    found = read_prompts(path, columns=columns, render_chat=language.render)
+    read = partial(read_prompts, columns=columns, render_chat=language.render)
     encoded = encode_prompts(
-        found.rows[: config.limit],
+        read_reported(path, read, quiet=False)[: config.limit],
         language.tokenizer,
         max_prompt_tokens=config.max_tokens,
         bos_id=language.bos_id,
@@ -125,18 +131,32 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     )
     reference = reward = score_fn = None
     if config.reference is not None:
-        reference = _load(config.reference, "lm", config)[1]
+        other = Language.load(config.reference)
+        language.check_same_as(other, "reference", config.reference)
+        reference_module, reference = _load(config.reference, "lm", config)
+        if reference_module.config != module.config:
+            raise ValueError(
+                f"reference={config.reference!r}: its shape differs from that of "
+                f"model={config.model!r}; the two run through one program"
+            )
     if config.reward_model is not None:
         other = Language.load(config.reward_model)
         language.check_same_as(other, "reward-model", config.reward_model)
         reward_module, reward = _load(config.reward_model, "reward", config)
+        check_fits(
+            reward_module,
+            language,
+            needed=needed,
+            name="reward-model",
+            why="prompt + max-new-tokens",
+        )
         score_fn = reward_model(reward_module)
     callables = policy(module)
     examiner = Examiner(
         make_sampler(
             callables,
             max_new_tokens=config.max_new_tokens,
-            stop_ids=(language.eos_id,),
+            stop_ids=language.stop_ids(config.stop),
             temperature=config.temperature,
             pad_id=language.pad_id,
         ),

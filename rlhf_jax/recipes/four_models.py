@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Params
 from rlhf_jax.interfaces import ScoreFn, ValuesFn
+from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import Policy, critic, policy, reward_model
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.configs import PPOConfig
@@ -15,22 +16,20 @@ from rlhf_jax.recipes.networks import check_fits, frozen_network, trained_networ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourModels:
-    """Starting points of actor and critic, the frozen two, and how to call them."""
+    """How to call the four, and the parameters of the frozen two."""
 
     module: Transformer
     policy: Policy
     values_fn: ValuesFn
     score_fn: ScoreFn
-    actor: Params
-    critic: Params
     reference: Params
     reward: Params
 
 
 def load_four_models(
     config: PPOConfig, language: Language, mesh: Mesh, *, prompt_width: int
-) -> FourModels:
-    """Actor and reference, critic and reward model, each with arrays of its own."""
+) -> tuple[FourModels, ActorCritic]:
+    """The models, and where actor and critic start; no two share an array."""
     critic_path = config.critic or config.reward_model
     reference_path = config.reference or config.policy
     for name, path in (
@@ -59,6 +58,11 @@ def load_four_models(
         ("critic", critic_module),
         ("reward-model", reward_module),
     ):
+        if network.config.vocab_size < module.config.vocab_size:
+            raise ValueError(
+                f"{name}: embeddings for {network.config.vocab_size} tokens, but the "
+                f"policy can draw any of {module.config.vocab_size}"
+            )
         check_fits(
             network,
             language,
@@ -66,13 +70,12 @@ def load_four_models(
             name=name,
             why=f"prompts of {prompt_width} + max-new-tokens={config.max_new_tokens}",
         )
-    return FourModels(
+    models = FourModels(
         module=module,
         policy=policy(module),
         values_fn=critic(critic_module),
         score_fn=reward_model(reward_module),
-        actor=actor,
-        critic=critic_params,
         reference=reference,
         reward=reward,
     )
+    return models, ActorCritic(actor=actor, critic=critic_params)

@@ -29,16 +29,23 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
         ValueError: on bad input, before anything is compiled.
     """
     config.validate()
+    if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh()
     language = Language.load(config.model)
     texts = _prompts(config, language)
     module, params = load_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     module = module.clone(dtype=jnp.dtype(config.dtype))
     longest = module.config.max_positions - config.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"max-new-tokens={config.max_new_tokens}: the model reads at most "
+            f"{module.config.max_positions} tokens, which leaves no room for a prompt"
+        )
     encoded = encode_prompts(
         texts,
         language.tokenizer,
-        max_prompt_tokens=max(longest, 1),
+        max_prompt_tokens=longest,
         bos_id=language.bos_id,
         overlong="fail",
     )

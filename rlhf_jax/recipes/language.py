@@ -80,8 +80,11 @@ class Language:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def check_same_as(self, other: "Language", name: str, path: str) -> None:
-        """Raises ValueError unless both give every text the same ids."""
-        if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        """Raises ValueError unless tokens, EOS and BOS of the two are the same."""
+        mine, theirs = (
+            (x.tokenizer.get_vocab(), x.eos_id, x.bos_id) for x in (self, other)
+        )
+        if mine != theirs:
             raise ValueError(
                 f"{name}={path!r}: its tokenizer differs from the policy's; the models "
                 "of one run read the same token ids"

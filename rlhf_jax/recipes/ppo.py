@@ -65,17 +65,12 @@ def run(config: PPOConfig) -> RunDirectory:
     batches, held_out = _read(config, language)
 
     # ---- four models ----
-    models = load_four_models(
+    models, params = load_four_models(
         config, language, mesh, prompt_width=held_out.tokens.shape[1]
     )
     optimizers, schedules = _optimizers(config)
     run_key, eval_key = jax.random.split(jax.random.key(config.seed))
-    state = init_train_state(
-        run_key,
-        ActorCritic(actor=models.actor, critic=models.critic),
-        optimizers,
-        kl_coef=config.kl.coef,
-    )
+    state = init_train_state(run_key, params, optimizers, kl_coef=config.kl.coef)
     state, sharding = place_state(state, mesh)
 
     # ---- three programs ----
@@ -111,10 +106,11 @@ def run(config: PPOConfig) -> RunDirectory:
             session.log(0, evaluate(0, eval_key, state, held_out), shown=SHOWN)
         for step in session.steps():
             prompts = put_batch(mesh, batches[step - 1])
-            state, metrics = ppo_step(
+            state, kl_coef, metrics = ppo_step(
                 state, prompts, models, sample, experience_of, update
             )
             metrics = session.check_finite(step, state, metrics)
+            state = dataclasses.replace(state, kl_coef=kl_coef)
             metrics |= _learning_rates(config, schedules, step)
             if session.is_eval_step(step):
                 metrics |= evaluate(step, eval_key, state, held_out)
@@ -146,6 +142,9 @@ def make_experience_program(config: PPOConfig, models: FourModels) -> Experience
         state: TrainState, reference: Params, reward: Params, rollout: Rollout
     ) -> tuple[Experience, Array, dict[str, Array]]:
         recompute = config.old_logprobs == "recomputed"
+        if config.old_logprobs == "auto":
+            exact = config.dtype == "float32" and jax.default_backend() == "cpu"
+            recompute = not exact
         scored = score_rollout(
             state.params.actor if recompute else None,
             state.params.critic,
@@ -188,8 +187,13 @@ def ppo_step(
     sample: Sampler,
     experience_of: ExperienceFn,
     update: UpdateFn,
-) -> tuple[TrainState, dict[str, float]]:
-    """One PPO update: rollout, scoring, epochs; with its metrics on the host."""
+) -> tuple[TrainState, Array, dict[str, float]]:
+    """One PPO update: rollout, scoring, epochs.
+
+    Returns:
+        The new state, the KL coefficient for the next update (the state keeps the old
+        one until the update is known to be sound), and metrics on the host.
+    """
     began = time.perf_counter()
     rollout_key, _ = step_keys(state)
     rollout = jax.block_until_ready(sample(rollout_key, state.params.actor, prompts))
@@ -198,7 +202,6 @@ def ppo_step(
         state, models.reference, models.reward, rollout
     )
     state, updated = update(state, experience)
-    state = dataclasses.replace(state, kl_coef=kl_coef)
     metrics = jax.device_get(scored | updated)
     seconds = time.perf_counter() - began
     num_tokens = float(metrics["response/length_mean"]) * prompts.lengths.shape[0]
@@ -207,7 +210,7 @@ def ppo_step(
         "time/rollout_seconds": rolled_out - began,
         "time/tokens_per_second": num_tokens / seconds,
     }
-    return state, metrics
+    return state, kl_coef, metrics
 
 
 def _read(config: PPOConfig, language: Language) -> tuple[Batches, Prompts]:

@@ -4,6 +4,7 @@ Training sees demonstrations and the noisy judgements of a simulated annotator. 
 true reward that the annotator judges by is looked at in the end only.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,13 @@ from rlhf_jax.recipes.configs import (
     RewardConfig,
     SFTConfig,
 )
-from rlhf_jax.recipes.review_panel import ReviewPanel
+from rlhf_jax.recipes.review_panel import MAX_NEW_TOKENS, MAX_POSITIONS, ReviewPanel
+from rlhf_jax.recipes.session import Interrupted
 from rlhf_jax.runtime.config import FreshModelConfig, KLConfig, OptimizerConfig
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.report import write_report
-from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
+from rlhf_jax.runtime.text_data import PreferencePair
 from rlhf_jax.tasks import reviews
 
 NUM_DEMONSTRATIONS = 8_000
@@ -34,7 +37,7 @@ NUM_SAMPLED_PAIRS = 6_000  # between answers of the SFT model: what PPO starts f
 NUM_PROMPTS = 4_000
 NUM_HELD_OUT = 1_024  # rows of each kind
 MAX_TOKENS = 48
-MAX_NEW_TOKENS = 39
+HELD_OUT_PAIRS = "pairs_held_out.jsonl"
 BATCH_SIZE = 64
 
 
@@ -48,42 +51,62 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     began = time.perf_counter()
     root = Path(config.run_dir)
     _check_directory(config, root)
+    try:
+        sft_model, reward, policy = _train(config, root)
+    except Interrupted as error:
+        raise Interrupted(
+            f"{str(error).split('. Go on')[0]}. Run the same quickstart again to go on"
+        ) from None
 
-    heading("1/3  supervised fine-tuning: imitate reviews of every mood")
-    _write_demonstrations(root, config.seed)
-    sft_run = sft.run(_sft_config(config, root))
-
-    heading("2/3  reward model: which of two reviews does the annotator prefer?")
-    held_out_pairs = _write_pairs(root, config.seed, ReviewPanel(sft_run.model))
-    reward_run = reward_stage.run(_reward_config(config, root))
-
-    heading("3/3  PPO: please the reward model, and stay near the SFT model")
-    _write_prompts(root, config.seed)
-    ppo_run = ppo.run(_ppo_config(config, root))
-
-    heading("held-out prompts, judged by the true reward")
-    panel = ReviewPanel(sft_run.model, reward_run.model)
-    policies = panel.compare(ppo_run.model, seed=config.seed)
+    heading("held-out prompts, judged by the true reward", quiet=config.quiet)
+    panel = ReviewPanel(sft_model.model, reward.model)
+    policies = panel.compare(policy.model, seed=_seed(config, 3))
+    pairs, best_possible = _read_held_out_pairs(root)
     summary = {
         "seed": config.seed,
         "reward_model": {
-            "held_out_pairs": len(held_out_pairs),
-            "accuracy": panel.pair_accuracy(held_out_pairs),
-            "best_possible_accuracy": reviews.bayes_accuracy(held_out_pairs),
+            "held_out_pairs": len(pairs),
+            "accuracy": panel.pair_accuracy(pairs),
+            "best_possible_accuracy": best_possible,
         },
         "policies": policies,
         "ppo_gain_in_sft_std": (
             (policies[-1]["true reward"] - policies[0]["true reward"])
             / policies[0]["true reward std"]
         ),
-        "seconds": time.perf_counter() - began,
+        "seconds_since_last_start": time.perf_counter() - began,
     }
     write_atomic(root / "summary.json", json.dumps(summary, indent=2) + "\n")
     notes = _notes(summary)
-    write_report(ppo_run.path, title="Quickstart: reviews", table=policies, notes=notes)
+    write_report(policy.path, title="Quickstart: reviews", table=policies, notes=notes)
     _print_table(policies, notes)
-    _print_next_steps(root)
+    if not config.quiet:
+        _print_next_steps(root)
     return summary
+
+
+def _train(
+    config: QuickstartConfig, root: Path
+) -> tuple[RunDirectory, RunDirectory, RunDirectory]:
+    """The three stages, each from the one before; what is there already is kept."""
+    heading("1/3  supervised fine-tuning: imitate reviews", quiet=config.quiet)
+    _write_demonstrations(root, _seed(config, 0))
+    sft_run = sft.run(_sft_config(config, root))
+
+    heading("2/3  reward model: which review does a judge prefer?", quiet=config.quiet)
+    if not (root / HELD_OUT_PAIRS).exists():  # the last that is written
+        _write_pairs(root, _seed(config, 1), ReviewPanel(sft_run.model))
+    reward_run = reward_stage.run(_reward_config(config, root))
+
+    heading("3/3  PPO: please it, and stay near the SFT model", quiet=config.quiet)
+    _write_prompts(root, _seed(config, 2))
+    ppo_run = ppo.run(_ppo_config(config, root))
+    return sft_run, reward_run, ppo_run
+
+
+def _seed(config: QuickstartConfig, number: int) -> int:
+    """Seeds of their own for the parts of a run, and for runs of other seeds."""
+    return 100 * config.seed + 10 * number
 
 
 def _check_directory(config: QuickstartConfig, root: Path) -> None:
@@ -109,11 +132,11 @@ def _sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
     run_dir = root / "sft"
     return SFTConfig(
         run_dir=str(run_dir),
-        resume=run_dir.exists(),
+        resume=(run_dir / "config.yaml").exists(),
         data=str(root / "demonstrations.jsonl"),
         eval_data=str(root / "demonstrations_held_out.jsonl"),
         fresh=FreshModelConfig(
-            family="llama", vocab_size=768, num_layers=3, max_positions=64
+            family="llama", vocab_size=768, num_layers=3, max_positions=MAX_POSITIONS
         ),
         max_tokens=MAX_TOKENS,
         steps=400,
@@ -130,9 +153,9 @@ def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
     run_dir = root / "reward"
     return RewardConfig(
         run_dir=str(run_dir),
-        resume=run_dir.exists(),
+        resume=(run_dir / "config.yaml").exists(),
         data=str(root / "pairs.jsonl"),
-        eval_data=str(root / "pairs_held_out.jsonl"),
+        eval_data=str(root / HELD_OUT_PAIRS),
         model=str(root / "sft" / "model"),
         max_tokens=MAX_TOKENS,
         steps=500,
@@ -149,7 +172,7 @@ def _ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
     run_dir = root / "ppo"
     return PPOConfig(
         run_dir=str(run_dir),
-        resume=run_dir.exists(),
+        resume=(run_dir / "config.yaml").exists(),
         policy=str(root / "sft" / "model"),
         reward_model=str(root / "reward" / "model"),
         data=str(root / "prompts.jsonl"),
@@ -177,12 +200,12 @@ def _write_demonstrations(root: Path, seed: int) -> None:
     write("demonstrations_held_out", NUM_HELD_OUT, "heldout")
 
 
-def _write_pairs(root: Path, seed: int, panel: ReviewPanel) -> list[reviews.Preference]:
-    """Pairs from the grammar and of sampled answers; returns the held-out ones."""
+def _write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
+    """Judged pairs, from the grammar and of sampled answers."""
 
     def write(
         name: str, from_grammar: int, from_samples: int, split: reviews.Split
-    ) -> list[reviews.Preference]:
+    ) -> None:
         pairs = reviews.make_preferences(seed, from_grammar, split)
         prompts = reviews.make_prompts(seed + 1, from_samples, split)
         first, _ = panel.answers(prompts, seed=seed)
@@ -194,21 +217,23 @@ def _write_pairs(root: Path, seed: int, panel: ReviewPanel) -> list[reviews.Pref
             [first[i] for i in differ],
             [second[i] for i in differ],
         )
-        rows = [(p.prompt, p.chosen, p.rejected) for p in pairs]
-        columns = ("prompt", "chosen", "rejected")
-        _write_rows(
-            root / f"{name}.jsonl",
-            [dict(zip(columns, row, strict=True)) for row in rows],
-        )
-        return pairs
+        _write_rows(root / name, [dataclasses.asdict(pair) for pair in pairs])
 
-    write("pairs", NUM_GRAMMAR_PAIRS, NUM_SAMPLED_PAIRS, "train")
-    return write("pairs_held_out", NUM_HELD_OUT, NUM_HELD_OUT, "heldout")
+    write("pairs.jsonl", NUM_GRAMMAR_PAIRS, NUM_SAMPLED_PAIRS, "train")
+    write(HELD_OUT_PAIRS, NUM_HELD_OUT, NUM_HELD_OUT, "heldout")
+
+
+def _read_held_out_pairs(root: Path) -> tuple[list[PreferencePair], float]:
+    """Held-out pairs, and the best accuracy that is possible on them."""
+    lines = (root / HELD_OUT_PAIRS).read_text("utf-8").splitlines()
+    pairs = [reviews.Preference(**json.loads(line)) for line in lines]
+    rows = [PreferencePair(p.prompt, p.chosen, p.rejected) for p in pairs]
+    return rows, reviews.bayes_accuracy(pairs)
 
 
 def _write_prompts(root: Path, seed: int) -> None:
     def write(name: str, number: int, split: reviews.Split) -> None:
-        prompts = reviews.make_prompts(seed + 2, number, split)
+        prompts = reviews.make_prompts(seed, number, split)
         _write_rows(root / f"{name}.jsonl", [{"prompt": text} for text in prompts])
 
     write("prompts", NUM_PROMPTS, "train")

@@ -22,8 +22,9 @@ from rlhf_jax.tasks import reviews
 
 NUM_PROMPTS = 256
 BEST_OF = 8
-MAX_PROMPT_TOKENS = 32
-MAX_NEW_TOKENS = 48
+MAX_PROMPT_TOKENS = 16
+MAX_NEW_TOKENS = 39
+MAX_POSITIONS = 96  # the longest text that anybody asks a judgement of
 BATCH_SIZE = 128
 
 
@@ -32,7 +33,7 @@ class ReviewPanel:
 
     Args:
         model: Hugging Face directory of the SFT model.
-        reward_model: of the reward model.
+        reward_path: of the reward model.
     """
 
     def __init__(self, model: Path, reward_path: Path | None = None):
@@ -82,7 +83,7 @@ class ReviewPanel:
 
     def compare(self, trained: Path, *, seed: int) -> list[dict[str, Any]]:
         """SFT, best of 8 by the reward model, and a trained policy; a row each."""
-        prompts = reviews.make_prompts(seed + 3, NUM_PROMPTS, "heldout")
+        prompts = reviews.make_prompts(seed, NUM_PROMPTS, "heldout")
         _, params = load_pretrained(trained)
         draws = [self.answers(prompts, seed=seed + i) for i in range(BEST_OF)]
         ppo = self.answers(prompts, seed=seed + BEST_OF, params=params)
@@ -102,16 +103,16 @@ class ReviewPanel:
             _row("PPO", prompts, *ppo),
         ]
 
-    def pair_accuracy(self, pairs: Sequence[reviews.Preference]) -> float:
+    def pair_accuracy(self, pairs: Sequence[PreferencePair]) -> float:
         """Share of pairs in which the reward model scores the chosen answer higher."""
         assert self.score_fn is not None
-        rows = [PreferencePair(p.prompt, p.chosen, p.rejected) for p in pairs]
         encoded = encode_pairs(
-            rows,
+            pairs,
             self.language.tokenizer,
-            max_tokens=MAX_PROMPT_TOKENS + MAX_NEW_TOKENS,
+            max_tokens=MAX_POSITIONS,
             eos_id=self.language.eos_id,
             bos_id=self.language.bos_id,
+            overlong="fail",
         )
         evaluate = make_evaluation(
             self.score_fn,

@@ -1,6 +1,7 @@
 """What surrounds every training loop: files, terminal, signals, checkpoints."""
 
 import contextlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -30,9 +31,19 @@ _MAY_DIFFER = (
     "optimizer.learning_rate",
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
+    # They change memory and time, and what is learnt by rounding only.
+    "microbatches",
+    "remat",
+    "scan_layers",
 )
 
 StageConfig = SFTConfig | RewardConfig | PPOConfig
+
+
+def _stored(config: StageConfig) -> dict[str, Any]:
+    """What describes the run itself, and not this start of it."""
+    values = to_dict(config)
+    return {name: values[name] for name in values if name not in ("resume", "quiet")}
 
 
 def check_start(config: StageConfig, *, stage: str) -> None:
@@ -40,7 +51,7 @@ def check_start(config: StageConfig, *, stage: str) -> None:
     config.validate()
     check_run(
         config.run_dir,
-        to_dict(config),
+        _stored(config),
         stage=stage,
         resume=config.resume,
         may_differ=_MAY_DIFFER,
@@ -82,7 +93,7 @@ class Session(contextlib.ExitStack):
         self.total_steps = total_steps
         self.run: RunDirectory = open_run(
             config.run_dir,
-            to_dict(config),
+            _stored(config),
             stage=stage,
             resume=config.resume,
             may_differ=_MAY_DIFFER,
@@ -119,10 +130,15 @@ class Session(contextlib.ExitStack):
         return self
 
     def restore(self, state: State) -> State:
-        """The newest checkpointed state when resuming, else `state`."""
+        """`state`, or when resuming the newest checkpoint, which uses `state` up."""
         if self.start_step == 0:
             return state
-        return self._checkpointer.restore(self.start_step, state)[0]
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()  # two states of a large model may not fit side by side
+        return self._checkpointer.restore(self.start_step, like)[0]
 
     def steps(self) -> range:
         """Numbers of the steps that are left."""
@@ -153,6 +169,11 @@ class Session(contextlib.ExitStack):
         try:
             return pop_nonfinite(metrics, step=step)
         except NonFiniteError as error:
+            if step == 1:
+                raise NonFiniteError(
+                    f"{error}. It is the first step: there is nothing to go on from; "
+                    "start again with a lower learning rate"
+                ) from None
             if (self._checkpointer.latest_step() or 0) < step - 1:
                 self._checkpointer.save(step - 1, state, {"step": step - 1})
                 self._checkpointer.wait()
@@ -165,22 +186,22 @@ class Session(contextlib.ExitStack):
         """Writes prompts with answers."""
         self._samples.write(step, samples)
 
-    def checkpoint(self, step: int, state: Any, *, now: bool = False) -> None:
+    def checkpoint(self, step: int, state: Any) -> None:
         """Saves where a checkpoint is due, and stops the run where that was asked for.
 
         Raises:
             Interrupted: after saving, saying how to go on.
         """
-        stop = self._interrupt.requested_anywhere() and step < self.total_steps
+        stop = self._interrupt.requested_anywhere()
         due = step % self.config.checkpoint_every == 0 or step == self.total_steps
-        if due or stop or now:
+        if due or stop:
             self._checkpointer.save(step, state, {"step": step})
         if stop:
             self._checkpointer.wait()
             raise Interrupted(
                 f"{self.stage} stopped after step {step} of {self.total_steps}; its "
                 f"checkpoint is in {self.run.checkpoints}. Go on with: rlhf-jax "
-                f"{self.stage} --config {self.run.config} --resume"
+                f"{self.stage} --config {shlex.quote(str(self.run.config))} --resume"
             )
 
     def report(self, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """Stage 1: a language model learns to imitate texts, or answers to prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -11,7 +11,7 @@ from rlhf_jax.algo.types import Array, Demonstrations, Params
 from rlhf_jax.learner.objectives import imitation_losses, imitation_objective
 from rlhf_jax.learner.supervised import count_targets
 from rlhf_jax.models.callables import policy
-from rlhf_jax.models.tokenizer import train_tokenizer
+from rlhf_jax.models.tokenizer import render_chat, train_tokenizer
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import SFTConfig
@@ -24,8 +24,8 @@ from rlhf_jax.recipes.networks import (
 )
 from rlhf_jax.recipes.session import check_start
 from rlhf_jax.recipes.supervised import SupervisedStage, train
-from rlhf_jax.recipes.texts import read_reported
-from rlhf_jax.runtime.batches import Batches, holdout, pad_examples
+from rlhf_jax.recipes.texts import hold_out_groups, read_reported
+from rlhf_jax.runtime.batches import Batches, pad_examples
 from rlhf_jax.runtime.encoding import encode_examples
 from rlhf_jax.runtime.mesh import make_mesh
 from rlhf_jax.runtime.progress import heading
@@ -108,13 +108,19 @@ def _read(
         columns=Columns(
             prompt=config.prompt_column, completion=config.completion_column
         ),
-        render_chat=language.render if language else None,
+        render_chat=language.render if language else _render_default,
         on_unusable=config.unusable_rows,
     )
     examples = read_reported(config.data, read, quiet=config.quiet)
     if config.eval_data is None:
         return examples, None
     return examples, read_reported(config.eval_data, read, quiet=config.quiet)
+
+
+def _render_default(
+    messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+) -> str:
+    return render_chat(None, messages, add_generation_prompt=add_generation_prompt)
 
 
 def _learn_language(config: SFTConfig, examples: list[Example]) -> Language:
@@ -140,8 +146,14 @@ def _encode(
     encoded = encode(examples)
     width = encoded.width
     if eval_examples is None:
-        # Of the encoded rows: one long text is many of them.
-        training, held_out = holdout(encoded.rows, config.eval_fraction, config.seed)
+        # By prompt; of plain text, where one example is many rows, by row.
+        groups = [
+            examples[source].prompt or number
+            for number, source in enumerate(encoded.sources)
+        ]
+        training, held_out = hold_out_groups(
+            encoded.rows, groups, config.eval_fraction, config.seed
+        )
     else:
         encoded_eval = encode(eval_examples)
         training, held_out = encoded.rows, encoded_eval.rows

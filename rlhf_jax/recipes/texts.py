@@ -1,6 +1,6 @@
 """Training rows and held-out rows of a stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 from rlhf_jax.recipes.configs import PPOConfig, RewardConfig
@@ -35,10 +35,18 @@ def read_split(
     rows = read_reported(config.data, read, quiet=config.quiet)
     if config.eval_data is not None:
         return rows, read_reported(config.eval_data, read, quiet=config.quiet)
-    prompts = list(dict.fromkeys(prompt_of(row) for row in rows))
-    _, held_out = holdout(prompts, config.eval_fraction, config.seed)
+    groups = [prompt_of(row) for row in rows]
+    return hold_out_groups(rows, groups, config.eval_fraction, config.seed)
+
+
+def hold_out_groups(
+    rows: Sequence[Row], groups: Sequence[Hashable], fraction: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows; rows of an equal group stay on one side."""
+    _, held_out = holdout(list(dict.fromkeys(groups)), fraction, seed)
     apart = set(held_out)
+    pairs = list(zip(rows, groups, strict=True))
     return (
-        [row for row in rows if prompt_of(row) not in apart],
-        [row for row in rows if prompt_of(row) in apart],
+        [row for row, group in pairs if group not in apart],
+        [row for row, group in pairs if group in apart],
     )

@@ -107,6 +107,19 @@ class OptimizerConfig:
             warmup_fraction=self.warmup_fraction,
             end_fraction=self.end_fraction,
         )
+        check(self.eps > 0, f"{name}.eps", self.eps, "must be above 0")
+        check(
+            self.weight_decay >= 0,
+            f"{name}.weight-decay",
+            self.weight_decay,
+            "must not be negative",
+        )
+        check(
+            self.max_grad_norm >= 0,
+            f"{name}.max-grad-norm",
+            self.max_grad_norm,
+            "must be above 0, or 0 for no clipping",
+        )
         check(0 <= self.b1 < 1, f"{name}.b1", self.b1, "must lie in [0, 1)")
         check(0 <= self.b2 < 1, f"{name}.b2", self.b2, "must lie in [0, 1)")
 
@@ -141,7 +154,7 @@ class RunConfig:
     eval_every: int = 20
     """steps between evaluations on held-out data; one also at start and end"""
     dtype: Dtype = "float32"
-    """of parameters and activations"""
+    """of activations and of frozen models; trained parameters are float32"""
     remat: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     scan_layers: bool = False
@@ -176,7 +189,7 @@ class KLConfig:
     """adapt β so that the mean sequence KL goes to this many nats; without it β is
     fixed"""
     horizon: int = 10_000
-    """episodes over which an adaptive β corrects"""
+    """episodes over which an adaptive β corrects; needs kl.target"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""

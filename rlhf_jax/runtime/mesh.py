@@ -34,11 +34,6 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device of the mesh."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def put_batch(mesh: Mesh, batch: Tree) -> Tree:
     """Host arrays with a common leading axis, split over the mesh's batch axes."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
