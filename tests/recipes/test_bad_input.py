@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import cli
-from rlhf_jax.recipes import ppo, sft
+from rlhf_jax.recipes import generate, ppo, sft
+from rlhf_jax.recipes.configs import GenerateConfig
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -258,6 +259,8 @@ def test_tokenizers_that_differ(refused, stages, tmp_path):
         ("--kl.coef", "-1"),
         ("--updates", "0"),
         ("--actor-optimizer.b1", "1"),
+        ("--critic-optimizer.max-grad-norm", "-1"),
+        ("--value-clip-eps", "-1"),
     ],
 )
 def test_values_out_of_range(refused, flag, value, tmp_path):
@@ -266,3 +269,28 @@ def test_values_out_of_range(refused, flag, value, tmp_path):
         *("--run-dir", tmp_path / "run", flag, value),
     )
     assert f"{flag.removeprefix('--')}=" in message
+
+
+def test_a_missing_stop_is_no_prize(refused, tmp_path):
+    # Under "replace" the penalty becomes the score: its default, +1, would be a reward.
+    message = refused(
+        *("ppo", "--policy", "p", "--reward-model", "r", "--data", "d"),
+        *("--run-dir", tmp_path / "run", "--missing-eos-mode", "replace"),
+    )
+    assert "missing-eos-penalty=1.0" in message
+
+
+def test_a_shape_beside_a_model_is_refused(refused, stages, tmp_path):
+    message = refused(
+        *sft_on(stages.sft.data, tmp_path / "run"),
+        *("--model", stages.reward.model, "--fresh.width", 64),
+    )
+    assert "fresh" in message
+
+
+def test_no_room_for_a_prompt(stages):
+    config = GenerateConfig(
+        model=stages.ppo.policy, prompt=("Review:",), max_new_tokens=96
+    )
+    with pytest.raises(ValueError, match=r"max-new-tokens=96: .* at most 96 tokens"):
+        generate.run(config)

@@ -52,6 +52,19 @@ def test_flags_go_before_the_file(tmp_path):
     assert config.stop == (".",)
 
 
+def test_values_in_a_file_are_checked_like_flags(tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    # YAML 1.1 reads 1e-4, which lacks a point, as text.
+    path.write_text("data: a\nrun_dir: b\noptimizer:\n  learning_rate: 1e-4\n")
+    config = cli.parse(SFTConfig, [f"--config={path}"], prog="x")
+    assert config.optimizer.learning_rate == 1e-4
+    path.write_text("data: a\nrun_dir: b\noverlong: dorp\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(SFTConfig, ["--config", str(path)], prog="x")
+    assert stopped.value.code == 2
+    assert "dorp" in capsys.readouterr().err
+
+
 def test_a_written_configuration_reads_back(stages):
     path = Path(stages.ppo.run_dir).parent / "again.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(stages.ppo)))))

@@ -101,6 +101,14 @@ def test_interrupted_ppo_goes_on_where_it_stopped(
     )
 
 
+def test_a_finished_run_goes_on_from_its_written_configuration(stages, ppo_run):
+    stored = yaml.safe_load(ppo_run.config.read_text("utf-8"))
+    assert "resume" not in stored and "quiet" not in stored
+    before = trained_params(ppo_run.path)
+    ppo.run(dataclasses.replace(stages.ppo, resume=True))
+    jax.tree.map(np.testing.assert_array_equal, before, trained_params(ppo_run.path))
+
+
 def test_interrupted_sft_goes_on_where_it_stopped(stages, tmp_path, monkeypatch):
     config = dataclasses.replace(stages.sft, run_dir=str(tmp_path / "run"))
     log = Session.log
