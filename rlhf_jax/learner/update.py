@@ -54,7 +54,59 @@ def make_update(
         advance, and `first_nonfinite/<term>` says where.
     """
 
-    def minibatch_step(carry, minibatch: Experience):
+    minibatch_step = _minibatch_step(
+        objective, optimizers, num_microbatches=num_microbatches
+    )
+
+    def update(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+        _, key = step_keys(state)
+
+        def epoch(carry, epoch_key: Array):
+            minibatches = split_minibatches(
+                epoch_key, experience, num_minibatches=num_minibatches
+            )
+            if state_sharding is not None:  # every minibatch on all devices
+                mesh = jax.tree.leaves(state_sharding)[0].mesh
+                spread = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+                minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
+            return jax.lax.scan(minibatch_step, carry, minibatches)
+
+        start = (state.params, state.opt_state, jnp.asarray(True))
+        keys = jax.random.split(key, num_epochs)
+        (params, opt_state, healthy), (metrics, terms) = jax.lax.scan(
+            epoch, start, keys
+        )
+        first_step = {
+            f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
+            for name in ("clip_fraction", "approx_kl")
+            if f"policy/{name}" in metrics
+        }
+        metrics = jax.tree.map(jnp.mean, metrics) | first_step
+        metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
+        state = TrainState(
+            params=params,
+            opt_state=opt_state,
+            kl_coef=state.kl_coef,
+            key=state.key,
+            step=state.step + healthy,
+        )
+        return state, metrics
+
+    if state_sharding is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, None))
+
+
+def _minibatch_step(
+    objective: Objective, optimizers: ActorCritic, *, num_microbatches: int
+) -> Callable:
+    """One optimizer step of actor and critic, as the body of a scan.
+
+    Carries `(params, opt_state, healthy)`; once a term is not finite nothing changes
+    any more. Puts out metrics, and the terms that have to be finite.
+    """
+
+    def step(carry, minibatch: Experience):
         params, opt_state, healthy = carry
         num_tokens = jnp.maximum(jnp.sum(minibatch.mask), 1).astype(jnp.float32)
         loss, metrics, grads = accumulate_gradients(
@@ -88,40 +140,4 @@ def make_update(
         }
         return (params, opt_state, healthy), (metrics, terms)
 
-    def update(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
-        _, key = step_keys(state)
-
-        def epoch(carry, epoch_key: Array):
-            minibatches = split_minibatches(
-                epoch_key, experience, num_minibatches=num_minibatches
-            )
-            if state_sharding is not None:  # the shuffle gathers; spread again
-                mesh = jax.tree.leaves(state_sharding)[0].mesh
-                spread = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-                minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
-            return jax.lax.scan(minibatch_step, carry, minibatches)
-
-        start = (state.params, state.opt_state, jnp.asarray(True))
-        keys = jax.random.split(key, num_epochs)
-        (params, opt_state, healthy), (metrics, terms) = jax.lax.scan(
-            epoch, start, keys
-        )
-        first_step = {
-            f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
-            for name in ("clip_fraction", "approx_kl")
-            if f"policy/{name}" in metrics
-        }
-        metrics = jax.tree.map(jnp.mean, metrics) | first_step
-        metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
-        state = TrainState(
-            params=params,
-            opt_state=opt_state,
-            kl_coef=state.kl_coef,
-            key=state.key,
-            step=state.step + healthy,
-        )
-        return state, metrics
-
-    if state_sharding is None:
-        return jax.jit(update, donate_argnums=0)
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, None))
+    return step
