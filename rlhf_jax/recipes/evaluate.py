@@ -6,21 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.algo.types import Params
 from rlhf_jax.learner.objectives import imitation_losses
 from rlhf_jax.models.callables import policy, reward_model
-from rlhf_jax.models.config import Head
-from rlhf_jax.models.hf_weights import load_pretrained
-from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes import sft as sft_stage
 from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.configs import EvaluateConfig
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits
+from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.runtime.batches import pad_examples, pad_pairs, pad_prompts
 from rlhf_jax.runtime.encoding import encode_examples, encode_pairs, encode_prompts
@@ -72,7 +67,7 @@ def _texts(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
         bos_id=language.bos_id,
     )
     _report_dropped(path, encoded.dropped)
-    module, params = _load(config.model, "lm", config)
+    module, params = read_network(config.model, head="lm", dtype=config.dtype)
     check_fits(module, language, needed=encoded.width, name="model", why="max-tokens")
     evaluate = sft_stage.make_evaluation(
         jax.jit(imitation_losses(policy(module).token_logprobs)),
@@ -99,7 +94,9 @@ def _pairs(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
         bos_id=language.bos_id,
     )
     _report_dropped(path, encoded.dropped)
-    module, params = _load(config.reward_model, "reward", config)
+    module, params = read_network(
+        config.reward_model, head="reward", dtype=config.dtype
+    )
     check_fits(
         module, language, needed=encoded.width, name="reward-model", why="max-tokens"
     )
@@ -124,7 +121,7 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
         bos_id=language.bos_id,
     )
     _report_dropped(path, encoded.dropped)
-    module, params = _load(config.model, "lm", config)
+    module, params = read_network(config.model, head="lm", dtype=config.dtype)
     needed = encoded.width + config.max_new_tokens
     check_fits(
         module, language, needed=needed, name="model", why="prompt + max-new-tokens"
@@ -133,7 +130,9 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     if config.reference is not None:
         other = Language.load(config.reference)
         language.check_same_as(other, "reference", config.reference)
-        reference_module, reference = _load(config.reference, "lm", config)
+        reference_module, reference = read_network(
+            config.reference, head="lm", dtype=config.dtype
+        )
         if reference_module.config != module.config:
             raise ValueError(
                 f"reference={config.reference!r}: its shape differs from that of "
@@ -142,7 +141,9 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     if config.reward_model is not None:
         other = Language.load(config.reward_model)
         language.check_same_as(other, "reward-model", config.reward_model)
-        reward_module, reward = _load(config.reward_model, "reward", config)
+        reward_module, reward = read_network(
+            config.reward_model, head="reward", dtype=config.dtype
+        )
         check_fits(
             reward_module,
             language,
@@ -174,12 +175,6 @@ def _policy(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
         reward=reward,
     )
     return {"prompts": len(encoded.rows)} | _named("prompts", answers.metrics())
-
-
-def _load(path: str, head: Head, config: EvaluateConfig) -> tuple[Transformer, Params]:
-    dtype = jnp.dtype(config.dtype)
-    module, params = load_pretrained(path, head=head, dtype=dtype)
-    return module.clone(dtype=dtype), params
 
 
 def _named(group: str, figures: dict[str, float]) -> dict[str, float]:

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.models.callables import policy
-from rlhf_jax.models.hf_weights import load_pretrained
 from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.configs import GenerateConfig
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits
+from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.runtime.batches import pad_prompts
 from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh
@@ -34,8 +32,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     mesh = make_mesh()
     language = Language.load(config.model)
     texts = _prompts(config, language)
-    module, params = load_pretrained(config.model, dtype=jnp.dtype(config.dtype))
-    module = module.clone(dtype=jnp.dtype(config.dtype))
+    module, params = read_network(config.model, head="lm", dtype=config.dtype)
     longest = module.config.max_positions - config.max_new_tokens
     if longest < 1:
         raise ValueError(

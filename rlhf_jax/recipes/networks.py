@@ -12,7 +12,7 @@ from rlhf_jax.models.hf_weights import load_pretrained
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.runtime.config import FreshModelConfig, RunConfig
+from rlhf_jax.runtime.config import Dtype, FreshModelConfig, RunConfig
 
 State = TypeVar("State")
 
@@ -47,10 +47,16 @@ def frozen_network(
     path: str, config: RunConfig, *, head: Head, mesh: Mesh
 ) -> tuple[Transformer, Params]:
     """A checkpoint that is only read: parameters and activations as configured."""
-    module, params = load_pretrained(
-        path, head=head, mesh=mesh, dtype=jnp.dtype(config.dtype)
-    )
+    module, params = read_network(path, head=head, dtype=config.dtype, mesh=mesh)
     return configured(module, config), params
+
+
+def read_network(
+    path: str, *, head: Head, dtype: Dtype, mesh: Mesh | None = None
+) -> tuple[Transformer, Params]:
+    """A checkpoint with parameters and activations of one dtype."""
+    module, params = load_pretrained(path, head=head, mesh=mesh, dtype=jnp.dtype(dtype))
+    return module.clone(dtype=jnp.dtype(dtype)), params
 
 
 def configured(module: Transformer, config: RunConfig) -> Transformer:
