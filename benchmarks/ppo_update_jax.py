@@ -20,6 +20,7 @@ from rlhf_jax.learner import (
     make_optimizer,
     make_update,
     ppo_objective,
+    separate_networks,
     step_keys,
 )
 from rlhf_jax.models import Transformer
@@ -81,7 +82,11 @@ def make_program(
         return make_experience(scored, kl_coef=state.kl_coef)[0]
 
     update = make_update(
-        ppo_objective(token_logprobs_fn=actor.token_logprobs, values_fn=values_fn),
+        ppo_objective(
+            separate_networks(
+                token_logprobs_fn=actor.token_logprobs, values_fn=values_fn
+            )
+        ),
         optimizers,
         num_epochs=shape.epochs,
         num_minibatches=shape.minibatches,

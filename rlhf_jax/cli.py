@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from rlhf_jax.presets import PRESETS, PPOMethod, preset
 from rlhf_jax.recipes.configs import (
     EvaluateConfig,
     GenerateConfig,
@@ -18,7 +19,7 @@ from rlhf_jax.recipes.configs import (
     RewardConfig,
     SFTConfig,
 )
-from rlhf_jax.runtime.config import load_yaml
+from rlhf_jax.runtime.config import load_yaml, to_dict
 
 USAGE = """\
 usage: rlhf-jax COMMAND [options]
@@ -124,15 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     """A configuration from flags, and from a YAML file where `--config` names one.
 
-    What the file says becomes flags before those given, so that the last one counts and
-    one parser checks all values.
+    What a preset and the file say becomes flags before those given, so that the last
+    one counts and one parser checks all values.
 
     Raises:
-        ValueError: on a file that cannot be read or has keys that do not exist.
+        ValueError: on a file that cannot be read or has keys that do not exist, or a
+            preset that does not.
     """
-    flags, path = _take_config(list(flags))
+    flags, path = _take(list(flags), "--config", "the path of a YAML file")
+    values = {} if path is None else load_yaml(path)
+    preset_flags = []
+    if issubclass(config_type, PPOMethod):
+        flags, name = _take(flags, "--preset", f"one of {', '.join(PRESETS)}")
+        name = name or values.pop("preset", None)
+        if name is not None:
+            method = to_dict(preset(name))
+            preset_flags = flags_from(config_type, method, where=f"preset {name}")
     if path is not None:
-        flags = flags_from(config_type, load_yaml(path), where=path) + flags
+        flags = flags_from(config_type, values, where=path) + flags
+    flags = preset_flags + flags
     return tyro.cli(
         config_type,
         args=flags,
@@ -141,14 +152,14 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     )
 
 
-def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
-    """The flags without `--config PATH` or `--config=PATH`, and the path."""
+def _take(flags: list[str], option: str, needs: str) -> tuple[list[str], str | None]:
+    """The flags without `option VALUE` or `option=VALUE`, and the value."""
     for at, flag in enumerate(flags):
-        if flag.startswith("--config="):
-            return flags[:at] + flags[at + 1 :], flag.removeprefix("--config=")
-        if flag == "--config":
+        if flag.startswith(f"{option}="):
+            return flags[:at] + flags[at + 1 :], flag.removeprefix(f"{option}=")
+        if flag == option:
             if at + 1 == len(flags):
-                raise ValueError("--config needs the path of a YAML file")
+                raise ValueError(f"{option} needs {needs}")
             return flags[:at] + flags[at + 2 :], flags[at + 1]
     return flags, None
 
@@ -176,7 +187,8 @@ def flags_from(
             assert isinstance(section, type)
             flags += flags_from(section, value, where=where, prefix=f"{flag}.")
         elif isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--{prefix}no-{flag}")
+            no = "" if value else "no-"
+            flags.append(f"--{prefix}{no}{flag.removeprefix(prefix)}")
         elif isinstance(value, list):
             flags += [f"--{flag}", *map(str, value)]
         else:

@@ -73,6 +73,30 @@ class ValuesFn(Protocol):
         ...
 
 
+class ActorCriticFn(Protocol):
+    """Actor and critic over one sequence: what an update differentiates.
+
+    Two networks (`rlhf_jax.learner.separate_networks`), or one trunk with two heads
+    that is run once.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Array,
+        mask: Array,
+        /,
+        *,
+        response_length: int,
+        temperature: Scalar,
+    ) -> tuple[Array, Array, Array]:
+        """→ log-probabilities, entropies and values, each `[B, T]` float32.
+
+        `params` is an `rlhf_jax.learner.ActorCritic`.
+        """
+        ...
+
+
 class PrefillFn(Protocol):
     """Reads left-padded prompts and makes room for the answer."""
 

@@ -20,6 +20,7 @@ from rlhf_jax.learner import (
     make_schedule,
     make_update,
     ppo_objective,
+    separate_networks,
     step_keys,
 )
 from rlhf_jax.rollout import (
@@ -286,8 +287,7 @@ def train(key, reference, token_scores, kl_coef, temperature):
     )
     update = make_update(
         ppo_objective(
-            token_logprobs_fn=TOKEN_LOGPROBS_FN,
-            values_fn=VALUES_FN,
+            separate_networks(token_logprobs_fn=TOKEN_LOGPROBS_FN, values_fn=VALUES_FN),
             temperature=temperature,
         ),
         optimizers,

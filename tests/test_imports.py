@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "rlhf_jax.algo",
         "rlhf_jax.interfaces",
     },
+    "presets": {"rlhf_jax.algo.options", "rlhf_jax.runtime.config"},
     "tasks": {"numpy"},
     "runtime": {
         "jax",

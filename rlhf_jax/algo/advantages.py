@@ -2,7 +2,8 @@
 
 In every function a masked token inside a row, such as a tool's output, is passed over:
 the result is that of the row with the gap cut out. The episode ends at the last real
-token, whether it stopped there or was cut off: the value beyond it is 0.
+token, whether it stopped there or was cut off, and the value beyond it is 0, unless
+`end_values` says otherwise.
 """
 
 from typing import Literal
@@ -11,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.masking import column_indices
+from rlhf_jax.algo.masking import column_indices, last_token_index
 from rlhf_jax.algo.types import Array, Scalar
 
 
@@ -23,18 +24,27 @@ def gae(
     gamma: Scalar = 1.0,
     lam: Scalar = 0.95,
     method: Literal["scan", "associative"] = "scan",
+    gaps: Literal["carry", "zero"] = "carry",
+    target_values: Array | None = None,
+    end_values: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalized advantage estimates and value targets, one pair per token.
 
     With s_t = prompt + response[:t] and a_t = response[t], runs backwards over the
     real tokens t:
 
-        δ_t = r_t + γ · V(s_{t+1}) − V(s_t)
+        δ_t = r_t + γ · V'(s_{t+1}) − V(s_t)
         A_t = δ_t + γλ · A_{t+1}
         R_t = A_t + V(s_t)
 
-    V = A = 0 beyond the last real token. A masked token inside a row hands A and V on
-    unchanged. Advantages are not whitened here.
+    V' is V, or the slow copy of the critic in `target_values`. V' = A = 0 beyond the
+    last real token. A masked token inside a row hands A and V' on unchanged.
+    Advantages are not whitened here.
+
+    λ = 1 trusts returns alone: no bias from the critic, and the variance of every
+    later token. λ = 0.95 (the OpenAI line) sees a final score through 0.95^k, that is
+    hardly at all from 100 tokens before it: take 1, or `length_adaptive_lam`, for long
+    answers. Separate λ for policy and critic are two calls.
 
     Args:
         rewards: `[B, T]` float, r_t, paid when token t is emitted.
@@ -42,29 +52,76 @@ def gae(
         mask: `[B, T]` bool, True on response tokens through the first stop token;
             `include_end_state` of that where the score sits after the last token.
         gamma: `[]`, discount per token, in [0, 1].
-        lam: `[]`, λ; 0 gives TD errors, 1 gives returns minus values.
+        lam: `[]` or one per row `[B]`, λ; 0 gives TD errors, 1 gives returns minus
+            values.
         method: `"scan"` steps back through time and is the faster on a CPU;
             `"associative"` takes log T parallel steps. They agree up to rounding.
+        gaps: `"carry"` as said above; `"zero"` makes a masked token inside a row a
+            state of value 0 without reward, through which A shrinks by γλ (OpenRLHF
+            and slime); there to reproduce them.
+        target_values: `[B, T]` float, V'(s_t); `values` by default.
+        end_values: `[B]` float, V' beyond the last real token: what an answer that was
+            cut off could still have earned. 0 by default.
 
     Returns:
         `(advantages, returns)`, both `[B, T]` float32 and 0 where `mask` is False.
         Neither carries a gradient.
 
     Raises:
-        ValueError: on an unknown method.
+        ValueError: on an unknown method or rule for gaps.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
         Schulman et al., 2016, arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11.
     """
     rewards, values = _check_and_mask(rewards, values, mask)
-    if method == "scan":
-        advantages = _gae_scan(rewards, values, mask, gamma, lam)
-    elif method == "associative":
-        advantages = _gae_associative(rewards, values, mask, gamma, lam)
-    else:
+    targets = values
+    if target_values is not None:
+        _, targets = _check_and_mask(rewards, target_values, mask)
+    end = jnp.zeros_like(values[:, 0])
+    if end_values is not None:
+        chex.assert_shape(end_values, end.shape)
+        chex.assert_type(end_values, float)
+        end = end_values.astype(jnp.float32)
+    decay = gamma * jnp.asarray(lam, jnp.float32)
+    chex.assert_rank(decay, {0, 1})
+
+    real = _steps(mask, gaps)
+    recursions = {"scan": _gae_scan, "associative": _gae_associative}
+    if method not in recursions:
         raise ValueError(f"method={method!r}: expected 'scan' or 'associative'")
+    recursion = recursions[method]
+    advantages = recursion(rewards, values, targets, end, real, gamma, decay)
+    if gaps == "zero":
+        advantages = jnp.where(mask, advantages, 0.0)
     return jax.lax.stop_gradient((advantages, advantages + values))
+
+
+def length_adaptive_lam(mask: Array, *, alpha: Scalar = 0.05) -> Array:
+    """λ that grows with the answer, so that its first token still sees the score.
+
+        λ = 1 − 1 / max(α · l, 1),    l = real tokens of the row
+
+    Then (1 − λ) · l is at most 1 / α. Up to 1 / α tokens (20 at α = 0.05) λ is 0: TD
+    errors alone, so give short answers a larger α.
+
+    Args:
+        mask: `[B, T]` bool, True on real tokens.
+        alpha: `[]`, α, positive.
+
+    Returns:
+        `[B]` float32, in [0, 1).
+
+    Raises:
+        AssertionError: when `mask` is not a matrix of bool.
+
+    References:
+        Yue et al., 2025, VAPO, arXiv:2504.05118, section 4.2.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    lengths = jnp.sum(mask.astype(jnp.float32), axis=1)
+    return 1.0 - 1.0 / jnp.maximum(alpha * lengths, 1.0)
 
 
 def td_errors(
@@ -88,7 +145,8 @@ def td_errors(
         Sutton and Barto, Reinforcement Learning, 2nd ed., eq. 6.5.
     """
     rewards, values = _check_and_mask(rewards, values, mask)
-    errors = rewards + gamma * _next_real(values, mask) - values
+    end = jnp.zeros_like(values[:, 0])
+    errors = rewards + gamma * _next_real(values, mask, end) - values
     return jax.lax.stop_gradient(jnp.where(mask, errors, 0.0))
 
 
@@ -123,9 +181,11 @@ def n_step_returns(
         raise ValueError(f"n={n}: expected at least 1 step")
     rewards, values = _check_and_mask(rewards, values, mask)
 
+    end = jnp.zeros_like(values[:, 0])
+
     def look_one_further(_, returns: Array) -> Array:
         # The return over k + 1 steps is r_t + γ · (that over k steps from t + 1).
-        return jnp.where(mask, rewards + gamma * _next_real(returns, mask), 0.0)
+        return jnp.where(mask, rewards + gamma * _next_real(returns, mask, end), 0.0)
 
     steps = min(n, rewards.shape[1])  # beyond the end of the row nothing changes
     returns = jax.lax.fori_loop(0, steps, look_one_further, values)
@@ -143,39 +203,60 @@ def _check_and_mask(rewards: Array, values: Array, mask: Array) -> tuple[Array, 
     return rewards, values
 
 
-def _gae_scan(
-    rewards: Array, values: Array, mask: Array, gamma: Scalar, lam: Scalar
-) -> Array:
-    def step_back(carry: tuple[Array, Array], token: tuple[Array, Array, Array]):
-        next_advantage, next_value = carry
-        reward, value, real = token
-        delta = reward + gamma * next_value - value
-        advantage = delta + gamma * lam * next_advantage
-        carry = (
-            jnp.where(real, advantage, next_advantage),
-            jnp.where(real, value, next_value),
-        )
-        return carry, jnp.where(real, advantage, 0.0)
+def _steps(mask: Array, gaps: str) -> Array:
+    """`[B, T]` bool: the tokens that are steps of the recursion."""
+    if gaps == "carry":
+        return mask
+    if gaps == "zero":
+        return column_indices(mask) <= last_token_index(mask)[:, None]
+    raise ValueError(f"gaps={gaps!r}: expected 'carry' or 'zero'")
 
-    end = jnp.zeros_like(values[:, 0])
+
+def _gae_scan(
+    rewards: Array,
+    values: Array,
+    targets: Array,
+    end: Array,
+    real: Array,
+    gamma: Scalar,
+    decay: Array,
+) -> Array:
+    def step_back(carry: tuple[Array, Array], token: tuple[Array, ...]):
+        next_advantage, next_target = carry
+        reward, value, is_real, *slow_value = token
+        target = slow_value[0] if slow_value else value
+        delta = reward + gamma * next_target - value
+        advantage = delta + decay * next_advantage
+        carry = (
+            jnp.where(is_real, advantage, next_advantage),
+            jnp.where(is_real, target, next_target),
+        )
+        return carry, jnp.where(is_real, advantage, 0.0)
+
+    tokens = [rewards.T, values.T, real.T]  # scan runs over the leading axis
+    if targets is not values:  # reading the same array twice would cost a third more
+        tokens.append(targets.T)
     # Not unrolled: on a CPU that is slower, and compiles longer.
     _, advantages = jax.lax.scan(
-        step_back,
-        (end, end),
-        (rewards.T, values.T, mask.T),  # scan runs over the leading axis
-        reverse=True,
+        step_back, (jnp.zeros_like(end), end), tuple(tokens), reverse=True
     )
     return advantages.T
 
 
 def _gae_associative(
-    rewards: Array, values: Array, mask: Array, gamma: Scalar, lam: Scalar
+    rewards: Array,
+    values: Array,
+    targets: Array,
+    end: Array,
+    real: Array,
+    gamma: Scalar,
+    decay: Array,
 ) -> Array:
     # A_t = d_t + g_t · A_{t+1}; a masked token has d = 0 and g = 1. Maps x ↦ d + g·x
     # compose, so no power of γλ is ever divided by: they underflow in long rows.
-    deltas = rewards + gamma * _next_real(values, mask) - values
-    deltas = jnp.where(mask, deltas, 0.0)
-    decays = jnp.where(mask, jnp.asarray(gamma * lam, jnp.float32), 1.0)
+    deltas = rewards + gamma * _next_real(targets, real, end) - values
+    deltas = jnp.where(real, deltas, 0.0)
+    decays = jnp.where(real, decay[:, None] if decay.ndim else decay, 1.0)
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]):
         d_later, g_later = later
@@ -185,12 +266,14 @@ def _gae_associative(
     advantages, _ = jax.lax.associative_scan(
         compose, (deltas, decays), reverse=True, axis=1
     )
-    return jnp.where(mask, advantages, 0.0)
+    return jnp.where(real, advantages, 0.0)
 
 
-def _next_real(x: Array, mask: Array) -> Array:
-    """`[B, T]`: x at the next real token of the row, 0 after the last one."""
+def _next_real(x: Array, mask: Array, end: Array) -> Array:
+    """`[B, T]`: x at the next real token of the row, `end` (`[B]`) after the last."""
     here = jnp.where(mask, column_indices(x), x.shape[1])
     after = jnp.pad(here[:, 1:], ((0, 0), (0, 1)), constant_values=x.shape[1])
     index = jax.lax.cummin(after, axis=1, reverse=True)  # T where there is none
-    return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, 1))), index, axis=1)
+    return jnp.take_along_axis(
+        jnp.concatenate([x, end[:, None]], axis=1), index, axis=1
+    )

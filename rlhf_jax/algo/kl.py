@@ -3,15 +3,22 @@
 from typing import Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo.types import Array, Scalar
 
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
 
 def kl_estimate(
-    logprobs: Array, ref_logprobs: Array, *, estimator: KLEstimator = "k1"
+    logprobs: Array,
+    ref_logprobs: Array,
+    *,
+    estimator: KLEstimator = "k1",
+    straight_through: bool = False,
+    log_ratio_clamp: float | None = None,
+    clamp: float | None = None,
 ) -> Array:
     """Estimates of KL(π‖π_ref), one per sampled token.
 
@@ -20,20 +27,28 @@ def kl_estimate(
         k1 = ℓ             E k1 = KL; either sign
         k2 = ½ℓ²           not KL, but E ∇k2 = ∇KL; never negative
         k3 = e^(−ℓ) − 1 + ℓ    E k3 = KL; never negative
+        abs = |ℓ|          neither
 
-    In the reward take k1: the policy gradient of −k1 is exactly −∇KL, and that of −k3
-    is not. As a differentiated loss take k2: E ∇k1 = 0 and E ∇k3 = ∇KL(π_ref‖π). k3
-    has the least variance for monitoring near the reference, and explodes far below
-    it (22,015 at ℓ = −10). Padding is not treated here: mask the result, and the
+    In the reward take k1: the policy gradient of −k1 is exactly −∇KL, and that of the
+    others is not. As a differentiated loss take k2, or `straight_through`: E ∇k1 = 0
+    and E ∇k3 = ∇KL(π_ref‖π). k3 has the least variance for monitoring near the
+    reference, and explodes far below it (22,015 at ℓ = −10): there a clamp keeps
+    low-precision training finite. A clamped estimate is biased and hides divergence,
+    so watch the plain one. Padding is not treated here: mask the result, and the
     inputs where a gradient is taken.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t).
         ref_logprobs: `[B, T]` float, log π_ref(a_t | s_t).
-        estimator: which of the three.
+        estimator: which of the four.
+        straight_through: the value of `estimator` with the gradient of k2; for a loss
+            that reports an honest KL and minimises it ("k3+" in verl).
+        log_ratio_clamp: c bounds ℓ to [−c, c] first (20 in verl's k3).
+        clamp: c bounds the estimate to [−c, c] (10 in verl's k3 and OpenRLHF).
 
     Returns:
-        `[B, T]` float32, differentiable in both arguments.
+        `[B, T]` float32, differentiable in both arguments; with a gradient of 0 where
+        a clamp acts.
 
     Raises:
         ValueError: on an unknown estimator.
@@ -45,13 +60,25 @@ def kl_estimate(
     chex.assert_equal_shape([logprobs, ref_logprobs])
     chex.assert_type([logprobs, ref_logprobs], float)
     log_ratio = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
+    if log_ratio_clamp is not None:
+        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
     if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * jnp.square(log_ratio)
-    if estimator == "k3":
-        return jnp.expm1(-log_ratio) + log_ratio  # exp(-ℓ) - 1 would cancel near 0
-    raise ValueError(f"estimator={estimator!r}: expected 'k1', 'k2' or 'k3'")
+        estimate = log_ratio
+    elif estimator == "k2":
+        estimate = 0.5 * jnp.square(log_ratio)
+    elif estimator == "k3":
+        # exp(-ℓ) - 1 would cancel near 0
+        estimate = jnp.expm1(-log_ratio) + log_ratio
+    elif estimator == "abs":
+        estimate = jnp.abs(log_ratio)
+    else:
+        raise ValueError(f"estimator={estimator!r}: expected 'k1', 'k2', 'k3' or 'abs'")
+    if clamp is not None:
+        estimate = jnp.clip(estimate, -clamp, clamp)
+    if straight_through:
+        k2 = 0.5 * jnp.square(log_ratio)
+        estimate = jax.lax.stop_gradient(estimate - k2) + k2
+    return estimate
 
 
 def adapt_kl_coef(

@@ -1,13 +1,25 @@
 """The losses of PPO: per token, and reduced over the tokens of an experience."""
 
+from collections.abc import Callable
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo import diagnostics
 from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import Aggregation, aggregate
 from rlhf_jax.algo.types import Array, Experience, Scalar
+
+PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
+"""`(logprobs, old_logprobs, advantages, mask) -> [B, T]` unreduced."""
+
+KLFn = Callable[[Array, Array], Array]
+"""`(logprobs, ref_logprobs) -> [B, T]` unreduced."""
+
+_k2 = partial(kl_estimate, estimator="k2")
 
 
 def clipped_policy_loss(
@@ -17,6 +29,7 @@ def clipped_policy_loss(
     *,
     clip_eps: ClipEps = 0.2,
     dual_clip: Scalar | None = None,
+    log_ratio_clamp: float | None = None,
 ) -> Array:
     """PPO's clipped surrogate, negated, one term per token.
 
@@ -34,7 +47,10 @@ def clipped_policy_loss(
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t), of the policy that sampled.
         advantages: `[B, T]` float, A_t.
         clip_eps: ε, or `(ε_low, ε_high)`.
-        dual_clip: c, above 1; None leaves it out.
+        dual_clip: c, above 1; None leaves it out. For stale data, where a bad token's
+            ratio can be large; 3 in verl, where it is on by default.
+        log_ratio_clamp: bounds log ρ to [−c, c] before the exponential (20 in verl and
+            OpenRLHF), so that ρ cannot overflow; no gradient where it acts.
 
     Returns:
         `[B, T]` float32, unreduced, with a gradient in `logprobs` only; exactly 0
@@ -55,7 +71,10 @@ def clipped_policy_loss(
     old_logprobs, advantages = jax.lax.stop_gradient(
         (old_logprobs.astype(jnp.float32), advantages.astype(jnp.float32))
     )
-    ratio = jnp.exp(logprobs.astype(jnp.float32) - old_logprobs)
+    log_ratio = logprobs.astype(jnp.float32) - old_logprobs
+    if log_ratio_clamp is not None:
+        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+    ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, *ratio_range(clip_eps))
     loss = jnp.maximum(-ratio * advantages, -clipped_ratio * advantages)
     if dual_clip is not None:
@@ -70,19 +89,24 @@ def clipped_value_loss(
     returns: Array,
     *,
     clip_eps: Scalar | None = 0.2,
+    scale: Scalar = 0.5,
 ) -> Array:
     """Squared error of the critic, clipped around its old values, one term per token.
 
         V_c = V_old + clip(V − V_old, −ε, ε)
         L = ½ · max((V − R)², (V_c − R)²)
 
-    The ½ is part of it. Padding is not treated here, as in `clipped_policy_loss`.
+    The ½ is part of it, here and in every implementation we know. A larger ε lets the
+    critic move further per rollout (0.5 in verl and OpenRLHF, 0.2 in the OpenAI line);
+    it is in units of the score, so a critic that starts far off learns slowly.
+    Padding is not treated here, as in `clipped_policy_loss`.
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
         old_values: `[B, T]` float, V(s_t) when the rollout was scored.
         returns: `[B, T]` float, R_t.
         clip_eps: ε; None gives the plain ½ · (V − R)².
+        scale: 1 leaves the ½ out.
 
     Returns:
         `[B, T]` float32, unreduced, with a gradient in `values` only; exactly 0 where
@@ -105,7 +129,7 @@ def clipped_value_loss(
     if clip_eps is not None:
         clipped = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
         loss = jnp.maximum(loss, jnp.square(clipped - returns))
-    return 0.5 * loss
+    return scale * loss
 
 
 def actor_loss(
@@ -115,20 +139,32 @@ def actor_loss(
     *,
     clip_eps: ClipEps = 0.2,
     dual_clip: Scalar | None = None,
+    log_ratio_clamp: float | None = None,
+    policy_loss_fn: PolicyLossFn | None = None,
+    kl_fn: KLFn = _k2,
     entropy_coef: Scalar = 0.0,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The actor's part of `ppo_loss`: clipped policy loss − entropy_coef · entropy.
+    """The actor's part of `ppo_loss`.
+
+        w · policy_loss − entropy_coef · entropy + β · kl_fn(π, π_ref)
+
+    w is `experience.weights`, β is `experience.kl_coef`; without them w = 1 and there
+    is no KL term (the KL then sits in the rewards, or nowhere).
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         entropy: `[B, T]` float, of π(· | s_t).
-        experience: read for `mask`, `old_logprobs` and `advantages`; padding may hold
-            anything.
+        experience: read for `mask`, `old_logprobs`, `advantages`, and where they are
+            used `weights`, `kl_coef` and `ref_logprobs`; padding may hold anything.
         clip_eps: ε, or `(ε_low, ε_high)`.
         dual_clip: see `clipped_policy_loss`.
+        log_ratio_clamp: see `clipped_policy_loss`.
+        policy_loss_fn: takes the place of `clipped_policy_loss` and its options; see
+            `rlhf_jax.algo.policy_losses`.
+        kl_fn: the KL term, unreduced; an estimator whose gradient is that of the KL.
         entropy_coef: weight of the entropy bonus.
         aggregation: see `aggregate`.
         num_tokens: see `ppo_loss`.
@@ -137,7 +173,7 @@ def actor_loss(
     Returns:
         The `[]` float32 loss, with a gradient in `logprobs` and `entropy`, and the
         metrics `policy_loss`, `entropy`, `approx_kl`, `clip_fraction`, `ratio_mean`,
-        as in `ppo_loss`.
+        as in `ppo_loss`, and `kl_loss` where there is a KL term.
 
     Raises:
         ValueError: on an unknown aggregation.
@@ -157,11 +193,20 @@ def actor_loss(
             num_sequences=num_sequences,
         )
 
-    policy_loss = reduce(
-        clipped_policy_loss(
-            logprobs, old_logprobs, advantages, clip_eps=clip_eps, dual_clip=dual_clip
+    if policy_loss_fn is None:
+        terms = clipped_policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            clip_eps=clip_eps,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
         )
-    )
+    else:
+        terms = policy_loss_fn(logprobs, old_logprobs, advantages, mask)
+    if experience.weights is not None:
+        terms = jax.lax.stop_gradient(experience.weights) * terms
+    policy_loss = reduce(terms)
     ratios = (logprobs, old_logprobs)
     metrics = {
         "policy_loss": policy_loss,
@@ -173,6 +218,12 @@ def actor_loss(
         "ratio_mean": diagnostics.mean_ratio(*ratios, mask, num_tokens=num_tokens),
     }
     loss = policy_loss - entropy_coef * reduce(entropy)
+    if experience.kl_coef is not None:
+        assert experience.ref_logprobs is not None, "a KL term needs ref_logprobs"
+        (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
+        kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
+        kl_loss = reduce(experience.kl_coef[:, None] * kl)
+        loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss}
     return loss, jax.lax.stop_gradient(metrics)
 
 
@@ -181,6 +232,7 @@ def critic_loss(
     experience: Experience,
     *,
     value_clip_eps: Scalar | None = 0.2,
+    scale: Scalar = 0.5,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
@@ -189,11 +241,12 @@ def critic_loss(
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
-        experience: read for `mask`, `old_values` and `returns`; padding may hold
-            anything.
+        experience: read for `value_mask` (`mask` where that is None), `old_values` and
+            `returns`; padding may hold anything.
         value_clip_eps: see `clipped_value_loss`.
+        scale: see `clipped_value_loss`.
         aggregation: see `aggregate`.
-        num_tokens: see `ppo_loss`.
+        num_tokens: `[]`, real tokens of the whole minibatch in the critic's mask.
         num_sequences: see `ppo_loss`.
 
     Returns:
@@ -204,12 +257,14 @@ def critic_loss(
         ValueError: on an unknown aggregation.
         AssertionError: on unequal shapes or a wrong dtype.
     """
-    mask = experience.mask
+    mask = experience.mask if experience.value_mask is None else experience.value_mask
     values, old_values, returns = _mask_inputs(
         mask, values, experience.old_values, experience.returns
     )
     loss = aggregate(
-        clipped_value_loss(values, old_values, returns, clip_eps=value_clip_eps),
+        clipped_value_loss(
+            values, old_values, returns, clip_eps=value_clip_eps, scale=scale
+        ),
         mask,
         mode=aggregation,
         num_tokens=num_tokens,
@@ -242,6 +297,7 @@ def ppo_loss(
     dual_clip: Scalar | None = None,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
+    num_value_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """What one optimizer step of PPO minimises.
@@ -251,9 +307,9 @@ def ppo_loss(
     The gradient in `logprobs` and `entropy` is that of `actor_loss`, the one in
     `values` that of `critic_loss` times `value_coef`.
 
-    A minibatch that is read in several microbatches hands its own `num_tokens` and
-    `num_sequences` to each of them: then losses, gradients and metrics, summed over
-    the microbatches, are those of the minibatch.
+    A minibatch that is read in several microbatches hands its own `num_tokens`,
+    `num_value_tokens` and `num_sequences` to each of them: then losses, gradients and
+    metrics, summed over the microbatches, are those of the minibatch.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
@@ -261,7 +317,8 @@ def ppo_loss(
         values: `[B, T]` float, V(s_t) of the critic in training.
         entropy: `[B, T]` float, of π(· | s_t).
         experience: read for `mask`, `old_logprobs`, `advantages`, `old_values` and
-            `returns`; padding may hold anything.
+            `returns`; padding may hold anything. See `actor_loss` for a KL term in the
+            loss and weights of tokens.
         clip_eps: ε, or `(ε_low, ε_high)`, of `clipped_policy_loss`.
         value_clip_eps: ε of `clipped_value_loss`; None for no clipping.
         value_coef: weight of the value loss.
@@ -270,6 +327,8 @@ def ppo_loss(
         aggregation: how terms are reduced; see `aggregate`.
         num_tokens: `[]`, real tokens of the whole minibatch, the divisor of
             `"token-mean"` and of the metrics; those of `experience.mask` by default.
+        num_value_tokens: `[]`, the same for the critic, where its tokens are others
+            (`experience.value_mask`); `num_tokens` by default.
         num_sequences: `[]`, rows with a real token of the whole minibatch, the divisor
             of the `"seq-mean"` aggregations; those of `experience.mask` by default.
 
@@ -302,7 +361,7 @@ def ppo_loss(
         experience,
         value_clip_eps=value_clip_eps,
         aggregation=aggregation,
-        num_tokens=num_tokens,
+        num_tokens=num_tokens if num_value_tokens is None else num_value_tokens,
         num_sequences=num_sequences,
     )
     return for_actor + value_coef * for_critic, actor_metrics | critic_metrics

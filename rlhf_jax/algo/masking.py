@@ -5,6 +5,7 @@ NaN, and 0 · NaN is NaN.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import chex
@@ -137,7 +138,13 @@ def masked_mean(
 
 
 def masked_whiten(
-    x: Array, mask: Array, *, center: bool = True, ddof: int = 0, eps: Scalar = 1e-8
+    x: Array,
+    mask: Array,
+    *,
+    center: bool = True,
+    ddof: int = 0,
+    eps: Scalar = 1e-8,
+    shards: int = 1,
 ) -> Array:
     """Values scaled to variance one, and by default centred, over all real tokens.
 
@@ -154,18 +161,30 @@ def masked_whiten(
             lm-human-preferences; `shift_mean=False` there).
         ddof: 0 divides the squares by n, 1 by n − 1.
         eps: added to the variance.
+        shards: whiten this many equal, contiguous parts of the batch each by its own
+            statistics, as implementations do that whiten on every rank. The result
+            then depends on how many ranks there are: keep 1 but to reproduce them.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False.
 
     Raises:
+        ValueError: when `shards` does not divide B.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
         Ziegler et al., 2019, arXiv:1909.08593; `whiten` in its code.
     """
-    chex.assert_rank([x, mask], 2)
     chex.assert_equal_shape([x, mask])
+    if shards != 1:
+        if shards < 1 or x.shape[0] % shards:
+            raise ValueError(
+                f"shards={shards}: expected a divisor of the {x.shape[0]} rows"
+            )
+        whiten = partial(masked_whiten, center=center, ddof=ddof, eps=eps)
+        parts = (shards, x.shape[0] // shards, *x.shape[1:])
+        return jax.vmap(whiten)(x.reshape(parts), mask.reshape(parts)).reshape(x.shape)
+    chex.assert_rank([x, mask], 2)
     chex.assert_type([x, mask], [float, bool])
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     mean = masked_mean(x, mask)

@@ -11,6 +11,7 @@ from rlhf_jax.algo.masking import column_indices, last_token_index
 from rlhf_jax.algo.types import Array, Scalar
 
 ScorePosition = Literal["last_token", "after_last_token"]
+MissingEOS = Literal["subtract", "replace", "scale"]
 
 
 def penalize_missing_eos(
@@ -18,7 +19,7 @@ def penalize_missing_eos(
     truncated: Array,
     *,
     penalty: Scalar,
-    mode: Literal["subtract", "replace"] = "subtract",
+    mode: MissingEOS = "subtract",
 ) -> Array:
     """Scores in which answers that never stopped are worth less.
 
@@ -26,13 +27,14 @@ def penalize_missing_eos(
     * `"replace"`: the score *is* the penalty, such as −1 (lm-human-preferences): what
       the reward model makes of an unfinished text is ignored. Applying it twice is
       applying it once.
+    * `"scale"`: s · penalty, such as 0.5 or 0 (OpenRLHF); raises a negative score.
 
     Args:
         scores: `[B]` float.
         truncated: `[B]` bool, True where no stop token came before the limit.
         penalty: `[]`, positive to punish by `"subtract"`, usually negative for
-            `"replace"`.
-        mode: which of the two.
+            `"replace"`, in [0, 1) for `"scale"`.
+        mode: which of the three.
 
     Returns:
         `[B]` float32.
@@ -50,7 +52,9 @@ def penalize_missing_eos(
         return jnp.where(truncated, scores - penalty, scores)
     if mode == "replace":
         return jnp.where(truncated, penalty, scores)
-    raise ValueError(f"mode={mode!r}: expected 'subtract' or 'replace'")
+    if mode == "scale":
+        return jnp.where(truncated, penalty * scores, scores)
+    raise ValueError(f"mode={mode!r}: expected 'subtract', 'replace' or 'scale'")
 
 
 def shape_rewards(
@@ -61,6 +65,8 @@ def shape_rewards(
     *,
     kl_coef: Scalar,
     estimator: KLEstimator = "k1",
+    log_ratio_clamp: float | None = None,
+    clamp: float | None = None,
     score_position: ScorePosition = "last_token",
 ) -> tuple[Array, Array]:
     """Token rewards: the score at the end, minus β·KL to the reference at every token.
@@ -82,6 +88,8 @@ def shape_rewards(
         kl_coef: `[]`, β; 0 leaves the score alone.
         estimator: see `kl_estimate`. With anything but `"k1"` the policy gradient of
             the penalty is not that of the KL.
+        log_ratio_clamp: see `kl_estimate`.
+        clamp: see `kl_estimate`.
         score_position: `"last_token"` or `"after_last_token"`.
 
     Returns:
@@ -102,7 +110,14 @@ def shape_rewards(
     chex.assert_type(
         [scores, logprobs, ref_logprobs, mask], [float, float, float, bool]
     )
-    kl = jnp.where(mask, kl_estimate(logprobs, ref_logprobs, estimator=estimator), 0.0)
+    kl = kl_estimate(
+        logprobs,
+        ref_logprobs,
+        estimator=estimator,
+        log_ratio_clamp=log_ratio_clamp,
+        clamp=clamp,
+    )
+    kl = jnp.where(mask, kl, 0.0)
 
     end = last_token_index(mask)  # [B]
     if score_position == "after_last_token":

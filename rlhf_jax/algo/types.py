@@ -80,9 +80,11 @@ class ScoredRollout:
 
     rollout: Rollout
     logprobs: Array  # [B, T] float32, of the policy that answered, frozen from here on
-    ref_logprobs: Array  # [B, T] float32, of the frozen reference
+    ref_logprobs: Array | None  # [B, T] float32, of the frozen reference, if it is run
     values: Array  # [B, T] float32, V(s_t) before response token t
     scores: Array  # [B] float32, one number per sequence
+    target_values: Array | None = None  # [B, T] float32, of a slow copy of the critic
+    end_values: Array | None = None  # [B] float32, value of the state after column T
 
 
 @record
@@ -93,10 +95,13 @@ class Experience:
     sequence_mask: Array  # [B, S] bool, True on real tokens
     mask: Array  # [B, T] bool, True on response tokens
     old_logprobs: Array  # [B, T] float32
-    ref_logprobs: Array  # [B, T] float32
+    ref_logprobs: Array | None  # [B, T] float32, if the reference was run
     old_values: Array  # [B, T] float32
     advantages: Array  # [B, T] float32
     returns: Array  # [B, T] float32, what the critic should have said
+    value_mask: Array | None = None  # [B, T] bool, the critic's tokens; None: `mask`
+    weights: Array | None = None  # [B, T] float32, of policy terms; None: all 1
+    kl_coef: Array | None = None  # [B] float32, β of a KL term in the loss; None: none
 
 
 @record

@@ -1,9 +1,11 @@
 """Experience to better parameters: states, optimizers, objectives, updates."""
 
+from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.objectives import (
     imitation_objective,
     ppo_objective,
     preference_objective,
+    separate_networks,
 )
 from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
 from rlhf_jax.learner.supervised import make_supervised_step
@@ -19,8 +21,10 @@ from rlhf_jax.learner.update import make_update
 
 __all__ = [
     "ActorCritic",
+    "Counts",
     "ModelState",
     "TrainState",
+    "count_experience",
     "imitation_objective",
     "init_model_state",
     "init_train_state",
@@ -30,5 +34,6 @@ __all__ = [
     "make_update",
     "ppo_objective",
     "preference_objective",
+    "separate_networks",
     "step_keys",
 ]

@@ -11,12 +11,12 @@ from rlhf_jax.algo.types import Array, Params
 
 Batch = Any  # a pytree whose leaves lead with the batch axis
 Metrics = dict[str, Array]
-Objective = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
+Objective = Callable[[Params, Batch, Any], tuple[Array, Metrics]]
 """`(params, batch, divisor) -> (loss, metrics)`, scalars that add up over microbatches.
 
-`divisor` is the number of tokens, pairs or whatever the objective averages over,
-counted over the *whole* batch: then the losses, metrics and gradients of its
-microbatches sum to those of the batch, however unequal they are.
+`divisor` is the number of tokens, pairs or whatever the objective averages over (an
+array, or a record of several), counted over the *whole* batch: then the losses, metrics
+and gradients of its microbatches sum to those of the batch, however unequal they are.
 """
 
 
@@ -24,7 +24,7 @@ def accumulate_gradients(
     objective: Objective,
     params: Params,
     batch: Batch,
-    divisor: Array,
+    divisor: Any,
     *,
     num_microbatches: int,
 ) -> tuple[Array, Metrics, Params]:

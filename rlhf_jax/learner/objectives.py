@@ -5,11 +5,14 @@ and metrics that add up over microbatches; see `rlhf_jax.learner.gradients`.
 """
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.diagnostics import ClipEps
-from rlhf_jax.algo.losses import actor_loss, critic_loss
+from rlhf_jax.algo.kl import kl_estimate
+from rlhf_jax.algo.losses import PolicyLossFn, actor_loss, critic_loss
+from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
 from rlhf_jax.algo.preferences import preference_loss
 from rlhf_jax.algo.types import (
     Array,
@@ -19,41 +22,31 @@ from rlhf_jax.algo.types import (
     Preferences,
     Scalar,
 )
-from rlhf_jax.interfaces import ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.interfaces import ActorCriticFn, ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.gradients import Metrics, Objective
 from rlhf_jax.learner.train_state import ActorCritic
 
 
-def ppo_objective(
-    *,
-    token_logprobs_fn: TokenLogprobsFn,
-    values_fn: ValuesFn,
-    temperature: Scalar = 1.0,
-    clip_eps: ClipEps = 0.2,
-    value_clip_eps: Scalar | None = 0.2,
-    entropy_coef: Scalar = 0.0,
-    dual_clip: Scalar | None = None,
-) -> Objective:
-    """PPO's clipped policy and value losses; the divisor counts response tokens.
-
-    Actor and critic are separate networks with optimizers of their own, so their
-    losses are simply added: neither reaches the other's parameters.
+def separate_networks(
+    *, token_logprobs_fn: TokenLogprobsFn, values_fn: ValuesFn
+) -> ActorCriticFn:
+    """Actor and critic that share nothing: neither loss reaches the other's parameters.
 
     Args:
         token_logprobs_fn: of the actor.
         values_fn: of the critic.
-        temperature: the sampler's.
-        clip_eps: ε of the policy ratio, or `(ε_low, ε_high)`.
-        value_clip_eps: ε of the value clip; None for no clipping.
-        entropy_coef: weight of the entropy bonus.
-        dual_clip: see `rlhf_jax.algo.losses.clipped_policy_loss`.
     """
 
-    def objective(
-        params: ActorCritic, experience: Experience, num_tokens: Array
-    ) -> tuple[Array, Metrics]:
-        tokens, mask = experience.tokens, experience.sequence_mask
-        response_length = experience.mask.shape[1]
+    def forward(
+        params: ActorCritic,
+        tokens: Array,
+        mask: Array,
+        /,
+        *,
+        response_length: int,
+        temperature: Scalar,
+    ) -> tuple[Array, Array, Array]:
         logprobs, entropy = token_logprobs_fn(
             params.actor,
             tokens,
@@ -62,17 +55,84 @@ def ppo_objective(
             temperature=temperature,
         )
         values = values_fn(params.critic, tokens, mask, response_length=response_length)
+        return logprobs, entropy, values
+
+    return forward
+
+
+def ppo_objective(
+    forward: ActorCriticFn,
+    *,
+    temperature: Scalar = 1.0,
+    policy_loss: PolicyLossOptions = PolicyLossOptions(),
+    value_loss: ValueLossOptions = ValueLossOptions(),
+    kl: KLOptions = KLOptions(),
+    policy_loss_fn: PolicyLossFn | None = None,
+    num_microbatches: int = 1,
+) -> Objective:
+    """PPO's clipped policy and value losses, with or without a KL term.
+
+        loss = actor_loss + value_loss.coef · critic_loss
+
+    The divisor is the minibatch's `Counts`.
+
+    Args:
+        forward: actor and critic, over `ActorCritic` parameters.
+        temperature: the sampler's.
+        policy_loss: options of the actor's loss; its aggregation is the critic's too.
+        value_loss: options of the critic's loss.
+        kl: which estimator the KL term takes, where the experience has one.
+        policy_loss_fn: in place of PPO's clipped surrogate; see
+            `rlhf_jax.algo.policy_losses`.
+        num_microbatches: how many of them make a minibatch; read for
+            `policy_loss.mean_of_means`, under which each divides by its own counts.
+    """
+    kl_fn = partial(
+        kl_estimate,
+        estimator=kl.estimator,
+        straight_through=kl.straight_through,
+        log_ratio_clamp=kl.log_ratio_clamp,
+        clamp=kl.clamp,
+    )
+    clip_eps = policy_loss.clip_eps
+    if policy_loss.clip_eps_high is not None:
+        clip_eps = (policy_loss.clip_eps, policy_loss.clip_eps_high)
+
+    def objective(
+        params: ActorCritic, experience: Experience, counts: Counts
+    ) -> tuple[Array, Metrics]:
+        if policy_loss.mean_of_means:
+            own = count_experience(experience)
+            counts = jax.tree.map(lambda n: n * num_microbatches, own)
+        logprobs, entropy, values = forward(
+            params,
+            experience.tokens,
+            experience.sequence_mask,
+            response_length=experience.mask.shape[1],
+            temperature=temperature,
+        )
         for_actor, actor_metrics = actor_loss(
             logprobs,
             entropy,
             experience,
             clip_eps=clip_eps,
-            dual_clip=dual_clip,
-            entropy_coef=entropy_coef,
-            num_tokens=num_tokens,
+            dual_clip=policy_loss.dual_clip,
+            log_ratio_clamp=policy_loss.log_ratio_clamp,
+            policy_loss_fn=policy_loss_fn,
+            kl_fn=kl_fn,
+            entropy_coef=policy_loss.entropy_coef,
+            aggregation=policy_loss.aggregation,
+            num_tokens=counts.tokens,
+            num_sequences=counts.sequences,
         )
         for_critic, critic_metrics = critic_loss(
-            values, experience, value_clip_eps=value_clip_eps, num_tokens=num_tokens
+            values,
+            experience,
+            value_clip_eps=value_loss.clip_eps,
+            scale=0.5 if value_loss.half else 1.0,
+            aggregation=policy_loss.aggregation,
+            num_tokens=counts.value_tokens,
+            num_sequences=counts.sequences,
         )
         metrics = {
             "policy/loss": actor_metrics["policy_loss"],
@@ -83,7 +143,9 @@ def ppo_objective(
             "value/loss": critic_metrics["value_loss"],
             "value/clip_fraction": critic_metrics["value_clip_fraction"],
         }
-        return for_actor + for_critic, metrics
+        if "kl_loss" in actor_metrics:
+            metrics["policy/kl_loss"] = actor_metrics["kl_loss"]
+        return for_actor + value_loss.coef * for_critic, metrics
 
     return objective
 

@@ -3,11 +3,13 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algo.types import Params
 
 Schedule = Literal["constant", "linear", "cosine"]
+AdamForm = Literal["torch", "tf1"]
 
 
 def make_schedule(
@@ -49,24 +51,76 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-5,
+    form: AdamForm = "torch",
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping, as m̂ / (√v̂ + ε).
+    """AdamW with global-norm clipping.
 
     Args:
         learning_rate: a number or a schedule over optimizer steps.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: ε, added after the root; 1e-5 in the OpenAI line of PPO.
+        form: `"torch"`, m̂ / (√v̂ + ε), as PyTorch and optax have it, or `"tf1"`: see
+            `scale_by_tf1_adam`.
         weight_decay: decoupled, on matrices only: not on biases, norms or heads.
         max_grad_norm: gradients of a larger global norm are scaled down; None: never.
+
+    Raises:
+        ValueError: on an unknown form.
     """
+    if form not in ("torch", "tf1"):
+        raise ValueError(f"form={form!r}; use 'torch' or 'tf1'")
+    adam = optax.scale_by_adam if form == "torch" else scale_by_tf1_adam
     steps = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
-    steps.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    steps.append(adam(b1=b1, b2=b2, eps=eps))
     if weight_decay:
         steps.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
     return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_tf1_adam(
+    *, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    """Adam as TensorFlow 1 has it, with ε beside the *uncorrected* √v.
+
+        √(1 − b2ᵗ) / (1 − b1ᵗ) · m / (√v + ε)
+
+    That is optax's m̂ / (√v̂ + ε̂) with ε̂ = ε / √(1 − b2ᵗ): at the first step, and
+    b2 = 0.999, an ε 32 times as large. It damps the first steps where gradients are
+    about as small as ε, which is where the OpenAI line of PPO works.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: ε.
+
+    References:
+        Kingma and Ba, 2015, arXiv:1412.6980, end of section 2; TensorFlow's
+        `tf.train.AdamOptimizer`.
+    """
+
+    def init(params: Params) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(jnp.zeros_like, params),
+            nu=jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None):
+        assert isinstance(state, optax.ScaleByAdamState)
+        grads = updates
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(
+            lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads
+        )
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        steps = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
+        return steps, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(params: Params) -> Params:

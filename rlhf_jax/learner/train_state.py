@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algo.score_moments import ScoreMoments, init_score_moments
 from rlhf_jax.algo.types import Array, Params, record
 
 
@@ -29,6 +30,8 @@ class TrainState:
     params: ActorCritic
     opt_state: ActorCritic
     kl_coef: Array  # [] float32, β of the per-token KL penalty
+    score_moments: ScoreMoments  # of the scores so far, or of the reference's
+    slow_critic: Params | None  # a copy of the critic that trails it, if there is one
     key: Array  # [] PRNG key of the run; folded with `step`, never replaced
     step: Array  # [] int32, PPO updates completed
 
@@ -49,6 +52,7 @@ def init_train_state(
     optimizers: ActorCritic,
     *,
     kl_coef: float,
+    slow_critic: bool = False,
 ) -> TrainState:
     """State before the first update.
 
@@ -58,6 +62,7 @@ def init_train_state(
             frozen models must not share arrays with them: copy where they start equal.
         optimizers: an `optax.GradientTransformation` for each.
         kl_coef: initial β.
+        slow_critic: keep a copy of the critic that trails it.
     """
     return TrainState(
         params=params,
@@ -66,6 +71,8 @@ def init_train_state(
             critic=optimizers.critic.init(params.critic),
         ),
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
+        score_moments=init_score_moments(),
+        slow_critic=jax.tree.map(jnp.copy, params.critic) if slow_critic else None,
         key=key,
         step=jnp.zeros((), jnp.int32),
     )

@@ -1,6 +1,8 @@
 """A whole PPO update, epochs × minibatches × microbatches, as one compiled program."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.algo.minibatches import split_minibatches
 from rlhf_jax.algo.types import Array, Experience
 from rlhf_jax.interfaces import BATCH_AXES
+from rlhf_jax.learner.counts import count_experience
 from rlhf_jax.learner.finite import first_nonfinite
 from rlhf_jax.learner.gradients import (
     Metrics,
@@ -29,6 +32,10 @@ def make_update(
     num_epochs: int,
     num_minibatches: int,
     num_microbatches: int = 1,
+    prepare: Callable[[Experience], Experience] | None = None,
+    max_kl: float | None = None,
+    critic_warmup: int = 0,
+    slow_critic_decay: float | None = None,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
     """Builds `update(state, experience) -> (state, metrics)`; the state is donated.
@@ -45,23 +52,35 @@ def make_update(
         num_minibatches: optimizer steps per pass; with `num_microbatches`, their
             product divides the batch size.
         num_microbatches: parts of a minibatch whose gradients are summed.
+        prepare: applied to every whole minibatch, such as whitening of its advantages.
+        max_kl: early stop: once a minibatch finds the policy this many nats per token
+            from the one that answered, neither its step nor any later one of this
+            update is taken. None: never.
+        critic_warmup: updates at the start of the run in which only the critic learns.
+        slow_critic_decay: d; after the update the slow critic becomes d · slow +
+            (1 − d) · critic. The state must have one.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
         A compiled function; rebind the state, its old buffers are reused. Metrics are
-        float32 scalars, means over the optimizer steps. Where a loss or gradient is not
-        finite the state stays as it was before that optimizer step, `step` does not
-        advance, and `first_nonfinite/<term>` says where.
+        float32 scalars, means over the optimizer steps that were looked at; with
+        `max_kl` their number is `policy/steps`. Where a loss or gradient is not finite
+        the state stays as it was before that optimizer step, `step` does not advance,
+        and `first_nonfinite/<term>` says where.
     """
-
-    minibatch_step = _minibatch_step(
-        objective, optimizers, num_microbatches=num_microbatches
-    )
 
     def update(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
+        minibatch_step = _minibatch_step(
+            objective,
+            optimizers,
+            num_microbatches=num_microbatches,
+            prepare=prepare,
+            max_kl=max_kl,
+            train_actor=state.step >= critic_warmup,
+        )
 
-        def epoch(carry, epoch_key: Array):
+        def epoch(carry: _Carry, epoch_key: Array):
             minibatches = split_minibatches(
                 epoch_key, experience, num_minibatches=num_minibatches
             )
@@ -71,24 +90,24 @@ def make_update(
                 minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
             return jax.lax.scan(minibatch_step, carry, minibatches)
 
-        start = (state.params, state.opt_state, jnp.asarray(True))
-        keys = jax.random.split(key, num_epochs)
-        (params, opt_state, healthy), (metrics, terms) = jax.lax.scan(
-            epoch, start, keys
+        true = jnp.asarray(True)
+        start = _Carry(state.params, state.opt_state, healthy=true, going=true)
+        end, (metrics, terms, looked_at) = jax.lax.scan(
+            epoch, start, jax.random.split(key, num_epochs)
         )
-        first_step = {
-            f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
-            for name in ("clip_fraction", "approx_kl")
-            if f"policy/{name}" in metrics
-        }
-        metrics = jax.tree.map(jnp.mean, metrics) | first_step
+        metrics = _summarize(metrics, looked_at, stops_early=max_kl is not None)
         metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
-        state = TrainState(
-            params=params,
-            opt_state=opt_state,
-            kl_coef=state.kl_coef,
-            key=state.key,
-            step=state.step + healthy,
+        slow_critic = state.slow_critic
+        if slow_critic is not None and slow_critic_decay is not None:
+            slow_critic = optax.incremental_update(
+                end.params.critic, slow_critic, 1.0 - slow_critic_decay
+            )
+        state = dataclasses.replace(
+            state,
+            params=end.params,
+            opt_state=end.opt_state,
+            slow_critic=slow_critic,
+            step=state.step + end.healthy,
         )
         return state, metrics
 
@@ -97,20 +116,40 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, None))
 
 
+class _Carry(NamedTuple):
+    """What passes from one optimizer step to the next."""
+
+    params: ActorCritic
+    opt_state: ActorCritic
+    healthy: Array  # [] bool, every loss and gradient so far was finite
+    going: Array  # [] bool, the policy is still near the one that answered
+
+
 def _minibatch_step(
-    objective: Objective, optimizers: ActorCritic, *, num_microbatches: int
+    objective: Objective,
+    optimizers: ActorCritic,
+    *,
+    num_microbatches: int,
+    prepare: Callable[[Experience], Experience] | None,
+    max_kl: float | None,
+    train_actor: Array,
 ) -> Callable:
     """One optimizer step of actor and critic, as the body of a scan.
 
-    Carries `(params, opt_state, healthy)`; once a term is not finite nothing changes
-    any more. Puts out metrics, and the terms that have to be finite.
+    Once a term is not finite, or KL has passed its limit, nothing changes any more.
+    Puts out metrics, the terms that have to be finite, and whether it did any work.
     """
 
-    def step(carry, minibatch: Experience):
-        params, opt_state, healthy = carry
-        num_tokens = jnp.maximum(jnp.sum(minibatch.mask), 1).astype(jnp.float32)
+    def step(carry: _Carry, minibatch: Experience):
+        params, opt_state, healthy, going = carry
+        if prepare is not None:
+            minibatch = prepare(minibatch)
         loss, metrics, grads = accumulate_gradients(
-            objective, params, minibatch, num_tokens, num_microbatches=num_microbatches
+            objective,
+            params,
+            minibatch,
+            count_experience(minibatch),
+            num_microbatches=num_microbatches,
         )
         terms = {name.replace("/", "_"): value for name, value in metrics.items()} | {
             "total_loss": loss,
@@ -118,26 +157,54 @@ def _minibatch_step(
             "critic_gradient": optax.tree.norm(grads.critic),
         }
         healthy &= jnp.isfinite(jnp.stack(list(terms.values()))).all()
+        if max_kl is not None:
+            going &= metrics["policy/approx_kl"] <= max_kl
         actor, actor_opt = apply_gradients(
             optimizers.actor,
             grads.actor,
             opt_state.actor,
             params.actor,
-            accept=healthy,
+            accept=healthy & going & train_actor,
         )
         critic, critic_opt = apply_gradients(
             optimizers.critic,
             grads.critic,
             opt_state.critic,
             params.critic,
-            accept=healthy,
+            accept=healthy & going,
         )
-        params = ActorCritic(actor=actor, critic=critic)
-        opt_state = ActorCritic(actor=actor_opt, critic=critic_opt)
+        carry = _Carry(
+            ActorCritic(actor=actor, critic=critic),
+            ActorCritic(actor=actor_opt, critic=critic_opt),
+            healthy,
+            going,
+        )
         metrics = metrics | {
             "optim/actor_grad_norm": terms["actor_gradient"],
             "optim/critic_grad_norm": terms["critic_gradient"],
         }
-        return (params, opt_state, healthy), (metrics, terms)
+        return carry, (metrics, terms, jnp.asarray(True))
 
-    return step
+    def step_while_going(carry: _Carry, minibatch: Experience):
+        def stay(carry: _Carry, minibatch: Experience):
+            _, outputs = jax.eval_shape(step, carry, minibatch)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+            return carry, zeros
+
+        return jax.lax.cond(carry.going, step, stay, carry, minibatch)
+
+    return step if max_kl is None else step_while_going
+
+
+def _summarize(metrics: Metrics, looked_at: Array, *, stops_early: bool) -> Metrics:
+    """Means over the steps that did work, and what the very first of them saw."""
+    first_step = {
+        f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
+        for name in ("clip_fraction", "approx_kl")
+        if f"policy/{name}" in metrics
+    }
+    if not stops_early:
+        return jax.tree.map(jnp.mean, metrics) | first_step
+    steps = jnp.sum(looked_at).astype(jnp.float32)
+    means = jax.tree.map(lambda x: jnp.sum(x) / steps, metrics)
+    return means | first_step | {"policy/steps": steps}

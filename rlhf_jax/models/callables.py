@@ -3,9 +3,18 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from rlhf_jax.algo.logprobs import before_response, fused_token_logprobs
 from rlhf_jax.algo.types import Array, Params, Scalar
-from rlhf_jax.interfaces import DecodeFn, PrefillFn, ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.interfaces import (
+    ActorCriticFn,
+    DecodeFn,
+    PrefillFn,
+    ScoreFn,
+    TokenLogprobsFn,
+    ValuesFn,
+)
 from rlhf_jax.models.attention import KVCache
 from rlhf_jax.models.transformer import Transformer
 
@@ -75,3 +84,48 @@ def reward_model(module: Transformer) -> ScoreFn:
         return _apply(module, params, tokens, mask)
 
     return score
+
+
+def shared_trunk(module: Transformer) -> tuple[ActorCriticFn, ValuesFn]:
+    """Actor and critic as two heads on one trunk, which is run once.
+
+    Args:
+        module: a transformer with the `"lm"` head.
+
+    Returns:
+        The two, and the critic alone; both over an `ActorCritic` of the language
+        model's parameters and of `{"score": [D]}`.
+    """
+
+    def read(params: Params, tokens: Array, mask: Array, length: int) -> Array:
+        hidden = _apply(module, params.actor, tokens, mask, method="hidden")
+        return before_response(hidden, length)
+
+    def value_of(params: Params, hidden: Array) -> Array:
+        score = params.critic["score"].astype(jnp.float32)
+        return jnp.sum(hidden.astype(jnp.float32) * score, axis=-1)
+
+    def forward(
+        params: Params,
+        tokens: Array,
+        mask: Array,
+        /,
+        *,
+        response_length: int,
+        temperature: Scalar,
+    ) -> tuple[Array, Array, Array]:
+        hidden = read(params, tokens, mask, response_length)
+        logprobs, entropy = fused_token_logprobs(
+            hidden,
+            _apply(module, params.actor, method="unembedding"),
+            tokens[:, -response_length:],
+            temperature=temperature,
+        )
+        return logprobs, entropy, value_of(params, hidden)
+
+    def values(
+        params: Params, tokens: Array, mask: Array, /, *, response_length: int
+    ) -> Array:
+        return value_of(params, read(params, tokens, mask, response_length))
+
+    return forward, values

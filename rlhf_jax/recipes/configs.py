@@ -6,16 +6,15 @@ The string below each field is its help on the command line.
 import dataclasses
 from typing import Literal
 
+from rlhf_jax.algo.options import check
+from rlhf_jax.presets import PPOMethod
 from rlhf_jax.runtime.config import (
     Dtype,
     FreshModelConfig,
-    KLConfig,
     OptimizerConfig,
     Overlong,
     RunConfig,
-    check,
     check_positive,
-    check_unit,
 )
 
 
@@ -119,8 +118,13 @@ class RewardConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(RunConfig):
-    """PPO against a reward model, from a supervised model and a reward model."""
+class PPOConfig(PPOMethod, RunConfig):
+    """PPO against a reward model, from a supervised model and a reward model.
+
+    --preset NAME takes every option of the method from a known implementation:
+    openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat. Options given beside
+    it, or in the file, go before.
+    """
 
     policy: str
     """Hugging Face directory of the policy to improve, usually the supervised model"""
@@ -144,10 +148,6 @@ class PPOConfig(RunConfig):
     """PPO updates: one rollout and one round of epochs each"""
     batch_size: int = 64
     """prompts answered per update"""
-    epochs: int = 4
-    """passes over each rollout"""
-    minibatches: int = 4
-    """optimizer steps per pass"""
     microbatches: int = 1
     """parts of a minibatch computed one after the other, to save memory"""
     max_prompt_tokens: int = 64
@@ -156,55 +156,17 @@ class PPOConfig(RunConfig):
     """what happens to longer prompts; truncate keeps their end"""
     max_new_tokens: int = 48
     """longest answer, in tokens"""
-    temperature: float = 1.0
-    """of sampling and of all log-probabilities"""
     stop: tuple[str, ...] = ()
     """texts of single tokens that end an answer, besides the tokenizer's EOS; the
     reward model reads the score at whichever came"""
-    missing_eos_penalty: float | None = 1.0
-    """what answers cut off at max-new-tokens lose; None: nothing"""
-    missing_eos_mode: Literal["subtract", "replace"] = "subtract"
-    """subtract the penalty from the score, or put it in the score's place (then it is
-    usually negative)"""
-    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    """KL to the reference"""
-    gamma: float = 1.0
-    """discount per token"""
-    lam: float = 0.95
-    """λ of generalized advantage estimation"""
-    whiten_advantages: bool = True
-    """scale advantages of a batch to mean 0 and variance 1"""
-    clip_eps: float = 0.2
-    """ε of the policy ratio"""
-    value_clip_eps: float | None = 0.2
-    """ε of the value clip; None: plain squared error"""
-    entropy_coef: float = 0.0
-    """weight of the entropy bonus"""
-    old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
-    """log-probabilities that ratios are taken against: the sampler's, or recomputed as
-    in training; auto recomputes where the two round differently, that is everywhere
-    but in float32 on a CPU"""
-    actor_optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-4, schedule="linear", end_fraction=0.0, b2=0.999, eps=1e-5
-        )
-    )
-    """optimizer of the policy"""
-    critic_optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=3e-4, schedule="linear", end_fraction=0.0, b2=0.999, eps=1e-5
-        )
-    )
-    """optimizer of the critic"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
-        super().validate()
+        RunConfig.validate(self)
+        PPOMethod.validate(self)
         check_positive(
             updates=self.updates,
             batch_size=self.batch_size,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
             microbatches=self.microbatches,
             max_prompt_tokens=self.max_prompt_tokens,
             max_new_tokens=self.max_new_tokens,
@@ -221,36 +183,23 @@ class PPOConfig(RunConfig):
         )
         _check_fraction(self)
         check(
-            self.temperature > 0,
-            "temperature",
-            self.temperature,
-            "must be above 0: PPO learns from sampling",
-        )
-        check_unit(gamma=self.gamma, lam=self.lam)
-        check(self.clip_eps > 0, "clip-eps", self.clip_eps, "must be above 0")
-        check(
-            self.value_clip_eps is None or self.value_clip_eps > 0,
-            "value-clip-eps",
-            self.value_clip_eps,
-            "must be above 0, or None for no clipping",
+            self.critic is None or self.critic_trunk == "own",
+            "critic",
+            self.critic,
+            "is not used under critic-trunk=shared",
         )
         check(
-            self.entropy_coef >= 0,
-            "entropy-coef",
-            self.entropy_coef,
-            "must not be negative",
+            self.reference is None or self.kl.place != "none",
+            "reference",
+            self.reference,
+            "is not used under kl.place=none",
         )
         check(
-            self.missing_eos_mode == "subtract"
-            or (self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0),
-            "missing-eos-penalty",
-            self.missing_eos_penalty,
-            "takes the place of the score under missing-eos-mode=replace, so it must "
-            "be 0 or below",
+            self.scores.normalization != "reference" or self.kl.place != "none",
+            "scores.normalization",
+            self.scores.normalization,
+            "needs a reference; take running, or another kl.place than none",
         )
-        self.kl.validate("kl")
-        self.actor_optimizer.validate("actor-optimizer")
-        self.critic_optimizer.validate("critic-optimizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.algo.options import KLOptions
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes.configs import (
@@ -24,7 +25,7 @@ from rlhf_jax.recipes.configs import (
 )
 from rlhf_jax.recipes.review_panel import MAX_NEW_TOKENS, MAX_POSITIONS, ReviewPanel
 from rlhf_jax.recipes.session import Interrupted
-from rlhf_jax.runtime.config import FreshModelConfig, KLConfig, OptimizerConfig
+from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
@@ -182,7 +183,7 @@ def _ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
         batch_size=BATCH_SIZE,
         eval_every=15,
         checkpoint_every=30,
-        kl=KLConfig(coef=0.1),
+        kl=KLOptions(coef=0.1),
         seed=config.seed,
         quiet=config.quiet,
     )

@@ -117,6 +117,7 @@ def optimizer_of(
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
+        form=config.form,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm or None,
     )

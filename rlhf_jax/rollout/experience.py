@@ -1,13 +1,22 @@
 """A scored rollout to experience: the PPO-RLHF recipe on arrays, in one screen."""
 
-from typing import Literal
+import dataclasses
 
 import jax.numpy as jnp
 
-from rlhf_jax.algo.advantages import gae
+from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns
 from rlhf_jax.algo.diagnostics import explained_variance
-from rlhf_jax.algo.masking import masked_mean, masked_whiten
+from rlhf_jax.algo.length_penalties import soft_overlong_penalty
+from rlhf_jax.algo.masking import include_end_state, masked_mean, masked_whiten
+from rlhf_jax.algo.off_policy import sampler_weights
+from rlhf_jax.algo.options import (
+    AdvantageOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+)
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
+from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores
 from rlhf_jax.algo.types import Array, Experience, Scalar, ScoredRollout
 
 
@@ -15,80 +24,214 @@ def make_experience(
     scored: ScoredRollout,
     *,
     kl_coef: Scalar,
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
-    gamma: Scalar = 1.0,
-    lam: Scalar = 0.95,
-    missing_eos_penalty: Scalar | None = None,
-    missing_eos_mode: Literal["subtract", "replace"] = "subtract",
-    whiten_advantages: bool = True,
+    kl: KLOptions = KLOptions(),
+    scores: ScoreOptions = ScoreOptions(),
+    advantages: AdvantageOptions = AdvantageOptions(),
+    policy_loss: PolicyLossOptions = PolicyLossOptions(),
+    score_moments: ScoreMoments | None = None,
 ) -> tuple[Experience, dict[str, Array]]:
     """Shaped rewards, advantages and returns of one rollout.
 
-    Order: missing-stop penalty on the scores, score at the last response token minus
-    β·KL at every token, GAE, whitening over all response tokens of the batch. Returns
-    are those of the raw advantages.
+    Order: scores (see `final_scores`); score at the end minus β·KL at every token;
+    reward whitening; advantages and returns; advantage whitening over the response
+    tokens. Returns are those of the raw advantages.
 
     Args:
         scored: the rollout with log-probabilities, values and scores.
-        kl_coef: β.
-        kl_estimator: of the per-token KL to the reference. Only `"k1"` optimises
-            E[score] − β·KL; see `rlhf_jax.algo.rewards.shape_rewards`.
-        gamma: discount per token.
-        lam: λ of GAE.
-        missing_eos_penalty: taken off (or put in place of) the score of an answer
-            without a stop token; None leaves scores alone.
-        missing_eos_mode: `"subtract"` or `"replace"`.
-        whiten_advantages: centre and scale advantages to mean 0, variance 1.
+        kl_coef: `[]`, β of this step; `kl.coef` is only where it starts.
+        kl: the penalty. With `place="loss"` the experience carries β to the loss.
+        scores: from score to rewards; `normalization` is what `score_moments` are of.
+        advantages: from rewards to advantages. With `whiten="minibatch"` they stay
+            raw here: `whiten_minibatch` is for the update.
+        policy_loss: read for `sampler_correction`.
+        score_moments: normalise scores by these; None: not.
 
     Returns:
         The experience and scalar float32 metrics over the whole batch. `kl/sequence`
         is the mean over sequences of Σ_t (log π − log π_ref), in nats, whatever the
-        estimator that shapes the rewards.
+        estimator that shapes the rewards; it is left out without a reference.
     """
-    rollout = scored.rollout
-    mask = rollout.mask
-    scores = scored.scores
-    if missing_eos_penalty is not None:
-        scores = penalize_missing_eos(
-            scores,
-            rollout.truncated,
-            penalty=missing_eos_penalty,
-            mode=missing_eos_mode,
-        )
+    rollout, mask = scored.rollout, scored.rollout.mask
+    ref_logprobs = scored.ref_logprobs
     rewards, _ = shape_rewards(
-        scores,
+        final_scores(scored, scores, score_moments),
         scored.logprobs,
-        scored.ref_logprobs,
+        scored.logprobs if ref_logprobs is None else ref_logprobs,
         mask,
-        kl_coef=kl_coef,
-        estimator=kl_estimator,
+        kl_coef=kl_coef if kl.place == "reward" else 0.0,
+        estimator=kl.estimator,
+        log_ratio_clamp=kl.log_ratio_clamp,
+        clamp=kl.clamp,
+        score_position=scores.position,
     )
-    advantages, returns = gae(rewards, scored.values, mask, gamma=gamma, lam=lam)
-    whitened = masked_whiten(advantages, mask) if whiten_advantages else advantages
+    # The states that are rewarded, and those among them that the critic learns.
+    after_last = scores.position == "after_last_token"
+    states = include_end_state(mask) if after_last else mask
+    valued = states if scores.end_value == "learned" else mask
+    if scores.whiten_rewards:
+        rewards = masked_whiten(rewards, states, center=False)
+    raw, returns = _advantages_and_returns(
+        scored,
+        rewards,
+        states,
+        mask if scores.end_value == "zero" else states,
+        advantages,
+    )
+
+    used = jnp.ones_like(rollout.truncated)
+    if scores.missing_eos == "mask":
+        used = ~rollout.truncated
+    mask, valued = mask & used[:, None], valued & used[:, None]
+    if advantages.whiten in ("batch", "shard"):
+        raw = masked_whiten(
+            raw,
+            mask,
+            center=advantages.center,
+            ddof=advantages.ddof,
+            shards=advantages.whiten_shards,
+        )
+    weights = None
+    if policy_loss.sampler_correction != "none":
+        weights = sampler_weights(
+            scored.logprobs,
+            rollout.logprobs,
+            mask,
+            bound=policy_loss.sampler_bound,
+            mode=policy_loss.sampler_correction,
+        )
+    loss_kl_coef = None
+    if kl.place == "loss":
+        loss_kl_coef = jnp.full(used.shape, kl_coef, jnp.float32)
+
+    def masked(x: Array, mask: Array) -> Array:
+        return jnp.where(mask, x, 0.0)
+
     experience = Experience(
         tokens=rollout.tokens,
         sequence_mask=rollout.sequence_mask,
         mask=mask,
-        old_logprobs=jnp.where(mask, scored.logprobs, 0.0),
-        ref_logprobs=jnp.where(mask, scored.ref_logprobs, 0.0),
-        old_values=jnp.where(mask, scored.values, 0.0),
-        advantages=whitened,
-        returns=returns,
+        old_logprobs=masked(scored.logprobs, mask),
+        ref_logprobs=None if ref_logprobs is None else masked(ref_logprobs, mask),
+        old_values=masked(scored.values, valued),
+        advantages=masked(raw, mask),
+        returns=masked(returns, valued),
+        value_mask=valued if after_last else None,
+        weights=weights,
+        kl_coef=loss_kl_coef,
     )
-    log_ratio = experience.old_logprobs - experience.ref_logprobs
+    return experience, _metrics(scored, experience, rewards, valued, kl_coef)
+
+
+def final_scores(
+    scored: ScoredRollout,
+    options: ScoreOptions,
+    moments: ScoreMoments | None = None,
+) -> Array:
+    """`[B]` float32 scores, normalised, clipped, penalised for no or a late stop."""
+    rollout, scores = scored.rollout, scored.scores.astype(jnp.float32)
+    if moments is not None:
+        scores = normalize_scores(scores, moments)
+    if options.clip is not None:
+        scores = jnp.clip(scores, -options.clip, options.clip)
+    if options.missing_eos not in ("keep", "mask"):
+        scores = penalize_missing_eos(
+            scores,
+            rollout.truncated,
+            penalty=options.missing_eos_penalty,
+            mode=options.missing_eos,
+        )
+    if options.overlong_buffer is not None:
+        scores += options.overlong_penalty * soft_overlong_penalty(
+            rollout.lengths,
+            limit=rollout.responses.shape[1],
+            buffer=options.overlong_buffer,
+        )
+    return scores
+
+
+def whiten_minibatch(experience: Experience, options: AdvantageOptions) -> Experience:
+    """The experience of one optimizer step, its advantages whitened by themselves."""
+    return dataclasses.replace(
+        experience,
+        advantages=masked_whiten(
+            experience.advantages,
+            experience.mask,
+            center=options.center,
+            ddof=options.ddof,
+        ),
+    )
+
+
+def _advantages_and_returns(
+    scored: ScoredRollout,
+    rewards: Array,
+    states: Array,
+    valued: Array,
+    options: AdvantageOptions,
+) -> tuple[Array, Array]:
+    """Raw advantages and value targets, `[B, T]`; V = 0 in states not `valued`."""
+    values = jnp.where(valued, scored.values, 0.0)
+    if options.n_steps is not None:
+        returns = n_step_returns(
+            rewards, values, states, n=options.n_steps, gamma=options.gamma
+        )
+        return returns - values, returns
+
+    target_values = end_values = None
+    if scored.target_values is not None:
+        target_values = jnp.where(valued, scored.target_values, 0.0)
+    if options.bootstrap_truncated:
+        if scored.end_values is None:
+            raise ValueError(
+                "bootstrap_truncated=True needs end_values: "
+                "score_rollout(…, with_end_values=True)"
+            )
+        end_values = jnp.where(scored.rollout.truncated, scored.end_values, 0.0)
+
+    def estimate(lam: Scalar) -> tuple[Array, Array]:
+        return gae(
+            rewards,
+            values,
+            states,
+            gamma=options.gamma,
+            lam=lam,
+            gaps=options.gaps,
+            target_values=target_values,
+            end_values=end_values,
+        )
+
+    lam = options.lam
+    if options.lam_alpha is not None:
+        lam = length_adaptive_lam(states, alpha=options.lam_alpha)
+    advantages, returns = estimate(lam)
+    if options.value_lam is not None:
+        _, returns = estimate(options.value_lam)
+    return advantages, returns
+
+
+def _metrics(
+    scored: ScoredRollout,
+    experience: Experience,
+    rewards: Array,
+    valued: Array,
+    kl_coef: Scalar,
+) -> dict[str, Array]:
+    rollout, mask = scored.rollout, scored.rollout.mask
     metrics = {
         "reward/score_mean": jnp.mean(scored.scores),
         "reward/score_std": jnp.std(scored.scores),
         "reward/shaped_mean": jnp.mean(jnp.sum(rewards, axis=1)),
-        "kl/sequence": jnp.mean(jnp.sum(log_ratio, axis=1)),
-        "kl/token": masked_mean(log_ratio, mask),
         "kl/coef": jnp.asarray(kl_coef, jnp.float32),
         "value/explained_variance": explained_variance(
-            experience.old_values, returns, mask
+            experience.old_values, experience.returns, valued
         ),
-        "value/mean": masked_mean(experience.old_values, mask),
-        "value/return_mean": masked_mean(returns, mask),
+        "value/mean": masked_mean(experience.old_values, valued),
+        "value/return_mean": masked_mean(experience.returns, valued),
         "response/length_mean": jnp.mean(rollout.lengths.astype(jnp.float32)),
         "response/stop_rate": 1.0 - jnp.mean(rollout.truncated.astype(jnp.float32)),
     }
-    return experience, metrics
+    if scored.ref_logprobs is not None:
+        log_ratio = jnp.where(mask, scored.logprobs - scored.ref_logprobs, 0.0)
+        metrics["kl/sequence"] = jnp.mean(jnp.sum(log_ratio, axis=1))
+        metrics["kl/token"] = masked_mean(log_ratio, mask)
+    return metrics

@@ -1,15 +1,20 @@
 """A rollout, and what actor, critic, reference and reward model say of it."""
 
-import jax
+import dataclasses
+from collections.abc import Sequence
 
-from rlhf_jax.algo.types import Params, Rollout, Scalar, ScoredRollout
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.masking import response_mask
+from rlhf_jax.algo.types import Array, Params, Rollout, Scalar, ScoredRollout
 from rlhf_jax.interfaces import ScoreFn, TokenLogprobsFn, ValuesFn
 
 
 def score_rollout(
     actor: Params | None,
     critic: Params,
-    reference: Params,
+    reference: Params | None,
     reward: Params,
     rollout: Rollout,
     *,
@@ -17,6 +22,9 @@ def score_rollout(
     values_fn: ValuesFn,
     score_fn: ScoreFn,
     temperature: Scalar = 1.0,
+    score_mask: Array | None = None,
+    slow_critic: Params | None = None,
+    with_end_values: bool = False,
 ) -> ScoredRollout:
     """Old and reference log-probabilities, values and scores of one rollout.
 
@@ -25,7 +33,7 @@ def score_rollout(
             sampler's. They agree within rounding when sampler and trainer run in
             float32 and the sampler only divided by the temperature.
         critic: parameters of `values_fn`.
-        reference: parameters of `token_logprobs_fn`, frozen.
+        reference: parameters of `token_logprobs_fn`, frozen; None: there is none.
         reward: parameters of `score_fn`, frozen.
         rollout: answers sampled at `temperature`.
         token_logprobs_fn: of actor and reference.
@@ -33,6 +41,11 @@ def score_rollout(
         score_fn: reads prompt and answer through the first stop token.
         temperature: the sampler's; the same for actor and reference, or the KL
             between two equal models is not zero.
+        score_mask: `[B, T]` bool, the response tokens that the reward model reads,
+            where those are not all of `rollout.mask`.
+        slow_critic: parameters of `values_fn` for `target_values`.
+        with_end_values: also ask the critic (the slow one, where there is one) for the
+            value of the state after column T, at the price of one column more.
 
     Returns:
         The record, without gradient. Entries past the end of an answer are whatever
@@ -41,7 +54,7 @@ def score_rollout(
     response_length = rollout.responses.shape[1]
     tokens, mask = rollout.tokens, rollout.sequence_mask
 
-    def logprobs_of(params: Params):
+    def logprobs_of(params: Params) -> Array:
         return token_logprobs_fn(
             params,
             tokens,
@@ -50,12 +63,49 @@ def score_rollout(
             temperature=temperature,
         )[0]
 
+    def values_of(params: Params) -> Array:
+        return values_fn(params, tokens, mask, response_length=response_length)
+
+    read = mask
+    if score_mask is not None:
+        read = jnp.concatenate([rollout.prompts.mask, score_mask], axis=1)
+    end_values = None
+    if with_end_values:
+        # V(s_t) is read before token t: a column of padding makes room for V(s_T).
+        end_values = values_fn(
+            critic if slow_critic is None else slow_critic,
+            jnp.pad(tokens, ((0, 0), (0, 1))),
+            jnp.pad(mask, ((0, 0), (0, 1))),
+            response_length=response_length + 1,
+        )[:, -1]
     return jax.lax.stop_gradient(
         ScoredRollout(
             rollout=rollout,
             logprobs=rollout.logprobs if actor is None else logprobs_of(actor),
-            ref_logprobs=logprobs_of(reference),
-            values=values_fn(critic, tokens, mask, response_length=response_length),
-            scores=score_fn(reward, tokens, mask),
+            ref_logprobs=None if reference is None else logprobs_of(reference),
+            values=values_of(critic),
+            scores=score_fn(reward, tokens, read),
+            target_values=None if slow_critic is None else values_of(slow_critic),
+            end_values=end_values,
         )
     )
+
+
+def mark_stops(rollout: Rollout, stop_ids: Sequence[int]) -> tuple[Rollout, Array]:
+    """A rollout that was sampled to its limit, as one whose answers stop inside it.
+
+    All its tokens stay real and are trained on; what tells where an answer ended is
+    the mask. That is how lm-human-preferences treats answers of fixed length.
+
+    Args:
+        rollout: sampled with no stop tokens.
+        stop_ids: tokens that would have ended an answer.
+
+    Returns:
+        The rollout with `truncated` True where none of them came, and the `[B, T]`
+        bool mask of tokens through the first that did: what the reward model reads.
+    """
+    mask = response_mask(rollout.responses, stop_ids=stop_ids)
+    stops = jnp.asarray(tuple(stop_ids), rollout.responses.dtype)
+    hit = (rollout.responses[:, :, None] == stops).any(axis=(1, 2))
+    return dataclasses.replace(rollout, truncated=~hit), mask

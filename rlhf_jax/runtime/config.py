@@ -7,14 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_jax.algo.options import check
+
 Dtype = Literal["float32", "bfloat16"]
 Overlong = Literal["drop", "truncate", "fail"]
-
-
-def check(condition: bool, field: str, value: Any, remedy: str) -> None:
-    """Raises ValueError `field=value: remedy` unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: {remedy}")
 
 
 def check_positive(prefix: str = "", **fields: int) -> None:
@@ -89,6 +85,9 @@ class OptimizerConfig:
     """decay of the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
+    form: Literal["torch", "tf1"] = "torch"
+    """where: beside the corrected root, or beside the uncorrected one, which damps the
+    first steps"""
     weight_decay: float = 0.0
     """decoupled weight decay, on matrices only"""
     max_grad_norm: float = 1.0
@@ -175,35 +174,6 @@ class RunConfig:
             checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
         )
         self.mesh.validate("mesh")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    """The penalty that keeps the policy near the reference."""
-
-    coef: float = 0.05
-    """β, nats to reward; the start of an adaptive one"""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """of the per-token KL inside the reward; only k1 has the right gradient there"""
-    target: float | None = None
-    """adapt β so that the mean sequence KL goes to this many nats; without it β is
-    fixed"""
-    horizon: int = 10_000
-    """episodes over which an adaptive β corrects; needs kl.target"""
-
-    def validate(self, name: str) -> None:
-        """Raises ValueError naming the field that cannot work."""
-        check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
-        if self.target is not None:
-            check(self.target > 0, f"{name}.target", self.target, "must be positive")
-            check(
-                self.coef > 0,
-                f"{name}.coef",
-                self.coef,
-                f"an adaptive coefficient ({name}.target) multiplies it, so it must "
-                "start above 0",
-            )
-        check(self.horizon >= 1, f"{name}.horizon", self.horizon, "must be at least 1")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from bare_models import context_logits, context_params, context_values
 
+from rlhf_jax.algo.options import PolicyLossOptions
 from rlhf_jax.algo.types import Prompts, Rollout
-from rlhf_jax.learner import ActorCritic, ppo_objective
+from rlhf_jax.learner import ActorCritic, ppo_objective, separate_networks
 from rlhf_jax.rollout import (
     make_experience,
     score_rollout,
@@ -60,7 +61,14 @@ def params():
 
 @pytest.fixture(scope="session")
 def objective():
-    return ppo_objective(**NETWORKS, entropy_coef=0.01)
+    return ppo_objective(
+        separate_networks(
+            token_logprobs_fn=NETWORKS["token_logprobs_fn"],
+            values_fn=NETWORKS["values_fn"],
+        ),
+        temperature=TEMPERATURE,
+        policy_loss=PolicyLossOptions(entropy_coef=0.01),
+    )
 
 
 @pytest.fixture(scope="session")

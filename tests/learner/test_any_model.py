@@ -17,6 +17,7 @@ from rlhf_jax.learner import (
     make_optimizer,
     make_update,
     ppo_objective,
+    separate_networks,
     step_keys,
 )
 from rlhf_jax.learner.finite import pop_nonfinite
@@ -107,7 +108,10 @@ def test_it_learns(model):
         return make_experience(scored, kl_coef=state.kl_coef)
 
     update = make_update(
-        ppo_objective(**networks), optimizers, num_epochs=4, num_minibatches=2
+        ppo_objective(separate_networks(**networks)),
+        optimizers,
+        num_epochs=4,
+        num_minibatches=2,
     )
     state = init_train_state(
         jax.random.key(1),

@@ -10,7 +10,11 @@ import pytest
 from bare_models import bigram_logits
 
 from rlhf_jax.algo.types import Demonstrations, Preferences, Sequences
-from rlhf_jax.learner import imitation_objective, preference_objective
+from rlhf_jax.learner import (
+    count_experience,
+    imitation_objective,
+    preference_objective,
+)
 from rlhf_jax.rollout import token_logprobs_from_logits
 
 
@@ -19,8 +23,8 @@ def gradients(objective):
     """`(params, experience) -> ActorCritic` of gradients."""
 
     def gradients(params, experience):
-        count = jnp.sum(experience.mask).astype(jnp.float32)
-        return jax.grad(objective, has_aux=True)(params, experience, count)[0]
+        counts = count_experience(experience)
+        return jax.grad(objective, has_aux=True)(params, experience, counts)[0]
 
     return jax.jit(gradients)
 

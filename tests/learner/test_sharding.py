@@ -17,6 +17,7 @@ from rlhf_jax.learner import (
     make_optimizer,
     make_update,
     ppo_objective,
+    separate_networks,
 )
 from rlhf_jax.models.callables import critic, policy, reward_model
 from rlhf_jax.models.sharding import parameter_sharding
@@ -88,7 +89,10 @@ def single(frozen, rollout, experience_of, callables):
     """
     experience, metrics = experience_of(frozen, rollout)
     update = make_update(
-        ppo_objective(**callables), optimizers, num_epochs=2, num_minibatches=2
+        ppo_objective(separate_networks(**callables)),
+        optimizers,
+        num_epochs=2,
+        num_minibatches=2,
     )
     state, updated = update(start_of(frozen), experience)
     return experience, metrics, state, updated
@@ -128,7 +132,9 @@ def test_eight_devices_are_one(
 
     start = start_of(frozen)
     sharding = parameter_sharding(mesh, start)
-    objective = chex.assert_max_traces(ppo_objective(**callables), n=1)
+    objective = chex.assert_max_traces(
+        ppo_objective(separate_networks(**callables)), n=1
+    )
     update = make_update(
         objective,
         optimizers,

@@ -22,6 +22,7 @@ from rlhf_jax.learner import (
     make_schedule,
     make_update,
     ppo_objective,
+    separate_networks,
     step_keys,
 )
 from rlhf_jax.rollout import (
@@ -94,7 +95,10 @@ def train(optimizers):
         return experience, rollout.responses
 
     update = make_update(
-        ppo_objective(**networks), optimizers, num_epochs=2, num_minibatches=2
+        ppo_objective(separate_networks(**networks)),
+        optimizers,
+        num_epochs=2,
+        num_minibatches=2,
     )
 
     def train(state, updates):

@@ -254,13 +254,13 @@ def test_tokenizers_that_differ(refused, stages, tmp_path):
     ("flag", "value"),
     [
         ("--temperature", "0"),
-        ("--gamma", "1.5"),
-        ("--clip-eps", "-0.1"),
+        ("--advantages.gamma", "1.5"),
+        ("--policy-loss.clip-eps", "-0.1"),
         ("--kl.coef", "-1"),
         ("--updates", "0"),
         ("--actor-optimizer.b1", "1"),
         ("--critic-optimizer.max-grad-norm", "-1"),
-        ("--value-clip-eps", "-1"),
+        ("--value-loss.clip-eps", "-1"),
     ],
 )
 def test_values_out_of_range(refused, flag, value, tmp_path):
@@ -275,9 +275,9 @@ def test_a_missing_stop_is_no_prize(refused, tmp_path):
     # Under "replace" the penalty becomes the score: its default, +1, would be a reward.
     message = refused(
         *("ppo", "--policy", "p", "--reward-model", "r", "--data", "d"),
-        *("--run-dir", tmp_path / "run", "--missing-eos-mode", "replace"),
+        *("--run-dir", tmp_path / "run", "--scores.missing-eos", "replace"),
     )
-    assert "missing-eos-penalty=1.0" in message
+    assert "scores.missing-eos-penalty=1.0" in message
 
 
 def test_a_shape_beside_a_model_is_refused(refused, stages, tmp_path):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algo.options import AdvantageOptions, KLOptions, ScoreOptions
 from rlhf_jax.algo.types import Prompts, Rollout, ScoredRollout
 from rlhf_jax.rollout import make_experience
 
@@ -29,7 +30,12 @@ MASK = np.array([[True, True, False], [True, True, True]])
 #   R = A + V                                                  = [-.11, -.52, -.8]
 ADVANTAGES = np.array([[0.3375, 0.375, 0.0], [-0.21, -0.82, -0.6]])
 RETURNS = np.array([[0.5375, 0.775, 0.0], [-0.11, -0.52, -0.8]])
-OPTIONS = {"kl_coef": 0.1, "lam": 0.5, "missing_eos_penalty": 1.0}
+OPTIONS = {
+    "kl_coef": 0.1,
+    "scores": ScoreOptions(missing_eos="subtract"),
+    "advantages": AdvantageOptions(lam=0.5),
+}
+RAW = AdvantageOptions(lam=1.0, whiten="none")
 
 
 @pytest.fixture
@@ -56,7 +62,12 @@ def close(got, want):
 
 
 def test_by_hand(maybe_jit, scored):
-    fn = maybe_jit(partial(make_experience, **OPTIONS, whiten_advantages=False))
+    fn = maybe_jit(
+        partial(
+            make_experience,
+            **OPTIONS | {"advantages": AdvantageOptions(lam=0.5, whiten="none")},
+        )
+    )
     experience, metrics = fn(scored)
     np.testing.assert_array_equal(experience.tokens, [[0, 8, 3, 2, 5], [7, 9, 4, 6, 5]])
     np.testing.assert_array_equal(
@@ -101,15 +112,16 @@ def test_whitening_takes_all_real_tokens_of_the_batch_and_leaves_returns(scored)
 @pytest.mark.parametrize(
     ("options", "last_reward"),
     [
-        ({"missing_eos_penalty": None}, 0.25),
-        ({"missing_eos_penalty": 1.5}, 0.25 - 1.5),
-        ({"missing_eos_penalty": -1.0, "missing_eos_mode": "replace"}, -1.0),
+        ({"missing_eos": "keep"}, 0.25),
+        ({"missing_eos": "subtract", "missing_eos_penalty": 1.5}, 0.25 - 1.5),
+        ({"missing_eos": "replace", "missing_eos_penalty": -1.0}, -1.0),
+        ({"missing_eos": "scale", "missing_eos_penalty": 0.5}, 0.125),
     ],
-    ids=["none", "subtract", "replace"],
+    ids=["keep", "subtract", "replace", "scale"],
 )
 def test_answers_without_a_stop_token(scored, options, last_reward):
     experience, metrics = make_experience(
-        scored, kl_coef=0.0, lam=1.0, whiten_advantages=False, **options
+        scored, kl_coef=0.0, advantages=RAW, scores=ScoreOptions(**options)
     )
     # λ = γ = 1 and no KL: every return is the score.
     close(experience.returns, [[0.75, 0.75, 0.0], [last_reward] * 3])
@@ -118,14 +130,14 @@ def test_answers_without_a_stop_token(scored, options, last_reward):
 
 def test_discount(scored):
     experience, _ = make_experience(
-        scored, kl_coef=0.0, lam=1.0, gamma=0.5, whiten_advantages=False
+        scored, kl_coef=0.0, advantages=dataclasses.replace(RAW, gamma=0.5)
     )
     close(experience.returns, [[0.375, 0.75, 0.0], [0.0625, 0.125, 0.25]])
 
 
 def test_the_estimator_shapes_rewards_but_the_reported_kl_is_the_log_ratio(scored):
     experience, metrics = make_experience(
-        scored, kl_coef=0.1, kl_estimator="k2", lam=1.0, whiten_advantages=False
+        scored, kl_coef=0.1, kl=KLOptions(estimator="k2"), advantages=RAW
     )
     # ½·kl²: [.125, .03125] and [0, .02, .125]; returns are sums from each token on.
     close(

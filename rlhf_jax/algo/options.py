@@ -1,0 +1,302 @@
+"""The details on which implementations of PPO differ, by name.
+
+Each field is a keyword of a function beside this file, where its formula, its source
+and advice are; the string below it is its help on the command line. The five classes
+are what `make_experience` and `ppo_objective` take, and what presets are made of.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from rlhf_jax.algo.kl import KLEstimator
+from rlhf_jax.algo.masking import Aggregation
+from rlhf_jax.algo.rewards import ScorePosition
+
+
+def check(condition: bool, field: str, value: Any, remedy: str) -> None:
+    """Raises ValueError `field=value: remedy` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {remedy}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLOptions:
+    """The penalty that keeps the policy near the reference."""
+
+    place: Literal["reward", "loss", "none"] = "reward"
+    """in the token rewards, where the critic sees it; as a term of the loss; or
+    nowhere, and then the reference is not run"""
+    coef: float = 0.05
+    """β, nats to reward; the start of an adaptive one"""
+    estimator: KLEstimator = "k1"
+    """of the per-token KL; in the reward only k1 has the right gradient, in the loss
+    only k2, or any with kl.straight-through"""
+    straight_through: bool = False
+    """the estimator's value with the gradient of k2; for kl.place=loss"""
+    log_ratio_clamp: float | None = None
+    """bound on |log π − log π_ref| before the estimator; None: none"""
+    clamp: float | None = None
+    """bound on the estimate; None: none"""
+    target: float | None = None
+    """adapt β so that the observed KL goes to this many nats; None: β is fixed"""
+    unit: Literal["sequence-sum", "token-mean"] = "sequence-sum"
+    """what kl.target is compared with: KL summed over an answer, or per token"""
+    horizon: int = 10_000
+    """episodes over which an adaptive β corrects"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        defaults = KLOptions()
+        check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
+        for field in ("log_ratio_clamp", "clamp"):
+            _check_positive_or_none(self, name, field)
+        check(
+            not self.straight_through or self.place == "loss",
+            f"{name}.straight-through",
+            self.straight_through,
+            f"changes a gradient, so it needs {name}.place=loss",
+        )
+        check(
+            self.place != "loss"
+            or self.estimator == "k2"
+            or self.straight_through
+            or self.estimator == "k3",
+            f"{name}.estimator",
+            self.estimator,
+            f"has no gradient towards the reference in the loss; take k2, k3 or "
+            f"{name}.straight-through",
+        )
+        if self.place == "none":
+            kept = dataclasses.replace(defaults, place="none", coef=self.coef)
+            check(
+                self == kept,
+                f"{name}.place",
+                self.place,
+                f"leaves the KL out, so the other {name} options would do nothing",
+            )
+        if self.target is None:
+            for field in ("unit", "horizon"):
+                check(
+                    vars(self)[field] == vars(defaults)[field],
+                    f"{name}.{field}",
+                    vars(self)[field],
+                    f"does nothing without {name}.target",
+                )
+            return
+        check(self.target > 0, f"{name}.target", self.target, "must be positive")
+        check(
+            self.coef > 0,
+            f"{name}.coef",
+            self.coef,
+            f"an adaptive coefficient ({name}.target) multiplies it, so it must "
+            "start above 0",
+        )
+        check(self.horizon >= 1, f"{name}.horizon", self.horizon, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """From the score of an answer to its token rewards."""
+
+    normalization: Literal["none", "reference", "running"] = "none"
+    """subtract mean and divide by standard deviation: of the reference's answers
+    before training, or of all answers so far"""
+    clip: float | None = None
+    """bound on |score|, after normalisation; None: none"""
+    missing_eos: Literal["keep", "subtract", "replace", "scale", "mask"] = "keep"
+    """what happens to an answer without a stop token: nothing; its score loses the
+    penalty, is the penalty, or is multiplied by it; or it is left out of the losses"""
+    missing_eos_penalty: float = 1.0
+    """what subtract takes off, replace puts in place, and scale multiplies by"""
+    overlong_buffer: int | None = None
+    """tokens before the limit over which a score falls linearly; None: no ramp"""
+    overlong_penalty: float = 1.0
+    """what an answer that reaches the limit loses by the ramp"""
+    position: ScorePosition = "last_token"
+    """where the score is paid: on the last real token, or in the state after it"""
+    end_value: Literal["learned", "kept", "zero"] = "learned"
+    """value of the state after the last token, where the score is paid there: the
+    critic's, and trained; the critic's, but not trained; or 0"""
+    whiten_rewards: bool = False
+    """scale token rewards of a batch to variance 1, keeping their mean"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        _check_positive_or_none(self, name, "clip")
+        _check_positive_or_none(self, name, "overlong_buffer")
+        penalty, field = self.missing_eos_penalty, f"{name}.missing-eos-penalty"
+        if self.missing_eos == "replace":
+            check(
+                penalty <= 0,
+                field,
+                penalty,
+                f"takes the place of the score under {name}.missing-eos=replace, so it "
+                "must be 0 or below",
+            )
+        elif self.missing_eos == "scale":
+            check(0 <= penalty < 1, field, penalty, "must lie in [0, 1) to scale by")
+        elif self.missing_eos == "subtract":
+            check(penalty > 0, field, penalty, "must be positive to be subtracted")
+        else:
+            check(
+                penalty == ScoreOptions().missing_eos_penalty,
+                field,
+                penalty,
+                f"does nothing under {name}.missing-eos={self.missing_eos}",
+            )
+        check(
+            self.overlong_penalty == 1.0 or self.overlong_buffer is not None,
+            f"{name}.overlong-penalty",
+            self.overlong_penalty,
+            f"does nothing without {name}.overlong-buffer",
+        )
+        check(
+            self.end_value == "learned" or self.position == "after_last_token",
+            f"{name}.end-value",
+            self.end_value,
+            f"needs {name}.position=after_last_token: there is no such state otherwise",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdvantageOptions:
+    """From token rewards and values to advantages and value targets."""
+
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """λ of generalized advantage estimation"""
+    value_lam: float | None = None
+    """λ of the value targets; None: that of the advantages"""
+    lam_alpha: float | None = None
+    """in place of λ, one per answer: 1 − 1 / (α · length); None: λ"""
+    n_steps: int | None = None
+    """advantages from the next n rewards and the critic after them; None: GAE"""
+    gaps: Literal["carry", "zero"] = "carry"
+    """masked tokens inside an answer: passed over, or states of value 0"""
+    bootstrap_truncated: bool = False
+    """an answer that was cut off is worth the critic's value of its end, not 0"""
+    slow_critic_decay: float | None = None
+    """a copy of the critic, moved this slowly, gives the bootstrap values; None: no"""
+    whiten: Literal["batch", "shard", "minibatch", "none"] = "batch"
+    """over which tokens advantages are scaled to variance 1"""
+    whiten_shards: int = 1
+    """parts of the batch, for advantages.whiten=shard"""
+    center: bool = True
+    """whitened advantages have mean 0"""
+    ddof: Literal[0, 1] = 0
+    """1: unbiased variance in whitening"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        for field in ("gamma", "lam", "value_lam", "slow_critic_decay"):
+            value = vars(self)[field]
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(value is None or 0 <= value <= 1, flag, value, "must lie in [0, 1]")
+        _check_positive_or_none(self, name, "lam_alpha")
+        _check_positive_or_none(self, name, "n_steps")
+        if self.n_steps is not None:
+            for field in ("value_lam", "lam_alpha", "slow_critic_decay"):
+                value = vars(self)[field]
+                flag = f"{name}.{field.replace('_', '-')}"
+                check(value is None, flag, value, f"does not go with {name}.n-steps")
+            check(
+                not self.bootstrap_truncated and self.gaps == "carry",
+                f"{name}.n-steps",
+                self.n_steps,
+                f"goes with neither {name}.bootstrap-truncated nor {name}.gaps=zero",
+            )
+        check(
+            self.whiten_shards == 1
+            if self.whiten != "shard"
+            else self.whiten_shards > 1,
+            f"{name}.whiten-shards",
+            self.whiten_shards,
+            f"must be above 1 with {name}.whiten=shard, and 1 without",
+        )
+        check(
+            self.whiten != "none" or (self.center and self.ddof == 0),
+            f"{name}.whiten",
+            self.whiten,
+            f"leaves {name}.center and {name}.ddof nothing to do",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossOptions:
+    """The clipped surrogate of the actor."""
+
+    clip_eps: float = 0.2
+    """ε of the policy ratio"""
+    clip_eps_high: float | None = None
+    """ε above 1; None: the same as below"""
+    dual_clip: float | None = None
+    """bound on the ratio of tokens with a negative advantage; None: none"""
+    log_ratio_clamp: float | None = None
+    """bound on |log π − log π_old|; None: none"""
+    aggregation: Aggregation = "token-mean"
+    """how token losses, of critic and actor, become one number"""
+    mean_of_means: bool = False
+    """average each microbatch by itself and then the averages: the result depends on
+    the number of microbatches"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """importance weights for a sampler that rounds otherwise than the trainer: bounded,
+    or 0 beyond the bound"""
+    sampler_bound: float = 2.0
+    """largest such weight"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(self.clip_eps > 0, f"{name}.clip-eps", self.clip_eps, "must be above 0")
+        _check_positive_or_none(self, name, "clip_eps_high")
+        _check_positive_or_none(self, name, "log_ratio_clamp")
+        check(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"{name}.dual-clip",
+            self.dual_clip,
+            "must be above 1, or None",
+        )
+        check(
+            self.entropy_coef >= 0,
+            f"{name}.entropy-coef",
+            self.entropy_coef,
+            "must not be negative",
+        )
+        check(
+            self.sampler_bound == 2.0 or self.sampler_correction != "none",
+            f"{name}.sampler-bound",
+            self.sampler_bound,
+            f"does nothing without {name}.sampler-correction",
+        )
+        check(
+            self.sampler_bound > 0,
+            f"{name}.sampler-bound",
+            self.sampler_bound,
+            "must be above 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueLossOptions:
+    """The squared error of the critic."""
+
+    clip_eps: float | None = 0.2
+    """ε of the value clip; None: plain squared error"""
+    coef: float = 1.0
+    """weight beside the policy loss; with networks of their own, and Adam, it changes
+    little but what max-grad-norm and Adam's epsilon see"""
+    half: bool = True
+    """½ of the squared error"""
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        _check_positive_or_none(self, name, "clip_eps")
+        check(self.coef > 0, f"{name}.coef", self.coef, "must be above 0")
+
+
+def _check_positive_or_none(options: Any, name: str, field: str) -> None:
+    value = vars(options)[field]
+    flag = f"{name}.{field.replace('_', '-')}"
+    check(value is None or value > 0, flag, value, "must be above 0, or None")

@@ -1,0 +1,397 @@
+"""Six implementations of PPO for language models, each as a complete method.
+
+A preset says how, not on what: models, data, batch size and lengths are left to the
+run. Each returns a `PPOMethod` that can be changed further with `dataclasses.replace`;
+on the command line, `rlhf-jax ppo --preset trl`, and flags after it.
+
+Where an original does something that has no effect on what is learned, or that is an
+outright fault, the docstring says so and the preset leaves it out.
+"""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.algo.options import (
+    AdvantageOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+    ValueLossOptions,
+    check,
+)
+from rlhf_jax.runtime.config import OptimizerConfig, check_positive
+
+
+def _actor_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=1e-4, schedule="linear", end_fraction=0.0, b2=0.999, eps=1e-5
+    )
+
+
+def _critic_optimizer() -> OptimizerConfig:
+    return dataclasses.replace(_actor_optimizer(), learning_rate=3e-4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOMethod:
+    """Everything about PPO that is neither model, data nor size."""
+
+    temperature: float = 1.0
+    """of sampling and of all log-probabilities"""
+    after_stop: Literal["cut", "keep"] = "cut"
+    """an answer ends at its stop token; or goes on to the limit, and is trained on, but
+    the reward model reads it only through the stop token"""
+    old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
+    """log-probabilities that ratios are taken against: the sampler's, or recomputed as
+    in training; auto recomputes where the two round differently, that is everywhere
+    but in float32 on a CPU"""
+    kl: KLOptions = dataclasses.field(default_factory=KLOptions)
+    """KL to the reference"""
+    scores: ScoreOptions = dataclasses.field(
+        default_factory=lambda: ScoreOptions(missing_eos="subtract")
+    )
+    """scores and rewards"""
+    advantages: AdvantageOptions = dataclasses.field(default_factory=AdvantageOptions)
+    """advantages and value targets"""
+    policy_loss: PolicyLossOptions = dataclasses.field(
+        default_factory=PolicyLossOptions
+    )
+    """loss of the actor"""
+    value_loss: ValueLossOptions = dataclasses.field(default_factory=ValueLossOptions)
+    """loss of the critic"""
+    epochs: int = 4
+    """passes over each rollout"""
+    minibatches: int = 4
+    """optimizer steps per pass"""
+    max_update_kl: float | None = None
+    """early stop: end an update once the policy is this many nats per token from the
+    one that answered; None: never"""
+    critic_trunk: Literal["own", "shared"] = "own"
+    """the critic is a network of its own, or a second head on the policy"""
+    critic_head_std: float | None = None
+    """draw the critic's head anew with this standard deviation, 0 for V = 0; None: as
+    loaded, or 1/sqrt(width + 1) where there is none to load"""
+    critic_warmup: int = 0
+    """updates at the start in which only the critic learns"""
+    actor_optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=_actor_optimizer
+    )
+    """optimizer of the policy"""
+    critic_optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=_critic_optimizer
+    )
+    """optimizer of the critic"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "must be above 0: PPO learns from sampling",
+        )
+        check_positive(epochs=self.epochs, minibatches=self.minibatches)
+        check(
+            self.max_update_kl is None or self.max_update_kl > 0,
+            "max-update-kl",
+            self.max_update_kl,
+            "must be above 0, or None",
+        )
+        check(
+            self.critic_head_std is None or self.critic_head_std >= 0,
+            "critic-head-std",
+            self.critic_head_std,
+            "must not be negative",
+        )
+        check(
+            self.critic_warmup >= 0,
+            "critic-warmup",
+            self.critic_warmup,
+            "must not be negative",
+        )
+        check(
+            self.critic_trunk == "own" or self.advantages.slow_critic_decay is None,
+            "advantages.slow-critic-decay",
+            self.advantages.slow_critic_decay,
+            "needs a critic of its own: critic-trunk=own",
+        )
+        check(
+            self.policy_loss.sampler_correction == "none"
+            or self.old_logprobs != "sampler",
+            "policy-loss.sampler-correction",
+            self.policy_loss.sampler_correction,
+            "needs old-logprobs=recomputed: the sampler's own need no correction",
+        )
+        self.kl.validate("kl")
+        self.scores.validate("scores")
+        self.advantages.validate("advantages")
+        self.policy_loss.validate("policy-loss")
+        self.value_loss.validate("value-loss")
+        self.actor_optimizer.validate("actor-optimizer")
+        self.critic_optimizer.validate("critic-optimizer")
+
+
+def openai_2019() -> PPOMethod:
+    """openai/lm-human-preferences, in the setting of its books tasks.
+
+    KL in the reward with the adaptive β of the books tasks (0.15, target 6 nats per
+    answer, horizon 10,000); scores scaled by mean and deviation of the reference's
+    answers; −1 for an answer that never reached its stop token; token rewards whitened
+    without centring; advantages whitened inside the loss. Answers have a fixed length:
+    what follows the stop token is hidden from the reward model, but sampled, trained
+    on and rewarded at its last token. One trunk, a value head that starts at 0, one
+    Adam in TensorFlow's form.
+
+    Departs from its paper: the paper does not mention either whitening. The original
+    counts episodes, not tokens, in the controller; and its β turns negative where a
+    batch has more than 5 · horizon episodes, which `adapt_kl_coef` prevents.
+
+    References:
+        Ziegler et al., 2019, arXiv:1909.08593; Huang et al., 2023, "The N
+        implementation details of RLHF with PPO".
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=1e-5,
+        schedule="linear",
+        warmup_fraction=0.0,
+        end_fraction=0.0,
+        b2=0.999,
+        eps=1e-5,
+        form="tf1",
+        max_grad_norm=0.0,
+    )
+    return PPOMethod(
+        temperature=0.7,
+        after_stop="keep",
+        old_logprobs="sampler",
+        kl=KLOptions(coef=0.15, target=6.0, horizon=10_000),
+        scores=ScoreOptions(
+            normalization="reference",
+            missing_eos="replace",
+            missing_eos_penalty=-1.0,
+            whiten_rewards=True,
+        ),
+        advantages=AdvantageOptions(lam=0.95, whiten="minibatch"),
+        policy_loss=PolicyLossOptions(clip_eps=0.2),
+        value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
+        epochs=4,
+        minibatches=1,
+        critic_trunk="shared",
+        critic_head_std=0.0,
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def nplus_tldr() -> PPOMethod:
+    """vwxyzjn/summarize_from_feedback_details: "The N+ implementation details".
+
+    KL in the reward, β = 0.05; the score on the state after the last token, whose
+    value is kept and trained; −1 for an answer without EOS; advantages whitened over
+    response tokens (ddof 0); a critic of its own, from the reward model, in one loss
+    with weight 0.1; AdamW with ε = 1e-5; each microbatch averaged by itself.
+
+    Departs from its paper: whitening is per rank there, and here over the batch (give
+    `whiten="shard"` to have it per rank); the learning rate falls linearly by hand, its
+    scheduler argument is never read; positions of left-padded prompts are not
+    corrected there, because generation collapsed with it, and are here. The reward
+    model's bias (its mean reward on the normalisation set) belongs to the checkpoint.
+
+    References:
+        Huang et al., 2024, arXiv:2403.17031.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=3e-6,
+        schedule="linear",
+        warmup_fraction=0.0,
+        end_fraction=0.0,
+        b2=0.999,
+        eps=1e-5,
+        max_grad_norm=0.0,
+    )
+    return PPOMethod(
+        temperature=0.7,
+        old_logprobs="sampler",
+        kl=KLOptions(coef=0.05),
+        scores=ScoreOptions(
+            missing_eos="replace",
+            missing_eos_penalty=-1.0,
+            position="after_last_token",
+        ),
+        advantages=AdvantageOptions(lam=0.95, whiten="batch"),
+        policy_loss=PolicyLossOptions(clip_eps=0.2, mean_of_means=True),
+        value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
+        epochs=4,
+        minibatches=1,
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def trl() -> PPOMethod:
+    """TRL's `PPOTrainer` (1.12, the last release that has it), at its defaults.
+
+    As `nplus_tldr`, from which it was ported, but whitening has ddof 1, an answer
+    without a stop token keeps its score, and Adam's ε is 1e-8.
+
+    Departs from its documentation: `missing_eos_penalty` looks for the tokenizer's EOS
+    only, whatever `stop_token` is; masks are made from the pad id, so that padding
+    inside a prompt, or an EOS that is the pad, changes the result. Here masks come
+    from lengths.
+
+    References:
+        https://huggingface.co/docs/trl/v1.12.0/ppo_trainer.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=3e-6,
+        schedule="linear",
+        warmup_fraction=0.0,
+        end_fraction=0.0,
+        b2=0.999,
+        eps=1e-8,
+        max_grad_norm=0.0,
+    )
+    return dataclasses.replace(
+        nplus_tldr(),
+        scores=ScoreOptions(position="after_last_token"),
+        advantages=AdvantageOptions(lam=0.95, whiten="batch", ddof=1),
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def openrlhf() -> PPOMethod:
+    """OpenRLHF 0.11 at its defaults.
+
+    KL in the reward, β = 0.01, each term held within ±10; scores within ±10; λ = 1;
+    advantages whitened over the whole batch; one epoch of several optimizer steps on
+    recomputed log-probabilities; actor and critic with optimizers of their own.
+
+    Departs from its documentation: the clamp that its comment gives to k3 acts on k1
+    too.
+
+    References:
+        Hu et al., 2024, arXiv:2405.11143.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=1e-6,
+        schedule="cosine",
+        warmup_fraction=0.03,
+        end_fraction=0.1,
+        b2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(coef=0.01, clamp=10.0),
+        scores=ScoreOptions(clip=10.0),
+        advantages=AdvantageOptions(lam=1.0, whiten="batch"),
+        policy_loss=PolicyLossOptions(clip_eps=0.2, log_ratio_clamp=20.0),
+        value_loss=ValueLossOptions(clip_eps=0.5),
+        epochs=1,
+        minibatches=8,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=9e-6),
+    )
+
+
+def verl() -> PPOMethod:
+    """verl 0.9 with `adv_estimator=gae`, at its defaults.
+
+    No KL at all; λ = 1; advantages whitened over the whole batch with ddof 1; dual
+    clip at 3; value clip 0.5; AdamW with weight decay 0.01; actor and critic with
+    optimizers of their own.
+
+    Departs from what one would expect: the dual clip is on unless it is taken out, and
+    the reference is off unless it is asked for.
+
+    References:
+        Sheng et al., 2024, arXiv:2409.19256.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=1e-6,
+        schedule="constant",
+        warmup_fraction=0.0,
+        end_fraction=0.0,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(place="none"),
+        scores=ScoreOptions(),
+        advantages=AdvantageOptions(lam=1.0, whiten="batch", ddof=1),
+        policy_loss=PolicyLossOptions(
+            clip_eps=0.2, dual_clip=3.0, log_ratio_clamp=20.0
+        ),
+        value_loss=ValueLossOptions(clip_eps=0.5),
+        epochs=1,
+        minibatches=4,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=1e-5),
+    )
+
+
+def deepspeed_chat() -> PPOMethod:
+    """DeepSpeed-Chat's `ppo_trainer.py`.
+
+    KL in the reward, β = 0.1; scores within ±5, paid one past the last token, in a
+    state whose value is bootstrapped from but not trained; advantages not whitened;
+    one epoch on recomputed log-probabilities; actor and critic in engines of their own.
+
+    Departs from what its comments say: the KL of the pad token is added to the score in
+    the state after the last token; here that state has no KL. Log-probabilities ignore
+    the temperature of the sampler, so that only 1 is on-policy; they are recomputed in
+    training mode, with dropout where the model has any.
+
+    References:
+        Yao et al., 2023, arXiv:2308.01320.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=9.65e-6,
+        schedule="cosine",
+        warmup_fraction=0.05,
+        end_fraction=0.0,
+        b2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(coef=0.1),
+        scores=ScoreOptions(clip=5.0, position="after_last_token", end_value="kept"),
+        advantages=AdvantageOptions(lam=0.95, whiten="none"),
+        policy_loss=PolicyLossOptions(clip_eps=0.2),
+        value_loss=ValueLossOptions(clip_eps=0.2),
+        epochs=1,
+        minibatches=1,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=5e-6),
+    )
+
+
+def preset(name: str) -> PPOMethod:
+    """The preset of that name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+PRESETS = {
+    "openai_2019": openai_2019,
+    "nplus_tldr": nplus_tldr,
+    "trl": trl,
+    "openrlhf": openrlhf,
+    "verl": verl,
+    "deepspeed_chat": deepspeed_chat,
+}
