@@ -1,6 +1,5 @@
 """Advantages without a critic: each answer against the others to its prompt."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -13,27 +12,37 @@ def group_advantages(
     scores: Array,
     group_ids_or_size: Array | int,
     *,
-    scale: Literal["std", "none"] = "std",
-    baseline: Literal["mean", "leave-one-out"] = "mean",
+    scale: Literal["std", "batch-std", "none"] = "std",
+    baseline: Literal["mean", "leave-one-out", "none"] = "mean",
     ddof: int = 1,
     eps: Scalar = 1e-4,
 ) -> Array:
     """Scores relative to their group, the answers to one prompt.
 
-    With μ, σ the mean and standard deviation over the n scores of a group:
+    With μ, σ the mean and standard deviation over the n scores of a group, and σ_B the
+    standard deviation over all scores of the batch:
 
-    ==========  =================  ==============================  ==================
-    `scale`     `baseline`         A                               known as
-    ==========  =================  ==============================  ==================
-    `"std"`     `"mean"`           (s − μ) / (σ + eps)             GRPO
-    `"none"`    `"mean"`           s − μ                           Dr. GRPO
-    `"none"`    `"leave-one-out"`  n/(n−1) · (s − μ), that is s    RLOO
-                                   − the mean of the others
-    `"std"`     `"leave-one-out"`  n/(n−1) · (s − μ) / (σ + eps)
-    ==========  =================  ==============================  ==================
+    =============  =================  ===========================  ====================
+    `scale`        `baseline`         A                            known as
+    =============  =================  ===========================  ====================
+    `"std"`        `"mean"`           (s − μ) / (σ + eps)          GRPO
+    `"batch-std"`  `"mean"`           (s − μ) / (σ_B + eps)        `scale_rewards=batch`
+                                                                   of TRL
+    `"none"`       `"mean"`           s − μ                        Dr. GRPO
+    `"none"`       `"leave-one-out"`  n/(n−1) · (s − μ), that is   RLOO
+                                      s − the mean of the others
+    `"none"`       `"none"`           s                            REINFORCE
+    =============  =================  ===========================  ====================
 
-    They sum to 0 over a group. A group of one has nothing to compare with and gets 0,
-    and so does a group whose scores are all equal.
+    and `"leave-one-out"` divided by σ or σ_B alike. But for the last line they sum to 0
+    over a group; a group of one has nothing to compare with and gets 0, and so does a
+    group whose scores are all equal.
+
+    Which to choose: RLOO has the exact policy gradient in expectation, and so has Dr.
+    GRPO up to the factor (n − 1)/n. Dividing by σ changes its direction where scores
+    are graded. Where they are 0 or 1 it only weighs the prompts, alike for n = 2 and 3,
+    and from n = 4 on the more, the nearer a prompt is to always or never solved; that
+    may be what one wants. σ_B sets a common scale and errs less.
 
     Args:
         scores: `[B]` float, one per answer.
@@ -41,66 +50,160 @@ def group_advantages(
             `[B]` integer of any values: equal ids form a group, of any size and
             order. Ids compare all pairs, which takes B² bools, and need a mesh with
             auto axes or an unsharded batch.
-        scale: divide by the group's standard deviation or not.
-        baseline: the mean of the group, or of the other answers.
-        ddof: σ² divides by n − ddof; 1 as in TRL, verl and OpenRLHF.
-        eps: added to σ, positive; bounds what nearly equal scores can become.
+        scale: divide by the group's standard deviation, the batch's, or not at all.
+        baseline: the mean of the group, of the other answers, or 0.
+        ddof: σ² divides by n − ddof, σ_B² by B − ddof; 1 as in TRL, verl and OpenRLHF.
+        eps: added to σ or σ_B, positive; bounds what nearly equal scores can become.
 
     Returns:
         `[B]` float32.
 
     Raises:
-        ValueError: when G does not divide B, or on an unknown option.
+        ValueError: when G does not divide B, on an unknown option, or when scores are
+            to be scaled without a baseline: equal ones would be divided by `eps`.
         AssertionError: on a wrong rank or dtype.
 
     References:
         Shao et al., 2024, arXiv:2402.03300, section 4.1; Liu et al., 2025,
-        arXiv:2503.20783; Ahmadian et al., 2024, arXiv:2402.14740, eq. 8.
+        arXiv:2503.20783; Ahmadian et al., 2024, arXiv:2402.14740, eq. 8; σ_B: Liu et
+        al., 2025, arXiv:2508.08221.
     """
-    chex.assert_rank(scores, 1)
-    chex.assert_type(scores, float)
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale={scale!r}: expected 'std' or 'none'")
-    if baseline not in ("mean", "leave-one-out"):
-        raise ValueError(f"baseline={baseline!r}: expected 'mean' or 'leave-one-out'")
+    _check_options(scores, scale, baseline)
     scores = scores.astype(jnp.float32)
-    group_sum = _group_sum(scores, group_ids_or_size)
-    count = group_sum(jnp.ones_like(scores))  # [B]
-
-    centred = scores - group_sum(scores) / count
-    # Once more: the rounding error of a large mean would look like a difference.
-    centred = centred - group_sum(centred) / count
-    advantages = centred
+    if baseline == "none":
+        return scores
+    advantages = center_in_groups(scores, group_ids_or_size)
     if baseline == "leave-one-out":
-        advantages = centred * count / jnp.maximum(count - 1.0, 1.0)
+        count = group_sum(jnp.ones_like(scores), group_ids_or_size)
+        advantages = advantages * count / jnp.maximum(count - 1.0, 1.0)
     if scale == "std":
-        # From the centred scores: E s² − μ² cancels when they are nearly equal.
-        variance = group_sum(jnp.square(centred)) / jnp.maximum(count - ddof, 1.0)
-        advantages = advantages / (jnp.sqrt(variance) + eps)
+        std = group_std(scores, group_ids_or_size, ddof=ddof)
+        advantages = advantages / (std + eps)
+    elif scale == "batch-std":
+        deviations = scores - jnp.mean(scores)
+        deviations = deviations - jnp.mean(deviations)  # as in `center_in_groups`
+        squares = jnp.sum(jnp.square(deviations))
+        advantages = advantages / (_root(squares, scores.size - ddof) + eps)
     return advantages
 
 
-def _group_sum(
-    scores: Array, group_ids_or_size: Array | int
-) -> Callable[[Array], Array]:
-    """Maps `[B]` to `[B]`: at every answer the sum over its group."""
-    batch = scores.shape[0]
+def center_in_groups(
+    scores: Array, group_ids_or_size: Array | int, weights: Array | None = None
+) -> Array:
+    """Scores minus their group's mean.
+
+    Args:
+        scores: `[B]` float32.
+        group_ids_or_size: see `group_advantages`.
+        weights: `[B]` float32, not negative, of a weighted mean; 1 by default. In a
+            group without any weight the mean is 0.
+
+    Returns:
+        `[B]` float32.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+    """
+    weights = jnp.ones_like(scores) if weights is None else weights
+    total = group_sum(weights, group_ids_or_size)
+    total = jnp.where(total > 0, total, 1.0)
+    centred = scores - group_sum(weights * scores, group_ids_or_size) / total
+    # Once more: the rounding error of a large mean would look like a difference.
+    return centred - group_sum(weights * centred, group_ids_or_size) / total
+
+
+def group_sum(x: Array, group_ids_or_size: Array | int) -> Array:
+    """At every answer the sum over its group.
+
+    Args:
+        x: `[B]` float32.
+        group_ids_or_size: see `group_advantages`.
+
+    Returns:
+        `[B]` float32.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+    """
     if isinstance(group_ids_or_size, int):
-        size = group_ids_or_size
-        if size < 1 or batch % size:
-            raise ValueError(
-                f"group size {size}: expected a divisor of the {batch} scores"
-            )
+        size = _check_size(group_ids_or_size, x.shape[0])
+        groups = x.reshape(-1, size)
+        sums = jnp.sum(groups, axis=1, keepdims=True)
+        return jnp.broadcast_to(sums, groups.shape).reshape(x.shape)
+    same = _same_group(group_ids_or_size, x.shape[0])
+    return jnp.sum(jnp.where(same, x[None, :], 0.0), axis=1)
 
-        def contiguous(x: Array) -> Array:
-            groups = x.reshape(batch // size, size)
-            sums = jnp.sum(groups, axis=1, keepdims=True)
-            return jnp.broadcast_to(sums, groups.shape).reshape(batch)
 
-        return contiguous
+def group_std(scores: Array, group_ids_or_size: Array | int, *, ddof: int = 1) -> Array:
+    """At every answer the standard deviation of its group.
 
-    ids = group_ids_or_size
+    Args:
+        scores: `[B]` float32.
+        group_ids_or_size: see `group_advantages`.
+        ddof: the squares divide by n − ddof, or by 1 where that is less.
+
+    Returns:
+        `[B]` float32; exactly 0 where all scores of a group are equal.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+    """
+    # From the centred scores: E s² − μ² cancels when they are nearly equal.
+    centred = center_in_groups(scores, group_ids_or_size)
+    squares = group_sum(jnp.square(centred), group_ids_or_size)
+    count = group_sum(jnp.ones_like(scores), group_ids_or_size)
+    return _root(squares, count - ddof)
+
+
+def largest_of_others(x: Array, group_ids_or_size: Array | int) -> Array:
+    """At every answer the largest x of the other answers in its group.
+
+    Args:
+        x: `[B]` float32.
+        group_ids_or_size: see `group_advantages`.
+
+    Returns:
+        `[B]` float32; −inf in a group of one.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+    """
+    if isinstance(group_ids_or_size, int):
+        size = _check_size(group_ids_or_size, x.shape[0])
+        groups = x.reshape(-1, 1, size)  # [groups, 1, G], against [G, G]
+        others = ~jnp.eye(size, dtype=bool)[None]
+        largest = jnp.max(jnp.where(others, groups, -jnp.inf), axis=2)
+        return largest.reshape(x.shape)
+    same = _same_group(group_ids_or_size, x.shape[0])
+    others = same & ~jnp.eye(x.shape[0], dtype=bool)
+    return jnp.max(jnp.where(others, x[None, :], -jnp.inf), axis=1)
+
+
+def _check_options(scores: Array, scale: str, baseline: str) -> None:
+    chex.assert_rank(scores, 1)
+    chex.assert_type(scores, float)
+    if scale not in ("std", "batch-std", "none"):
+        raise ValueError(f"scale={scale!r}: expected 'std', 'batch-std' or 'none'")
+    if baseline not in ("mean", "leave-one-out", "none"):
+        raise ValueError(
+            f"baseline={baseline!r}: expected 'mean', 'leave-one-out' or 'none'"
+        )
+    if baseline == "none" and scale != "none":
+        raise ValueError(f"scale={scale!r}: expected 'none' with baseline='none'")
+
+
+def _root(squares: Array, freedom: Scalar) -> Array:
+    return jnp.sqrt(squares / jnp.maximum(freedom, 1.0))
+
+
+def _check_size(size: int, batch: int) -> int:
+    if size < 1 or batch % size:
+        raise ValueError(f"group size {size}: expected a divisor of the {batch} scores")
+    return size
+
+
+def _same_group(ids: Array, batch: int) -> Array:
+    """`[B, B]` bool: do two answers belong together?"""
     chex.assert_shape(ids, (batch,))
     chex.assert_type(ids, int)
-    same = ids[:, None] == ids[None, :]  # [B, B]
-    return lambda x: jnp.sum(jnp.where(same, x[None, :], 0.0), axis=1)
+    return ids[:, None] == ids[None, :]

@@ -32,9 +32,9 @@ def make_experience(
 ) -> tuple[Experience, dict[str, Array]]:
     """Shaped rewards, advantages and returns of one rollout.
 
-    Order: scores (see `final_scores`); score at the end minus β·KL at every token;
-    reward whitening; advantages and returns; advantage whitening over the response
-    tokens. Returns are those of the raw advantages.
+    Order: scores (`final_scores`); score at the end minus β·KL at every token, and
+    reward whitening (`token_rewards`); advantages and returns; advantage whitening
+    over the response tokens. Returns are those of the raw advantages.
 
     Args:
         scored: the rollout with log-probabilities, values and scores.
@@ -52,24 +52,10 @@ def make_experience(
         estimator that shapes the rewards; it is left out without a reference.
     """
     rollout, mask = scored.rollout, scored.rollout.mask
-    ref_logprobs = scored.ref_logprobs
-    rewards, _ = shape_rewards(
-        final_scores(scored, scores, score_moments),
-        scored.logprobs,
-        scored.logprobs if ref_logprobs is None else ref_logprobs,
-        mask,
-        kl_coef=kl_coef if kl.place == "reward" else 0.0,
-        estimator=kl.estimator,
-        log_ratio_clamp=kl.log_ratio_clamp,
-        clamp=kl.clamp,
-        score_position=scores.position,
+    states = rewarded_states(mask, scores)
+    rewards = token_rewards(
+        scored, kl_coef=kl_coef, kl=kl, scores=scores, score_moments=score_moments
     )
-    # The states that are rewarded, and those among them that the critic learns.
-    after_last = scores.position == "after_last_token"
-    states = include_end_state(mask) if after_last else mask
-    valued = states if scores.end_value == "learned" else mask
-    if scores.whiten_rewards:
-        rewards = masked_whiten(rewards, states, center=False)
     raw, returns = _advantages_and_returns(
         scored,
         rewards,
@@ -77,6 +63,8 @@ def make_experience(
         mask if scores.end_value == "zero" else states,
         advantages,
     )
+    # The states whose value the critic learns.
+    valued = states if scores.end_value == "learned" else mask
 
     used = jnp.ones_like(rollout.truncated)
     if scores.missing_eos == "mask":
@@ -111,15 +99,49 @@ def make_experience(
         sequence_mask=rollout.sequence_mask,
         mask=mask,
         old_logprobs=masked(scored.logprobs, mask),
-        ref_logprobs=None if ref_logprobs is None else masked(ref_logprobs, mask),
+        ref_logprobs=None
+        if scored.ref_logprobs is None
+        else masked(scored.ref_logprobs, mask),
         old_values=masked(scored.values, valued),
         advantages=masked(raw, mask),
         returns=masked(returns, valued),
-        value_mask=valued if after_last else None,
+        value_mask=valued if scores.position == "after_last_token" else None,
         weights=weights,
         kl_coef=loss_kl_coef,
     )
     return experience, _metrics(scored, experience, rewards, valued, kl_coef)
+
+
+def rewarded_states(mask: Array, options: ScoreOptions) -> Array:
+    """`[B, T]` bool: the response tokens, and the state after them if it is paid."""
+    after_last = options.position == "after_last_token"
+    return include_end_state(mask) if after_last else mask
+
+
+def token_rewards(
+    scored: ScoredRollout,
+    *,
+    kl_coef: Scalar,
+    kl: KLOptions = KLOptions(),
+    scores: ScoreOptions = ScoreOptions(),
+    score_moments: ScoreMoments | None = None,
+) -> Array:
+    """`[B, T]` float32: the score at the end, minus β·KL at every token, whitened."""
+    mask, ref_logprobs = scored.rollout.mask, scored.ref_logprobs
+    rewards, _ = shape_rewards(
+        final_scores(scored, scores, score_moments),
+        scored.logprobs,
+        scored.logprobs if ref_logprobs is None else ref_logprobs,
+        mask,
+        kl_coef=kl_coef if kl.place == "reward" else 0.0,
+        estimator=kl.estimator,
+        log_ratio_clamp=kl.log_ratio_clamp,
+        clamp=kl.clamp,
+        score_position=scores.position,
+    )
+    if scores.whiten_rewards:
+        rewards = masked_whiten(rewards, rewarded_states(mask, scores), center=False)
+    return rewards
 
 
 def final_scores(

@@ -1,0 +1,152 @@
+"""Policy losses that spare the entropy: a few tokens are held back or left out.
+
+Called as those of `policy_losses`, and with the same promises: float32, unreduced, 0
+where `mask` is False, a gradient in `logprobs` only, padding never read.
+
+The entropy of a policy falls with the covariance of advantage and log-probability, of
+which a small share of the tokens makes most. Each token's part is
+
+    c_t = (A_t − mean A) · (log π_t − mean log π)        means over all real tokens
+
+Which tokens count as few is decided over the arrays given. Over several microbatches
+that is each microbatch for itself, and the gradients do not add up to those of the
+minibatch. The tokens are ranked by a sort over the whole batch, which needs a mesh with
+auto axes or an unsharded batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.masking import masked_mean
+from rlhf_jax.algo.policy_losses import clipped_surrogate, mask_loss_inputs
+from rlhf_jax.algo.types import Array, Scalar
+
+
+def clip_cov_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    key: Array,
+    clip_eps: ClipEps = 0.2,
+    fraction: float = 2e-4,
+    cov_range: tuple[Scalar, Scalar] = (1.0, 5.0),
+) -> Array:
+    """Clip-Cov: PPO's clipped loss without a few tokens that cost the most entropy.
+
+    Of the tokens with c in `cov_range` (see the module) that PPO does not clip anyway,
+    k = max(⌊fraction · real tokens⌋, 1) are drawn at random, all of them where they are
+    fewer, and their term is 0. Choose it where the entropy collapses early and an
+    entropy bonus is too blunt.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+        key: a typed PRNG key, consumed. The draw depends on the shape: an extra pad
+            column changes it.
+        clip_eps: ε, or `(ε_low, ε_high)`, of PPO's clip.
+        fraction: share of the real tokens to leave out, in (0, 1].
+        cov_range: bounds of c, exclusive; the defaults are the authors'.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False and at the tokens left out.
+
+    Raises:
+        ValueError: when `fraction` is out of range.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Cui et al., 2025, arXiv:2505.22617, section 4.2, and the authors' code in
+        PRIME-RL/Entropy-Mechanism-of-RL.
+    """
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    ratio = jnp.exp(logprobs - old_logprobs)
+    lowest, highest = ratio_range(clip_eps)
+    clipped = ((ratio > highest) & (advantages > 0)) | (
+        (ratio < lowest) & (advantages < 0)
+    )
+    covariance = _token_covariances(logprobs, advantages, mask)
+    least, most = cov_range
+    candidates = mask & ~clipped & (covariance > least) & (covariance < most)
+    lots = jnp.where(candidates, jax.random.uniform(key, mask.shape), -1.0)
+    left_out = candidates & _largest(lots, _share(fraction, mask))
+    return jnp.where(left_out, 0.0, clipped_surrogate(ratio, advantages, clip_eps))
+
+
+def kl_cov_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    fraction: float = 2e-4,
+    kl_coef: Scalar = 1.0,
+) -> Array:
+    """KL-Cov: −ρ·A, held back by a KL penalty where the most entropy would be lost.
+
+        L = −ρ·A + [token among the k of largest c]·kl_coef·|log π − log π_old|
+
+    with c as in the module and k = max(⌊fraction · real tokens⌋, 1); of equal c the
+    earlier row and column go first. Nothing is clipped, so the other tokens follow any
+    ratio. Choose it over `clip_cov_loss` to pull such tokens back to where they were:
+    one that is left out still moves with the others.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+        fraction: share of the real tokens to penalise, in (0, 1]; the authors' scripts
+            take 2e-3 for a model of 7B parameters, 2e-4 for one of 32B.
+        kl_coef: `[]`, weight of the penalty.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False.
+
+    Raises:
+        ValueError: when `fraction` is out of range.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Cui et al., 2025, arXiv:2505.22617, section 4.2, and the authors' code in
+        PRIME-RL/Entropy-Mechanism-of-RL.
+    """
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    log_ratio = logprobs - old_logprobs
+    covariance = _token_covariances(logprobs, advantages, mask)
+    covariance = jnp.where(mask, covariance, -jnp.inf)
+    held_back = _largest(covariance, _share(fraction, mask))
+    # Not `abs`, whose gradient at 0 is 1: on the policy that sampled nothing may pull.
+    distance = jnp.sign(log_ratio) * log_ratio
+    penalty = jnp.where(held_back, kl_coef * distance, 0.0)
+    return penalty - jnp.exp(log_ratio) * advantages
+
+
+def _token_covariances(logprobs: Array, advantages: Array, mask: Array) -> Array:
+    """`[B, T]`: each token's part in the covariance, to choose tokens by."""
+    return (advantages - masked_mean(advantages, mask)) * (
+        logprobs - masked_mean(logprobs, mask)
+    )
+
+
+def _share(fraction: float, mask: Array) -> Array:
+    """`[]` int32: max(⌊fraction · real tokens⌋, 1), the product in float32."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction}: expected in (0, 1]")
+    tokens = jnp.sum(mask.astype(jnp.float32))
+    return jnp.maximum(jnp.floor(fraction * tokens).astype(jnp.int32), 1)
+
+
+def _largest(x: Array, count: Array) -> Array:
+    """`[B, T]` bool: exactly `count` entries, the largest; of equals the first."""
+    order = jnp.argsort(x.reshape(-1), descending=True, stable=True)
+    rank = jnp.argsort(order)
+    return (rank < count).reshape(x.shape)

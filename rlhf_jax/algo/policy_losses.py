@@ -1,0 +1,288 @@
+"""Surrogate losses beside PPO's: one term per token, all called the same way.
+
+    loss(logprobs, old_logprobs, advantages, mask, *, …) → [B, T]
+
+Each is a negated objective. The terms are float32, unreduced and 0 where `mask` is
+False, with a gradient in `logprobs` only: term t has one at token t and at no other.
+Padding may hold anything. `aggregate` reduces them. Where all ratios are 1 every loss
+here has the gradient −A_t of plain policy gradient; they differ in how far they follow
+a policy that has moved away from the one that sampled.
+
+Ratios are exp(log π − log π_old) without a clamp, unlike verl's ±20: the losses and
+their gradients are finite while |log π − log π_old| < 80 at every token.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.masking import masked_mean
+from rlhf_jax.algo.types import Array, Scalar
+
+
+def reinforce_loss(
+    logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array
+) -> Array:
+    """Plain policy gradient, −A·log π; also the loss of GPG.
+
+    Right for one update per rollout: with no ratio in it, it never notices that the
+    policy has moved. For several updates over a rollout choose a loss with a ratio.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float; its shape is checked, its values are not read.
+            It is here so that an objective can take any of these losses.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Williams, 1992, Machine Learning 8; Chu et al., 2025, arXiv:2504.02546.
+    """
+    logprobs, _, advantages = mask_loss_inputs(logprobs, old_logprobs, advantages, mask)
+    return -advantages * logprobs
+
+
+def gspo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_eps: ClipEps = (3e-4, 4e-4),
+) -> Array:
+    """GSPO: PPO's clip on one ratio per sequence, the geometric mean of its tokens'.
+
+        s = exp(mean_t log(π / π_old))          s_t = sg(s) · π / sg(π)
+        L = max(−s_t·A_t, −clip(s_t, 1 − ε_low, 1 + ε_high)·A_t)
+
+    s_t equals s and has its gradient at token t, so that a sequence is clipped whole
+    where its tokens share one advantage. Averaged over each sequence and then over
+    sequences (`"seq-mean-token-mean"`), the reduction of the paper, that is the loss
+    and the gradient of s itself.
+
+    Choose it for long answers and mixtures of experts, where the ratios of single
+    tokens are noise. Over a sequence that noise averages out, and ε is hundreds of
+    times smaller than PPO's.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t, as a rule one number per sequence.
+        mask: `[B, T]` bool, True on real tokens.
+        clip_eps: ε, or `(ε_low, ε_high)`; the default is the paper's.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where the
+        clipped branch is the larger.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Zheng et al., 2025, arXiv:2507.18071, sections 4.1 and 4.3.
+    """
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    log_ratio = masked_mean(logprobs - old_logprobs, mask, axis=1)[:, None]  # [B, 1]
+    ratio = jnp.exp(jax.lax.stop_gradient(log_ratio)) * _one(logprobs)
+    return clipped_surrogate(ratio, advantages, clip_eps)
+
+
+def geometric_mean_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_eps: ClipEps = 0.4,
+) -> Array:
+    """GMPO: the geometric mean over a sequence of ratios that are clipped one by one.
+
+        l_t = min(log ρ_t, ε_high) where A_t > 0, else max(log ρ_t, −ε_low)
+        s = exp(mean_t l_t)          s_t = sg(s) · exp(l_t) / sg(exp(l_t))
+        L = −s_t·A_t
+
+    The clip is on *logarithms* of ratios, so that ε = 0.4 allows e^±0.4, and it holds
+    back the way the advantage pulls only. Averaged over each sequence and then over
+    sequences (`"seq-mean-token-mean"`), that is the paper's loss and its gradient.
+
+    Choose it over `gspo_loss` where a few tokens should not silence their sequence:
+    a clipped token loses its own gradient, the others keep theirs.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t; the paper knows one number per sequence.
+        mask: `[B, T]` bool, True on real tokens.
+        clip_eps: ε, or `(ε_low, ε_high)`, in nats; the default is the paper's.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where l_t
+        is clipped.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Zhao et al., 2025, arXiv:2507.20673, and the authors' code, callsys/GMPO.
+    """
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
+    log_ratio = logprobs - old_logprobs
+    clipped = jnp.where(
+        advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -low)
+    )
+    mean = jax.lax.stop_gradient(masked_mean(clipped, mask, axis=1))[:, None]  # [B, 1]
+    return -advantages * jnp.exp(mean) * _one(clipped)
+
+
+def cispo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    ratio_bounds: tuple[Scalar | None, Scalar] = (None, 5.0),
+) -> Array:
+    """CISPO: policy gradient with clipped importance weights, −sg(clip(ρ))·A·log π.
+
+    The bounds limit how hard a token pulls and never stop it: every token with an
+    advantage learns at every step. Choose it where PPO's clip would silence the rare
+    tokens at which reasoning turns.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+        ratio_bounds: `(lowest, highest)` ρ itself, not its distance from 1; None
+            leaves the low side open, as the paper does. `(None, 5.0)` is TRL's advice;
+            `(1 − ε_low, 1 + ε_high)` is what verl and slime use.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False; finite for any finite input.
+
+    Raises:
+        ValueError: when bounds given as Python numbers are not in order.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        MiniMax, 2025, arXiv:2506.13585, section 3.1; the bound 5: Khatri et al., 2025,
+        arXiv:2510.13786.
+    """
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    low, high = ratio_bounds
+    low = 0.0 if low is None else low
+    if isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
+        raise ValueError(f"ratio_bounds={ratio_bounds}: expected lowest < highest")
+    weight = jax.lax.stop_gradient(
+        jnp.clip(jnp.exp(logprobs - old_logprobs), low, high)
+    )
+    return -weight * advantages * logprobs
+
+
+def sapo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    tau_positive: Scalar = 1.0,
+    tau_negative: Scalar = 1.05,
+) -> Array:
+    """SAPO: a soft gate in place of the clip, −(4/τ)·sigmoid(τ·(ρ − 1))·A.
+
+    Its gradient −4·σ·(1 − σ)·ρ·A fades as ρ leaves 1 on either side, and is nowhere
+    cut off. The larger τ, the sooner; tokens with A > 0 take `tau_positive`, the others
+    `tau_negative`. Choose it where the share of clipped tokens jumps between steps.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, of the policy that sampled.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+        tau_positive: `[]`, τ where A > 0, positive; the defaults are the paper's.
+        tau_negative: `[]`, τ elsewhere, positive.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False.
+
+    Raises:
+        ValueError: when a τ given as a Python number is not positive.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Gao et al., 2025, arXiv:2511.20347.
+    """
+    for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
+        if isinstance(tau, int | float) and not tau > 0:
+            raise ValueError(f"{name}={tau}: expected above 0")
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+    gate = jax.nn.sigmoid(tau * (jnp.exp(logprobs - old_logprobs) - 1.0))
+    return -4.0 / tau * gate * advantages
+
+
+def mask_loss_inputs(
+    logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array
+) -> tuple[Array, Array, Array]:
+    """What every policy loss starts with: checked, float32, 0 where `mask` is False.
+
+    Args:
+        logprobs: `[B, T]` float; may hold anything where `mask` is False, as may the
+            next two.
+        old_logprobs: `[B, T]` float.
+        advantages: `[B, T]` float.
+        mask: `[B, T]` bool, True on real tokens.
+
+    Returns:
+        The first three, `[B, T]` float32; the second and third without a gradient.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+    """
+    arrays = [logprobs, old_logprobs, advantages]
+    chex.assert_rank([*arrays, mask], 2)
+    chex.assert_equal_shape([*arrays, mask])
+    chex.assert_type([*arrays, mask], [float, float, float, bool])
+    # The inputs are masked, not the result: behind a NaN the gradient of `where` is
+    # NaN too. Zero advantages then make the terms of the padding 0.
+    logprobs, old_logprobs, advantages = (
+        jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays
+    )
+    return logprobs, *jax.lax.stop_gradient((old_logprobs, advantages))
+
+
+def _one(log_x: Array) -> Array:
+    """x / sg(x): 1, with the gradient of log x."""
+    return jnp.exp(log_x - jax.lax.stop_gradient(log_x))
+
+
+def clipped_surrogate(ratio: Array, advantages: Array, clip_eps: ClipEps) -> Array:
+    """PPO's max(−ρ·A, −clip(ρ, 1 − ε_low, 1 + ε_high)·A).
+
+    Args:
+        ratio: ρ, any shape, float32.
+        advantages: A, the same shape.
+        clip_eps: ε, or `(ε_low, ε_high)`.
+
+    Returns:
+        float32 of that shape; its gradient in `ratio` is exactly 0 where the clipped
+        branch is the larger.
+    """
+    clipped_ratio = jnp.clip(ratio, *ratio_range(clip_eps))
+    return jnp.maximum(-ratio * advantages, -clipped_ratio * advantages)
