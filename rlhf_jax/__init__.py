@@ -4,7 +4,23 @@ What is exported here takes arrays and returns arrays; shapes and conventions ar
 `rlhf_jax.algo.types`. Importing it loads jax and chex only.
 """
 
-from rlhf_jax.algo.advantages import gae, n_step_returns, td_errors
+from rlhf_jax.algo.advantages import (
+    gae,
+    length_adaptive_lam,
+    n_step_returns,
+    td_errors,
+)
+from rlhf_jax.algo.covariance_losses import clip_cov_loss, kl_cov_loss
+from rlhf_jax.algo.critic_free import (
+    broadcast_over_tokens,
+    gpg_advantages,
+    opo_advantages,
+    passk_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    rewards_to_go,
+)
 from rlhf_jax.algo.diagnostics import (
     approx_kl,
     clip_fraction,
@@ -14,6 +30,7 @@ from rlhf_jax.algo.diagnostics import (
 )
 from rlhf_jax.algo.group_advantages import group_advantages
 from rlhf_jax.algo.kl import adapt_kl_coef, kl_estimate
+from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.logprobs import (
     before_response,
     fused_token_logprobs,
@@ -36,9 +53,30 @@ from rlhf_jax.algo.masking import (
     response_mask,
 )
 from rlhf_jax.algo.minibatches import split_minibatches
+from rlhf_jax.algo.off_policy import sampler_weights
+from rlhf_jax.algo.options import (
+    AdvantageOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+    ValueLossOptions,
+)
+from rlhf_jax.algo.policy_losses import (
+    cispo_loss,
+    geometric_mean_loss,
+    gspo_loss,
+    reinforce_loss,
+    sapo_loss,
+)
 from rlhf_jax.algo.preferences import preference_loss
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
 from rlhf_jax.algo.sampling import sample_token, transform_logits
+from rlhf_jax.algo.score_moments import (
+    ScoreMoments,
+    init_score_moments,
+    normalize_scores,
+    update_score_moments,
+)
 from rlhf_jax.algo.types import (
     Demonstrations,
     Experience,
@@ -52,18 +90,27 @@ from rlhf_jax.algo.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdvantageOptions",
     "Demonstrations",
     "Experience",
+    "KLOptions",
+    "PolicyLossOptions",
     "Preferences",
     "Prompts",
     "Rollout",
+    "ScoreMoments",
+    "ScoreOptions",
     "ScoredRollout",
     "Sequences",
+    "ValueLossOptions",
     "actor_loss",
     "adapt_kl_coef",
     "aggregate",
     "approx_kl",
     "before_response",
+    "broadcast_over_tokens",
+    "cispo_loss",
+    "clip_cov_loss",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -71,24 +118,42 @@ __all__ = [
     "explained_variance",
     "fused_token_logprobs",
     "gae",
+    "geometric_mean_loss",
+    "gpg_advantages",
     "group_advantages",
+    "gspo_loss",
     "include_end_state",
+    "init_score_moments",
+    "kl_cov_loss",
     "kl_estimate",
     "last_token_index",
+    "length_adaptive_lam",
     "masked_mean",
     "masked_whiten",
     "mean_ratio",
     "n_step_returns",
+    "normalize_scores",
+    "opo_advantages",
+    "passk_advantages",
     "penalize_missing_eos",
     "ppo_loss",
     "preference_loss",
+    "reinforce_loss",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+    "remax_advantages",
     "response_mask",
+    "rewards_to_go",
     "sample_token",
+    "sampler_weights",
+    "sapo_loss",
     "shape_rewards",
+    "soft_overlong_penalty",
     "split_minibatches",
     "td_errors",
     "token_entropy",
     "token_logprobs",
     "transform_logits",
+    "update_score_moments",
     "value_clip_fraction",
 ]

@@ -235,9 +235,11 @@ def trl() -> PPOMethod:
     without a stop token keeps its score, and Adam's ε is 1e-8.
 
     Departs from its documentation: `missing_eos_penalty` looks for the tokenizer's EOS
-    only, whatever `stop_token` is; masks are made from the pad id, so that padding
-    inside a prompt, or an EOS that is the pad, changes the result. Here masks come
-    from lengths.
+    only, whatever `stop_token` is; `max_grad_norm` is never applied; with accumulation
+    over microbatches `num_mini_batches` adds no optimizer steps; masks are made from
+    the pad id, so that padding inside a prompt, or an EOS that is the pad, changes the
+    result (here masks come from lengths). Its learning rate falls once per update, in
+    steps; here at every optimizer step.
 
     References:
         https://huggingface.co/docs/trl/v1.12.0/ppo_trainer.

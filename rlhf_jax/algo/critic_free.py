@@ -210,7 +210,7 @@ def gpg_advantages(
     Args:
         scores: `[B]` float.
         groups: a group size, or `[B]` integer ids.
-        scale: F; the paper found 1 and σ alike.
+        scale: F; `"none"` is the 1 that the paper settled on.
         ddof: σ² divides by n − ddof.
         eps: added to σ.
 

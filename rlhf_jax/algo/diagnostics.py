@@ -139,8 +139,9 @@ def value_clip_fraction(
     values, old_values, returns = (
         x.astype(jnp.float32) for x in (values, old_values, returns)
     )
-    moved = jnp.clip(values - old_values, -clip_eps, clip_eps)
-    clipped = jnp.abs(old_values + moved - returns) > jnp.abs(values - returns)
+    # As the loss has it: not old + clip(new − old), which rounds away from `values`.
+    nearest = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
+    clipped = jnp.abs(nearest - returns) > jnp.abs(values - returns)
     share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
     return jax.lax.stop_gradient(share)
 

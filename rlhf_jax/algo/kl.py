@@ -70,7 +70,7 @@ def kl_estimate(
         # exp(-ℓ) - 1 would cancel near 0
         estimate = jnp.expm1(-log_ratio) + log_ratio
     elif estimator == "abs":
-        estimate = jnp.abs(log_ratio)
+        estimate = jnp.sign(log_ratio) * log_ratio  # the gradient of jnp.abs at 0 is 1
     else:
         raise ValueError(f"estimator={estimator!r}: expected 'k1', 'k2', 'k3' or 'abs'")
     if clamp is not None:

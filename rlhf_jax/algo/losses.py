@@ -127,7 +127,8 @@ def clipped_value_loss(
     values = values.astype(jnp.float32)
     loss = jnp.square(values - returns)
     if clip_eps is not None:
-        clipped = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
+        # Not old + clip(new − old): that is not `values` where it does not clip.
+        clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
         loss = jnp.maximum(loss, jnp.square(clipped - returns))
     return scale * loss
 

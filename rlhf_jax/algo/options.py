@@ -172,8 +172,6 @@ class AdvantageOptions:
     """in place of λ, one per answer: 1 − 1 / (α · length); None: λ"""
     n_steps: int | None = None
     """advantages from the next n rewards and the critic after them; None: GAE"""
-    gaps: Literal["carry", "zero"] = "carry"
-    """masked tokens inside an answer: passed over, or states of value 0"""
     bootstrap_truncated: bool = False
     """an answer that was cut off is worth the critic's value of its end, not 0"""
     slow_critic_decay: float | None = None
@@ -201,10 +199,10 @@ class AdvantageOptions:
                 flag = f"{name}.{field.replace('_', '-')}"
                 check(value is None, flag, value, f"does not go with {name}.n-steps")
             check(
-                not self.bootstrap_truncated and self.gaps == "carry",
+                not self.bootstrap_truncated,
                 f"{name}.n-steps",
                 self.n_steps,
-                f"goes with neither {name}.bootstrap-truncated nor {name}.gaps=zero",
+                f"does not go with {name}.bootstrap-truncated",
             )
         check(
             self.whiten_shards == 1

@@ -17,7 +17,11 @@ class ScoreMoments:
 
 
 def init_score_moments() -> ScoreMoments:
-    """Nothing seen yet."""
+    """Nothing seen yet.
+
+    Returns:
+        Zeros, each a buffer of its own, so that a state that holds them can be donated.
+    """
     count, mean, squares = (jnp.zeros((), jnp.float32) for _ in range(3))
     return ScoreMoments(count=count, mean=mean, squares=squares)
 
@@ -32,6 +36,9 @@ def update_score_moments(moments: ScoreMoments, scores: Array) -> ScoreMoments:
     Args:
         moments: of the scores before.
         scores: `[B]` float.
+
+    Returns:
+        Of all of them.
 
     Raises:
         AssertionError: on a wrong rank or dtype.

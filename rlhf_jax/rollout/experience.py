@@ -217,7 +217,6 @@ def _advantages_and_returns(
             states,
             gamma=options.gamma,
             lam=lam,
-            gaps=options.gaps,
             target_values=target_values,
             end_values=end_values,
         )

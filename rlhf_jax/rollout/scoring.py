@@ -106,6 +106,6 @@ def mark_stops(rollout: Rollout, stop_ids: Sequence[int]) -> tuple[Rollout, Arra
         bool mask of tokens through the first that did: what the reward model reads.
     """
     mask = response_mask(rollout.responses, stop_ids=stop_ids)
-    stops = jnp.asarray(tuple(stop_ids), rollout.responses.dtype)
+    stops = jnp.asarray(tuple(stop_ids), rollout.responses.dtype)[None, None, :]
     hit = (rollout.responses[:, :, None] == stops).any(axis=(1, 2))
     return dataclasses.replace(rollout, truncated=~hit), mask

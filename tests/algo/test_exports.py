@@ -1,5 +1,6 @@
 """What `import rlhf_jax` offers, and what it loads."""
 
+import inspect
 import subprocess
 import sys
 
@@ -18,7 +19,8 @@ def test_every_function_says_what_it_takes_and_returns():
     for name in rlhf_jax.__all__:
         item = getattr(rlhf_jax, name)
         if not isinstance(item, type):
-            assert "Args:" in item.__doc__ and "Returns:" in item.__doc__, name
+            assert "Returns:" in item.__doc__, name
+            assert "Args:" in item.__doc__ or not inspect.signature(item).parameters
 
 
 def test_import_loads_nothing_heavy():

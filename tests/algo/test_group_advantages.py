@@ -35,6 +35,48 @@ def test_by_hand(maybe_jit, ddof, scale, baseline):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+def test_scaled_by_the_batch_by_hand(maybe_jit, ddof, baseline):
+    # All six: sum 8, squares 0.25 + 2.25 + 6.25 + 12.25 + 2 · 0.0625 = 21.125,
+    # deviations squared 21.125 − 64 / 6 = 10.4583.
+    fn = functools.partial(
+        group_advantages, scale="batch-std", baseline=baseline, ddof=ddof, eps=0.01
+    )
+    got = maybe_jit(fn)(jnp.array(SCORES), jnp.array(IDS))
+    centred = expected(ddof, "none", baseline == "leave-one-out")
+    sigma = np.sqrt((21.125 - 64 / 6) / (6 - ddof))
+    np.testing.assert_allclose(got, centred / (sigma + 0.01), rtol=1e-5)
+
+
+def test_the_batchs_deviation_at_a_large_magnitude(rng):
+    # Float32 steps by 2⁻⁷ at 1e5, and so may its mean be wrong by about σ.
+    steps = rng.integers(-2, 3, 21)
+    scores = jnp.array(1e5 + steps / 128, jnp.float32)
+    got = group_advantages(scores, 3, scale="batch-std", eps=1e-6)
+    groups = (steps / 128).reshape(7, 3)
+    centred = (groups - groups.mean(axis=1, keepdims=True)).ravel()
+    np.testing.assert_allclose(
+        got, centred / (groups.std(ddof=1) + 1e-6), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_one_group_is_a_batch():
+    scores = jnp.array(SCORES)
+    np.testing.assert_allclose(
+        group_advantages(scores, 6, scale="batch-std"),
+        group_advantages(scores, 6, scale="std"),
+        rtol=1e-5,
+    )
+
+
+def test_without_a_baseline_scores_stay_as_they_are(maybe_jit):
+    fn = functools.partial(group_advantages, scale="none", baseline="none")
+    got = maybe_jit(fn)(jnp.array(SCORES, jnp.bfloat16), jnp.array(IDS))
+    np.testing.assert_array_equal(got, SCORES)
+    assert got.dtype == jnp.float32
+
+
 def test_leave_one_out_is_the_mean_of_the_others():
     got = group_advantages(
         jnp.array(SCORES), jnp.array(IDS), scale="none", baseline="leave-one-out"
@@ -44,7 +86,7 @@ def test_leave_one_out_is_the_mean_of_the_others():
     np.testing.assert_allclose(got[4], -0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", ["std", "batch-std", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
 def test_size_and_ids_agree(maybe_jit, rng, scale, baseline):
     scores = jnp.array(rng.normal(size=12), jnp.float32)
@@ -70,7 +112,7 @@ def test_standardised_scores_are_affine_invariant(scale, shift):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", ["std", "batch-std", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
 def test_nothing_to_compare_with_gives_zero(scale, baseline):
     fn = functools.partial(group_advantages, scale=scale, baseline=baseline)
@@ -81,12 +123,13 @@ def test_nothing_to_compare_with_gives_zero(scale, baseline):
 
 @pytest.mark.parametrize("constant", [0.1, -17.3, 12345.678])
 @pytest.mark.parametrize("size", [3, 7])
-def test_equal_scores_give_exactly_zero(constant, size):
-    got = group_advantages(jnp.full(2 * size, constant), size)
+@pytest.mark.parametrize("scale", ["std", "batch-std"])
+def test_equal_scores_give_exactly_zero(constant, size, scale):
+    got = group_advantages(jnp.full(2 * size, constant), size, scale=scale)
     np.testing.assert_array_equal(got, np.zeros(2 * size))
 
 
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", ["std", "batch-std", "none"])
 def test_nearly_equal_scores_do_not_spike(scale):
     # σ = 1.1e-4 at magnitude 100, where float32 steps by 8e-6: E s² − μ² is noise.
     scores = jnp.array([100.0001, 100.0002, 100.0, 100.0001])
@@ -109,6 +152,7 @@ def test_half_precision_and_integers():
         ({"group_ids_or_size": 0}, "group size 0"),
         ({"group_ids_or_size": 3, "scale": "batch"}, "scale='batch'"),
         ({"group_ids_or_size": 3, "baseline": "loo"}, "baseline='loo'"),
+        ({"group_ids_or_size": 3, "baseline": "none"}, "scale='std': expected 'none'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -1,0 +1,228 @@
+"""The compiled programs of PPO, made of a configuration, and one update with them."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.kl import adapt_kl_coef
+from rlhf_jax.algo.score_moments import (
+    ScoreMoments,
+    init_score_moments,
+    update_score_moments,
+)
+from rlhf_jax.algo.types import Array, Experience, Params, Prompts, Rollout
+from rlhf_jax.learner.objectives import ppo_objective
+from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
+from rlhf_jax.learner.update import UpdateFn, make_update
+from rlhf_jax.recipes.answers import Sampler, make_sampler
+from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.recipes.four_models import FourModels
+from rlhf_jax.recipes.supervised import optimizer_of
+from rlhf_jax.rollout.experience import make_experience, whiten_minibatch
+from rlhf_jax.rollout.scoring import mark_stops, score_rollout
+from rlhf_jax.runtime.batches import Batches
+from rlhf_jax.runtime.mesh import put_batch
+
+NUM_NORMALIZATION_BATCHES = 4
+
+Carried = dict[str, Any]
+"""Fields of the state that scoring changes: the KL coefficient, the score moments."""
+
+ExperienceFn = Callable[
+    [TrainState, Params | None, Params, Rollout],
+    tuple[Experience, Carried, dict[str, Array]],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What one PPO update runs, compiled."""
+
+    sample: Sampler
+    experience_of: ExperienceFn
+    update: UpdateFn
+
+
+def make_programs(
+    config: PPOConfig,
+    models: FourModels,
+    optimizers: ActorCritic,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    state_sharding: TrainState | None = None,
+) -> Programs:
+    """Sampling, scoring and updating as the configuration asks for them.
+
+    Args:
+        config: of the run.
+        models: how to call the four.
+        optimizers: of actor and critic.
+        stop_ids: tokens that end an answer.
+        pad_id: written after the end of an answer.
+        state_sharding: `NamedSharding`s in the shape of the state; None: one device.
+    """
+    sample = make_sampler(
+        models.policy,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=stop_ids if config.after_stop == "cut" else (),
+        temperature=config.temperature,
+        pad_id=pad_id,
+    )
+    prepare = None
+    if config.advantages.whiten == "minibatch":
+        prepare = partial(whiten_minibatch, options=config.advantages)
+    update = make_update(
+        ppo_objective(
+            models.forward,
+            temperature=config.temperature,
+            policy_loss=config.policy_loss,
+            value_loss=config.value_loss,
+            kl=config.kl,
+            num_microbatches=config.microbatches,
+        ),
+        optimizers,
+        num_epochs=config.epochs,
+        num_minibatches=config.minibatches,
+        num_microbatches=config.microbatches,
+        prepare=prepare,
+        max_kl=config.max_update_kl,
+        critic_warmup=config.critic_warmup,
+        slow_critic_decay=config.advantages.slow_critic_decay,
+        state_sharding=state_sharding,
+    )
+    return Programs(sample, _experience_program(config, models, stop_ids), update)
+
+
+def ppo_step(
+    state: TrainState,
+    prompts: Prompts,
+    models: FourModels,
+    programs: Programs,
+) -> tuple[TrainState, Carried, dict[str, float]]:
+    """One PPO update: rollout, scoring, epochs.
+
+    Returns:
+        The new state, what else the next update starts from (the state keeps the old
+        until the update is known to be sound), and metrics on the host.
+    """
+    began = time.perf_counter()
+    rollout_key, _ = step_keys(state)
+    rollout = jax.block_until_ready(
+        programs.sample(rollout_key, state.params.actor, prompts)
+    )
+    rolled_out = time.perf_counter()
+    experience, carried, scored = programs.experience_of(
+        state, models.reference, models.reward, rollout
+    )
+    state, updated = programs.update(state, experience)
+    metrics = jax.device_get(scored | updated)
+    seconds = time.perf_counter() - began
+    num_tokens = float(metrics["response/length_mean"]) * prompts.lengths.shape[0]
+    metrics |= {
+        "time/step_seconds": seconds,
+        "time/rollout_seconds": rolled_out - began,
+        "time/tokens_per_second": num_tokens / seconds,
+    }
+    return state, carried, metrics
+
+
+def reference_moments(
+    key: Array, batches: Batches, models: FourModels, sample: Sampler, mesh: Mesh
+) -> ScoreMoments:
+    """Of the scores of the reference's answers to the first batches of prompts."""
+    moments = init_score_moments()
+    for number in range(NUM_NORMALIZATION_BATCHES):
+        prompts = put_batch(mesh, batches[number])
+        batch_key = jax.random.fold_in(key, number)
+        rollout = sample(batch_key, models.reference, prompts)
+        scores = models.score_fn(models.reward, rollout.tokens, rollout.sequence_mask)
+        moments = update_score_moments(moments, scores)
+    return moments
+
+
+def make_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
+    """Optimizers and learning-rate schedules of actor and critic."""
+    total_steps = config.updates * config.epochs * config.minibatches
+    actor, actor_rate = optimizer_of(config.actor_optimizer, total_steps=total_steps)
+    critic, critic_rate = optimizer_of(config.critic_optimizer, total_steps=total_steps)
+    return (
+        ActorCritic(actor=actor, critic=critic),
+        ActorCritic(actor=actor_rate, critic=critic_rate),
+    )
+
+
+def learning_rates(
+    config: PPOConfig, schedules: ActorCritic, step: int
+) -> dict[str, Any]:
+    """Rates at the first optimizer step of an update."""
+    first = (step - 1) * config.epochs * config.minibatches
+    return {
+        "optim/actor_learning_rate": schedules.actor(first),
+        "optim/critic_learning_rate": schedules.critic(first),
+    }
+
+
+def _experience_program(
+    config: PPOConfig, models: FourModels, stop_ids: Sequence[int]
+) -> ExperienceFn:
+    """Scoring, shaping, advantages and the next KL coefficient as one program.
+
+    Returns:
+        `(state, reference, reward, rollout) -> (experience, carried, metrics)`.
+    """
+    recompute = config.old_logprobs == "recomputed"
+    if config.old_logprobs == "auto":
+        exact = config.dtype == "float32" and jax.default_backend() == "cpu"
+        recompute = not exact
+
+    def experience_of(
+        state: TrainState, reference: Params | None, reward: Params, rollout: Rollout
+    ) -> tuple[Experience, Carried, dict[str, Array]]:
+        score_mask = None
+        if config.after_stop == "keep":
+            rollout, score_mask = mark_stops(rollout, stop_ids)
+        scored = score_rollout(
+            state.params.actor if recompute else None,
+            models.critic_of(state.params),
+            reference,
+            reward,
+            rollout,
+            token_logprobs_fn=models.policy.token_logprobs,
+            values_fn=models.values_fn,
+            score_fn=models.score_fn,
+            temperature=config.temperature,
+            score_mask=score_mask,
+            slow_critic=state.slow_critic,
+            with_end_values=config.advantages.bootstrap_truncated,
+        )
+        moments = state.score_moments
+        if config.scores.normalization == "running":
+            moments = update_score_moments(moments, scored.scores)
+        experience, metrics = make_experience(
+            scored,
+            kl_coef=state.kl_coef,
+            kl=config.kl,
+            scores=config.scores,
+            advantages=config.advantages,
+            policy_loss=config.policy_loss,
+            score_moments=None if config.scores.normalization == "none" else moments,
+        )
+        kl_coef = state.kl_coef
+        if config.kl.target is not None:
+            unit = {"sequence-sum": "kl/sequence", "token-mean": "kl/token"}
+            kl_coef = adapt_kl_coef(
+                kl_coef,
+                metrics[unit[config.kl.unit]],
+                target_kl=config.kl.target,
+                horizon=config.kl.horizon,
+                num_episodes=config.batch_size,
+            )
+        return experience, {"kl_coef": kl_coef, "score_moments": moments}, metrics
+
+    return jax.jit(experience_of)
