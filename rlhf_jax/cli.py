@@ -15,6 +15,7 @@ from rlhf_jax.recipes.configs import (
     EvaluateConfig,
     GenerateConfig,
     PPOConfig,
+    PresetsConfig,
     QuickstartConfig,
     RewardConfig,
     SFTConfig,
@@ -32,6 +33,7 @@ commands, in the order in which they are used:
   sft         stage 1: a language model learns to imitate texts or answers
   reward      stage 2: a reward model learns from human preferences
   ppo         stage 3: the language model learns to please the reward model
+  presets     how known implementations set the options of ppo
   generate    answers of a model to prompts
   evaluate    held-out figures of a language model, a policy or a reward model
 
@@ -75,6 +77,13 @@ def evaluate(config: EvaluateConfig) -> None:
     recipe.run(config)
 
 
+def presets(config: PresetsConfig) -> None:
+    """Prints presets."""
+    from rlhf_jax.recipes import preset_table as recipe
+
+    recipe.run(config)
+
+
 def quickstart(config: QuickstartConfig) -> None:
     """Runs everything on the embedded task."""
     from rlhf_jax.recipes import quickstart as recipe
@@ -87,6 +96,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "sft": (SFTConfig, sft),
     "reward": (RewardConfig, reward),
     "ppo": (PPOConfig, ppo),
+    "presets": (PresetsConfig, presets),
     "generate": (GenerateConfig, generate),
     "evaluate": (EvaluateConfig, evaluate),
 }

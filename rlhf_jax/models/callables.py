@@ -102,7 +102,7 @@ def shared_trunk(module: Transformer) -> tuple[ActorCriticFn, ValuesFn]:
         return before_response(hidden, length)
 
     def value_of(params: Params, hidden: Array) -> Array:
-        score = params.critic["score"].astype(jnp.float32)
+        score = params.critic["score"].astype(jnp.float32)[None, None]
         return jnp.sum(hidden.astype(jnp.float32) * score, axis=-1)
 
     def forward(

@@ -366,6 +366,17 @@ class QuickstartConfig:
     """print only the final table"""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PresetsConfig:
+    """The presets of PPO: a table of every option, or one of them as a file."""
+
+    preset: str | None = None
+    """print this one as YAML that --config reads; without it, the table of all"""
+
+    def validate(self) -> None:
+        """Nothing to check: the name is looked up where it is used."""
+
+
 def _check_supervised(config: SFTConfig | RewardConfig) -> None:
     check_positive(
         steps=config.steps,
