@@ -11,14 +11,12 @@ from typing import Any
 import tyro
 
 from rlhf_jax.presets import PRESETS, PPOMethod, preset
-from rlhf_jax.recipes.configs import (
+from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.recipes.tool_configs import (
     EvaluateConfig,
     GenerateConfig,
-    PPOConfig,
     PresetsConfig,
     QuickstartConfig,
-    RewardConfig,
-    SFTConfig,
 )
 from rlhf_jax.runtime.config import load_yaml, to_dict
 

@@ -131,6 +131,17 @@ class PPOMethod:
         self.critic_optimizer.validate("critic-optimizer")
 
 
+_OPENAI_LINE = OptimizerConfig(
+    learning_rate=3e-6,
+    schedule="linear",
+    warmup_fraction=0.0,
+    end_fraction=0.0,
+    b2=0.999,
+    eps=1e-5,
+    max_grad_norm=0.0,
+)
+
+
 def openai_2019() -> PPOMethod:
     """openai/lm-human-preferences, in the setting of its books tasks.
 
@@ -150,16 +161,7 @@ def openai_2019() -> PPOMethod:
         Ziegler et al., 2019, arXiv:1909.08593; Huang et al., 2023, "The N
         implementation details of RLHF with PPO".
     """
-    optimizer = OptimizerConfig(
-        learning_rate=1e-5,
-        schedule="linear",
-        warmup_fraction=0.0,
-        end_fraction=0.0,
-        b2=0.999,
-        eps=1e-5,
-        form="tf1",
-        max_grad_norm=0.0,
-    )
+    optimizer = dataclasses.replace(_OPENAI_LINE, learning_rate=1e-5, form="tf1")
     return PPOMethod(
         temperature=0.7,
         after_stop="keep",
@@ -200,15 +202,6 @@ def nplus_tldr() -> PPOMethod:
     References:
         Huang et al., 2024, arXiv:2403.17031.
     """
-    optimizer = OptimizerConfig(
-        learning_rate=3e-6,
-        schedule="linear",
-        warmup_fraction=0.0,
-        end_fraction=0.0,
-        b2=0.999,
-        eps=1e-5,
-        max_grad_norm=0.0,
-    )
     return PPOMethod(
         temperature=0.7,
         old_logprobs="sampler",
@@ -223,8 +216,8 @@ def nplus_tldr() -> PPOMethod:
         value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
         epochs=4,
         minibatches=1,
-        actor_optimizer=optimizer,
-        critic_optimizer=optimizer,
+        actor_optimizer=_OPENAI_LINE,
+        critic_optimizer=_OPENAI_LINE,
     )
 
 
@@ -244,15 +237,7 @@ def trl() -> PPOMethod:
     References:
         https://huggingface.co/docs/trl/v1.12.0/ppo_trainer.
     """
-    optimizer = OptimizerConfig(
-        learning_rate=3e-6,
-        schedule="linear",
-        warmup_fraction=0.0,
-        end_fraction=0.0,
-        b2=0.999,
-        eps=1e-8,
-        max_grad_norm=0.0,
-    )
+    optimizer = dataclasses.replace(_OPENAI_LINE, eps=1e-8)
     return dataclasses.replace(
         nplus_tldr(),
         scores=ScoreOptions(position="after_last_token"),

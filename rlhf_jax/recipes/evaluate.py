@@ -13,10 +13,10 @@ from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes import sft as sft_stage
 from rlhf_jax.recipes.answers import Examiner, make_sampler
-from rlhf_jax.recipes.configs import EvaluateConfig
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.texts import read_reported
+from rlhf_jax.recipes.tool_configs import EvaluateConfig
 from rlhf_jax.runtime.batches import pad_examples, pad_pairs, pad_prompts
 from rlhf_jax.runtime.encoding import encode_examples, encode_pairs, encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh

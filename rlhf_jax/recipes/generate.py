@@ -9,9 +9,9 @@ import jax
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.models.callables import policy
 from rlhf_jax.recipes.answers import Examiner, make_sampler
-from rlhf_jax.recipes.configs import GenerateConfig
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, read_network
+from rlhf_jax.recipes.tool_configs import GenerateConfig
 from rlhf_jax.runtime.batches import pad_prompts
 from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.mesh import make_mesh

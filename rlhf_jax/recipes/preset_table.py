@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from rlhf_jax.presets import PRESETS, PPOMethod, preset
-from rlhf_jax.recipes.configs import PresetsConfig
+from rlhf_jax.recipes.tool_configs import PresetsConfig
 from rlhf_jax.runtime.config import to_dict
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import cli
 from rlhf_jax.recipes import generate, ppo, sft
-from rlhf_jax.recipes.configs import GenerateConfig
+from rlhf_jax.recipes.tool_configs import GenerateConfig
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

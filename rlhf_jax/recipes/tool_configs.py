@@ -1,0 +1,185 @@
+"""The configurations of the commands beside the training stages.
+
+The string below each field is its help on the command line.
+"""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.algo.options import check
+from rlhf_jax.runtime.config import Dtype, check_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Answers of a model to prompts, printed or written as JSON lines."""
+
+    model: str
+    """Hugging Face directory of a language model"""
+    prompt: tuple[str, ...] = ()
+    """one or more prompts"""
+    data: str | None = None
+    """file of prompts, instead of prompt"""
+    prompt_column: str = "prompt"
+    """column of prompts in the file"""
+    limit: int | None = None
+    """answer only the first so many prompts of the file"""
+    output: str | None = None
+    """file to write one JSON line per answer to; without it answers are printed"""
+    samples: int = 1
+    """answers per prompt"""
+    batch_size: int = 32
+    """answers sampled at a time"""
+    max_new_tokens: int = 64
+    """longest answer, in tokens"""
+    temperature: float = 1.0
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int | None = None
+    """sample among the k likeliest tokens"""
+    top_p: float | None = None
+    """sample among the fewest tokens that hold this probability"""
+    min_p: float | None = None
+    """sample among tokens at least this fraction as probable as the likeliest"""
+    stop: tuple[str, ...] = ()
+    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
+    dtype: Dtype = "float32"
+    """of parameters and activations"""
+    seed: int = 0
+    """of the sampling"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(
+            bool(self.prompt) != bool(self.data),
+            "prompt",
+            self.prompt,
+            "give either prompt or data",
+        )
+        check(
+            self.limit is None or (self.limit >= 1 and self.data is not None),
+            "limit",
+            self.limit,
+            "must be at least 1, and is for prompts from data",
+        )
+        check_positive(
+            samples=self.samples,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )
+        check(
+            self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "must not be negative; 0 takes the likeliest token",
+        )
+        check(
+            self.top_k is None or self.top_k >= 1,
+            "top-k",
+            self.top_k,
+            "must be at least 1",
+        )
+        for flag, value in (("top-p", self.top_p), ("min-p", self.min_p)):
+            allowed = value is None or 0 < value <= 1
+            check(allowed, flag, value, "must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out figures of a model: a language model, a policy or a reward model.
+
+    Texts (data) give loss and perplexity of a language model; pairs give the accuracy
+    of a reward model; prompts give reward, KL, length and stop rate of a policy.
+    """
+
+    model: str | None = None
+    """Hugging Face directory of the language model or policy"""
+    reward_model: str | None = None
+    """Hugging Face directory of the reward model"""
+    reference: str | None = None
+    """Hugging Face directory the policy's KL is measured against"""
+    data: str | None = None
+    """held-out texts"""
+    pairs: str | None = None
+    """held-out preference pairs"""
+    prompts: str | None = None
+    """held-out prompts"""
+    prompt_column: str = "prompt"
+    """column of prompts"""
+    completion_column: str | None = None
+    """column of answers; without it, completion or response"""
+    limit: int | None = None
+    """read only the first so many rows"""
+    unusable_pairs: Literal["fail", "drop"] = "fail"
+    """what happens to pairs of equal answers or without a common beginning"""
+    batch_size: int = 32
+    """rows at a time"""
+    max_tokens: int = 256
+    """longest sequence, in tokens; longer rows are dropped and counted"""
+    max_new_tokens: int = 64
+    """longest answer, in tokens"""
+    temperature: float = 1.0
+    """of sampling"""
+    stop: tuple[str, ...] = ()
+    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
+    dtype: Dtype = "float32"
+    """of parameters and activations"""
+    output: str | None = None
+    """file to write the figures to, as JSON"""
+    seed: int = 0
+    """of the sampling"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        given = [f for f in (self.data, self.pairs, self.prompts) if f is not None]
+        check(
+            len(given) >= 1,
+            "data",
+            None,
+            "name what to evaluate on: data (texts), pairs or prompts",
+        )
+        if self.data is not None or self.prompts is not None:
+            check(self.model is not None, "model", None, "needed for data and prompts")
+        if self.pairs is not None:
+            check(
+                self.reward_model is not None, "reward-model", None, "needed for pairs"
+            )
+        check(
+            self.reference is None or self.prompts is not None,
+            "reference",
+            self.reference,
+            "is what the KL of answers to prompts is measured against; give prompts",
+        )
+        check(
+            self.limit is None or self.limit >= 1,
+            "limit",
+            self.limit,
+            "must be at least 1",
+        )
+        check_positive(
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """All three stages on short reviews, from nothing, in minutes on a laptop."""
+
+    run_dir: str = "runs/quickstart"
+    """directory for the three runs, the table and the summary"""
+    seed: int = 0
+    """all randomness follows from it"""
+    quiet: bool = False
+    """print only the final table"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PresetsConfig:
+    """The presets of PPO: a table of every option, or one of them as a file."""
+
+    preset: str | None = None
+    """print this one as YAML that --config reads; without it, the table of all"""
+
+    def validate(self) -> None:
+        """Nothing to check: the name is looked up where it is used."""
