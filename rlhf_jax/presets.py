@@ -288,8 +288,8 @@ def verl() -> PPOMethod:
     """verl 0.9 with `adv_estimator=gae`, at its defaults.
 
     No KL at all; λ = 1; advantages whitened over the whole batch with ddof 1; dual
-    clip at 3; value clip 0.5; AdamW with weight decay 0.01; actor and critic with
-    optimizers of their own.
+    clip at 3; value clip 0.5; AdamW with weight decay 0.01 on everything; actor and
+    critic with optimizers of their own.
 
     Departs from what one would expect: the dual clip is on unless it is taken out, and
     the reference is off unless it is asked for.
@@ -305,6 +305,7 @@ def verl() -> PPOMethod:
         b2=0.999,
         eps=1e-8,
         weight_decay=0.01,
+        decay="all",
         max_grad_norm=1.0,
     )
     return PPOMethod(

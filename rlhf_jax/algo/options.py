@@ -242,8 +242,12 @@ class PolicyLossOptions:
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """importance weights for a sampler that rounds otherwise than the trainer: bounded,
     or 0 beyond the bound"""
+    sampler_level: Literal["token", "sequence"] = "token"
+    """one such weight per token, or one per answer: their geometric mean"""
     sampler_bound: float = 2.0
     """largest such weight"""
+    sampler_lower_bound: float = 0.0
+    """smallest such weight"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -262,17 +266,20 @@ class PolicyLossOptions:
             self.entropy_coef,
             "must not be negative",
         )
+        defaults = vars(PolicyLossOptions())
+        for field in ("sampler_level", "sampler_bound", "sampler_lower_bound"):
+            value = vars(self)[field]
+            check(
+                value == defaults[field] or self.sampler_correction != "none",
+                f"{name}.{field.replace('_', '-')}",
+                value,
+                f"does nothing without {name}.sampler-correction",
+            )
         check(
-            self.sampler_bound == 2.0 or self.sampler_correction != "none",
-            f"{name}.sampler-bound",
-            self.sampler_bound,
-            f"does nothing without {name}.sampler-correction",
-        )
-        check(
-            self.sampler_bound > 0,
-            f"{name}.sampler-bound",
-            self.sampler_bound,
-            "must be above 0",
+            0 <= self.sampler_lower_bound < self.sampler_bound,
+            f"{name}.sampler-lower-bound",
+            self.sampler_lower_bound,
+            f"must lie between 0 and {name}.sampler-bound={self.sampler_bound}",
         )
 
 

@@ -53,6 +53,7 @@ def make_optimizer(
     eps: float = 1e-5,
     form: AdamForm = "torch",
     weight_decay: float = 0.0,
+    decay: Literal["matrices", "all"] = "matrices",
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW with global-norm clipping.
@@ -64,19 +65,24 @@ def make_optimizer(
         eps: ε, added after the root; 1e-5 in the OpenAI line of PPO.
         form: `"torch"`, m̂ / (√v̂ + ε), as PyTorch and optax have it, or `"tf1"`: see
             `scale_by_tf1_adam`.
-        weight_decay: decoupled, on matrices only: not on biases, norms or heads.
+        weight_decay: decoupled (AdamW).
+        decay: what decays: `"matrices"`, kernels and embeddings, or `"all"`, biases,
+            norms and heads too, as PyTorch's AdamW does unless it is told otherwise.
         max_grad_norm: gradients of a larger global norm are scaled down; None: never.
 
     Raises:
-        ValueError: on an unknown form.
+        ValueError: on an unknown form or an unknown name of what decays.
     """
     if form not in ("torch", "tf1"):
         raise ValueError(f"form={form!r}; use 'torch' or 'tf1'")
+    if decay not in ("matrices", "all"):
+        raise ValueError(f"decay={decay!r}; use 'matrices' or 'all'")
     adam = optax.scale_by_adam if form == "torch" else scale_by_tf1_adam
     steps = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
     steps.append(adam(b1=b1, b2=b2, eps=eps))
     if weight_decay:
-        steps.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
+        mask = _is_matrix if decay == "matrices" else None
+        steps.append(optax.add_decayed_weights(weight_decay, mask=mask))
     return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
 

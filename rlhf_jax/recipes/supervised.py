@@ -119,6 +119,7 @@ def optimizer_of(
         eps=config.eps,
         form=config.form,
         weight_decay=config.weight_decay,
+        decay=config.decay,
         max_grad_norm=config.max_grad_norm or None,
     )
     return optimizer, schedule

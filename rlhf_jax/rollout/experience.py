@@ -85,6 +85,8 @@ def make_experience(
             rollout.logprobs,
             mask,
             bound=policy_loss.sampler_bound,
+            lower_bound=policy_loss.sampler_lower_bound,
+            level=policy_loss.sampler_level,
             mode=policy_loss.sampler_correction,
         )
     loss_kl_coef = None

@@ -89,7 +89,9 @@ class OptimizerConfig:
     """where: beside the corrected root, or beside the uncorrected one, which damps the
     first steps"""
     weight_decay: float = 0.0
-    """decoupled weight decay, on matrices only"""
+    """decoupled weight decay"""
+    decay: Literal["matrices", "all"] = "matrices"
+    """what decays: kernels and embeddings, or also biases, norms and heads"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down; 0: never"""
 
@@ -112,6 +114,12 @@ class OptimizerConfig:
             f"{name}.weight-decay",
             self.weight_decay,
             "must not be negative",
+        )
+        check(
+            self.decay == "matrices" or self.weight_decay > 0,
+            f"{name}.decay",
+            self.decay,
+            f"does nothing without {name}.weight-decay",
         )
         check(
             self.max_grad_norm >= 0,

@@ -1,30 +1,19 @@
 """Rewards that are Python functions, called in processes of their own.
 
 A function of anybody's may raise, hang, print, or take the interpreter down with it; in
-a worker process it can do none of that to the run. Workers run
-`rlhf_jax.runtime.reward_worker` as a script rather than under `multiprocessing`: fork is
-unsafe in a process that holds jax, and spawn would import the main module of the run,
-and jax with it, in every worker.
+a worker process it can do none of that to the run.
 """
 
-import collections
 import dataclasses
+import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
-from rlhf_jax.runtime import reward_worker
+from rlhf_jax.runtime.reward_process import RewardProcess, run_jobs
 from rlhf_jax.runtime.reward_worker import (
     Job,
     Outcome,
@@ -43,8 +32,6 @@ __all__ = [
 
 OnFailure = Literal["stop"] | float
 
-_START_LIMIT = 120.0  # seconds; importing a large library on a busy machine takes some
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RewardScores:
@@ -53,6 +40,7 @@ class RewardScores:
     scores: np.ndarray  # [B] float32, Σ_f weight_f · by_function[f]
     by_function: np.ndarray  # [F, B] float32
     failures: np.ndarray  # [F] int32, rows that got the stated value instead
+    complaints: tuple[str, ...]  # why: one line for each failure
 
 
 class RewardWorkers:
@@ -61,11 +49,11 @@ class RewardWorkers:
         with RewardWorkers(["my_rewards.py:exact_answer"]) as rewards:
             scores = rewards.score(prompts, responses, columns).scores  # [B]
 
-    Each function is called as `function(prompts, responses, columns)`, three lists of
-    equal length (`columns` is a dictionary of them), and returns that many numbers, as a
-    list, tuple or array. True and False count as 1 and 0. None, text, NaN, infinity and
-    anything else that is no finite float32 is a failure; so is an exception, the wrong
-    length, a call that takes longer than the time limit, and the end of the process.
+    Each function is called as `function(prompts, responses, columns)`, with lists of
+    equal length (`columns` is a dictionary of them), and returns that many numbers in a
+    list, a tuple or an array. True and False count as 1 and 0. None, text, NaN,
+    infinity and whatever else is no finite float32 are failures; so are an exception,
+    the wrong length, a call that takes longer than the limit and the process's end.
 
     A function must score each row by itself, because it sees only part of a batch: the
     batch is divided among the workers, and where a call fails as a whole, its rows are
@@ -108,12 +96,12 @@ class RewardWorkers:
         self.time_limit = time_limit
         self.on_failure: OnFailure = on_failure
         self._check_options()
-        self._workers: list[_Worker] = []
+        self._workers: list[RewardProcess] = []
 
     def __enter__(self) -> "RewardWorkers":
         try:
             for _ in range(self.processes):
-                self._workers.append(_Worker(self.specs))
+                self._workers.append(RewardProcess(self.specs))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
@@ -149,16 +137,115 @@ class RewardWorkers:
         """
         if not self._workers:
             raise ValueError("RewardWorkers.score: call it inside the `with` block")
-        lengths = {name: len(column) for name, column in columns.items()}
-        lengths |= {"responses": len(responses), "prompts": len(prompts)}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"{count} {name}" for name, count in lengths.items())
-            raise ValueError(f"one row each, please, and not {counts}")
+        named = [("prompts", prompts), ("responses", responses), *columns.items()]
+        if len({len(column) for _, column in named}) > 1:
+            counts = ", ".join(f"{len(column)} {name}" for name, column in named)
+            raise ValueError(f"a row has one of each, so {counts} do not fit together")
         batch = _Batch(prompts, responses, columns)
-        found = [self._score_one(index, batch) for index in range(len(self.specs))]
-        by_function = np.array([scores for scores, _ in found], np.float64)
+        complaints: list[str] = []
+        found, failures = [], []
+        for function in range(len(self.specs)):
+            before = len(complaints)
+            found.append(self._score_one(function, batch, complaints))
+            failures.append(len(complaints) - before)
+        by_function = np.array(found, np.float64)
         return RewardScores(
             scores=(np.array(self.weights) @ by_function).astype(np.float32),
             by_function=by_function.astype(np.float32),
-            failures=np.array([failures for _, failures in found], np.int32),
+            failures=np.array(failures, np.int32),
+            complaints=tuple(complaints),
         )
+
+    def _score_one(
+        self, function: int, batch: "_Batch", complaints: list[str]
+    ) -> list[float]:
+        """Every row's score by one function; a line for each failure is added."""
+        parts = batch.parts(self.processes)
+        outcomes = self._run([batch.job(function, part) for part in parts])
+        scores = []
+        for part, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, str):
+                outcome = self._score_again(function, batch, part, outcome)
+            # A run that is about to stop has not scored the part's last rows again.
+            for row, score in zip(part, outcome, strict=False):
+                if isinstance(score, str):
+                    response = shown(batch.responses[row])
+                    line = (
+                        f"{self.specs[function]}, row {row} (response {response}): "
+                        f"{score}"
+                    )
+                    if self.on_failure == "stop":
+                        raise RewardFunctionError(line)
+                    complaints.append(line)
+                    score = self.on_failure
+                scores.append(score)
+        return scores
+
+    def _score_again(
+        self, function: int, batch: "_Batch", part: range, complaint: str
+    ) -> list[float | str]:
+        """One row at a time, because the call for all failed; up to one that stops."""
+        stopping = self.on_failure == "stop"
+        jobs = [batch.job(function, range(row, row + 1)) for row in part]
+        outcomes = self._run(jobs, until_failure=stopping)
+        found = [
+            outcome if isinstance(outcome, str) else outcome[0] for outcome in outcomes
+        ]
+        if stopping and not any(isinstance(score, str) for score in found):
+            raise RewardFunctionError(
+                f"{self.specs[function]}, rows {part[0]} to {part[-1]} in one call: "
+                f"{complaint}; each of these rows alone is scored without trouble"
+            )
+        return found
+
+    def _run(self, jobs: list[Job], *, until_failure: bool = False) -> list[Outcome]:
+        return run_jobs(
+            self._workers,
+            jobs,
+            time_limit=self.time_limit,
+            until_failure=until_failure,
+        )
+
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _check_options(self) -> None:
+        if not self.specs:
+            raise ValueError("no reward function is named: give file.py:function")
+        if len(self.weights) != len(self.specs):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.specs)} reward functions: "
+                "give one each"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"weights={self.weights}: give finite numbers")
+        if self.processes < 1:
+            raise ValueError(f"processes={self.processes}: give at least 1")
+        if not 0 < self.time_limit < math.inf:
+            raise ValueError(f"time_limit={self.time_limit}: give seconds above 0")
+        value = self.on_failure
+        if value != "stop" and (isinstance(value, str) or not math.isfinite(value)):
+            raise ValueError(
+                f'on_failure={shown(value)}: give "stop" or the score of failed rows'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    prompts: Sequence[str]
+    responses: Sequence[str]
+    columns: Mapping[str, Sequence]
+
+    def parts(self, count: int) -> list[range]:
+        """The rows in at most `count` consecutive parts, none of them empty."""
+        total = len(self.responses)
+        bounds = [total * part // count for part in range(count + 1)]
+        pairs = itertools.pairwise(bounds)
+        return [range(start, stop) for start, stop in pairs if start < stop]
+
+    def job(self, function: int, rows: range) -> Job:
+        part = slice(rows.start, rows.stop)
+        columns = {name: list(column[part]) for name, column in self.columns.items()}
+        return function, list(self.prompts[part]), list(self.responses[part]), columns

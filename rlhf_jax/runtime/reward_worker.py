@@ -193,7 +193,7 @@ def _defer_package_init() -> None:
     loader, module = spec.loader, importlib.util.module_from_spec(spec)
 
     def load_and_get(name: str) -> Any:
-        if name.startswith("__") or "__getattr__" not in vars(module):
+        if "__getattr__" not in vars(module):
             raise AttributeError(f"module {_PACKAGE} has no attribute {name}")
         del vars(module)["__getattr__"]
         loader.exec_module(module)

@@ -108,7 +108,9 @@ CASES = {
     "policy_loss.mean_of_means": (True, {"microbatches": 2}),
     "policy_loss.entropy_coef": (0.1, {}),
     "policy_loss.sampler_correction": ("truncate", RECOMPUTED),
+    "policy_loss.sampler_level": ("sequence", CORRECTED),
     "policy_loss.sampler_bound": (1.0, CORRECTED),
+    "policy_loss.sampler_lower_bound": (0.95, CORRECTED),
     "value_loss.clip_eps": (None, {}),
     "value_loss.coef": (0.1, {"critic_optimizer.max_grad_norm": 0.1}),
     "value_loss.half": (
@@ -130,6 +132,7 @@ OPTIMIZER_CASES = {
     "eps": (0.1, {}),
     "form": ("tf1", {}),
     "weight_decay": (0.5, {}),
+    "decay": ("all", {"weight_decay": 0.5}),
     "max_grad_norm": (0.01, {"eps": 0.1}),
 }
 CASES |= {
@@ -168,9 +171,20 @@ def replaced(options, path, value):
     return dataclasses.replace(options, **{name: value})
 
 
+def logits(params, tokens, mask):
+    """`context_logits` with a bias, which is no matrix."""
+    return context_logits(params, tokens, mask) + params["bias"][None, None]
+
+
+def networks(seed):
+    """Parameters of the actor and the critic."""
+    actor, critic = context_params(jax.random.key(seed), vocab_size=V, width=4)
+    return actor | {"bias": 0.1 * jnp.arange(V)}, critic
+
+
 def other_engine(params, tokens, mask):
     """The policy as a sampler with other kernels would compute it."""
-    return 1.2 * context_logits(params, tokens, mask)
+    return 1.2 * logits(params, tokens, mask)
 
 
 def score(_, tokens, mask):
@@ -182,9 +196,9 @@ def score(_, tokens, mask):
 @functools.cache
 def models_and_prompts():
     prefill, decode = uncached_decoding(other_engine)
-    token_logprobs = token_logprobs_from_logits(context_logits)
+    token_logprobs = token_logprobs_from_logits(logits)
     values_fn = values_from_sequence(context_values)
-    reference, _ = context_params(jax.random.key(1), vocab_size=V, width=4)
+    reference, _ = networks(1)
     models = FourModels(
         module=None,
         policy=Policy(token_logprobs, prefill, decode),
@@ -209,7 +223,7 @@ def learned(changes):
     if config.kl.place == "none":
         models = dataclasses.replace(models, reference=None)
     optimizers, _ = make_optimizers(config)
-    actor, critic = context_params(jax.random.key(0), vocab_size=V, width=4)
+    actor, critic = networks(0)
     state = init_train_state(
         jax.random.key(5),
         ActorCritic(actor=actor, critic=critic),
