@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo import diagnostics
-from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.diagnostics import ClipEps
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import Aggregation, aggregate
+from rlhf_jax.algo.policy_losses import clipped_surrogate
 from rlhf_jax.algo.types import Array, Experience, Scalar
 
 PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
@@ -74,9 +75,7 @@ def clipped_policy_loss(
     log_ratio = logprobs.astype(jnp.float32) - old_logprobs
     if log_ratio_clamp is not None:
         log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
-    ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, *ratio_range(clip_eps))
-    loss = jnp.maximum(-ratio * advantages, -clipped_ratio * advantages)
+    loss = clipped_surrogate(jnp.exp(log_ratio), advantages, clip_eps)
     if dual_clip is not None:
         bounded = jnp.minimum(loss, -dual_clip * advantages)
         loss = jnp.where(advantages < 0, bounded, loss)
