@@ -48,7 +48,7 @@ def kl_estimate(
 
     Returns:
         `[B, T]` float32, differentiable in both arguments; with a gradient of 0 where
-        a clamp acts.
+        a clamp acts (with `straight_through`, where that of ℓ acts).
 
     Raises:
         ValueError: on an unknown estimator.
@@ -67,8 +67,10 @@ def kl_estimate(
     elif estimator == "k2":
         estimate = 0.5 * jnp.square(log_ratio)
     elif estimator == "k3":
-        # exp(-ℓ) - 1 would cancel near 0
-        estimate = jnp.expm1(-log_ratio) + log_ratio
+        # exp(-ℓ) - 1 would cancel near 0. Where the estimate is clamped, e^(-ℓ) must
+        # not overflow, or its gradient would be 0 · inf.
+        exponent = -log_ratio if clamp is None else jnp.minimum(-log_ratio, 80.0)
+        estimate = jnp.expm1(exponent) + log_ratio
     elif estimator == "abs":
         estimate = jnp.sign(log_ratio) * log_ratio  # the gradient of jnp.abs at 0 is 1
     else:

@@ -222,7 +222,8 @@ def actor_loss(
         assert experience.ref_logprobs is not None, "a KL term needs ref_logprobs"
         (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
         kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
-        kl_loss = reduce(experience.kl_coef[:, None] * kl)
+        kl_coef = jax.lax.stop_gradient(experience.kl_coef)[:, None]
+        kl_loss = reduce(kl_coef * kl)
         loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss}
     return loss, jax.lax.stop_gradient(metrics)
 

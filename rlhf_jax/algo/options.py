@@ -261,6 +261,12 @@ class PolicyLossOptions:
             "must be above 1, or None",
         )
         check(
+            not self.mean_of_means or self.aggregation != "token-sum",
+            f"{name}.mean-of-means",
+            self.mean_of_means,
+            f"does nothing under {name}.aggregation=token-sum",
+        )
+        check(
             self.entropy_coef >= 0,
             f"{name}.entropy-coef",
             self.entropy_coef,

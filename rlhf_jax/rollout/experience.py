@@ -225,7 +225,7 @@ def _advantages_and_returns(
 
     lam = options.lam
     if options.lam_alpha is not None:
-        lam = length_adaptive_lam(states, alpha=options.lam_alpha)
+        lam = length_adaptive_lam(scored.rollout.mask, alpha=options.lam_alpha)
     advantages, returns = estimate(lam)
     if options.value_lam is not None:
         _, returns = estimate(options.value_lam)
