@@ -33,13 +33,16 @@ def gae(
     With s_t = prompt + response[:t] and a_t = response[t], runs backwards over the
     real tokens t:
 
-        δ_t = r_t + γ · V'(s_{t+1}) − V(s_t)
+        δ_t = r_t + γ · V(s_{t+1}) − V(s_t)
         A_t = δ_t + γλ · A_{t+1}
-        R_t = A_t + V(s_t)
+        R_t = A_t + V(s_t) = r_t + γ · ((1 − λ) · V(s_{t+1}) + λ · R_{t+1})
 
-    V' is V, or the slow copy of the critic in `target_values`. V' = A = 0 beyond the
-    last real token. A masked token inside a row hands A and V' on unchanged.
-    Advantages are not whitened here.
+    V = A = 0 beyond the last real token. A masked token inside a row hands A and V on
+    unchanged. Advantages are not whitened here.
+
+    With `target_values` V', such as those of a slow copy of the critic, V' takes the
+    place of V in the last line, and A_t = R_t − V(s_t): at λ = 1 the critics do not
+    matter to R. (V' in place of V in δ would leave their differences in A at every λ.)
 
     λ = 1 trusts returns alone: no bias from the critic, and the variance of every
     later token. λ = 0.95 (the OpenAI line) sees a final score through 0.95^k, that is
@@ -75,23 +78,26 @@ def gae(
         Schulman et al., 2016, arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11.
     """
     rewards, values = _check_and_mask(rewards, values, mask)
+    lam = jnp.asarray(lam, jnp.float32)
+    chex.assert_rank(lam, {0, 1})
+    lam_of_row = lam[:, None] if lam.ndim else lam[None, None]
     targets = values
     if target_values is not None:
+        # γ · ((1 − λ) · V' + λ · (V + A)) is γ · bootstrap + γλ · A.
         _, targets = _check_and_mask(rewards, target_values, mask)
+        targets = (1.0 - lam_of_row) * targets + lam_of_row * values
     end = jnp.zeros_like(values[:, 0])
     if end_values is not None:
         chex.assert_shape(end_values, end.shape)
         chex.assert_type(end_values, float)
         end = end_values.astype(jnp.float32)
-    decay = gamma * jnp.asarray(lam, jnp.float32)
-    chex.assert_rank(decay, {0, 1})
 
     real = _steps(mask, gaps)
     recursions = {"scan": _gae_scan, "associative": _gae_associative}
     if method not in recursions:
         raise ValueError(f"method={method!r}: expected 'scan' or 'associative'")
     recursion = recursions[method]
-    advantages = recursion(rewards, values, targets, end, real, gamma, decay)
+    advantages = recursion(rewards, values, targets, end, real, gamma, gamma * lam)
     if gaps == "zero":
         advantages = jnp.where(mask, advantages, 0.0)
     return jax.lax.stop_gradient((advantages, advantages + values))
@@ -103,7 +109,8 @@ def length_adaptive_lam(mask: Array, *, alpha: Scalar = 0.05) -> Array:
         λ = 1 − 1 / max(α · l, 1),    l = real tokens of the row
 
     Then (1 − λ) · l is at most 1 / α. Up to 1 / α tokens (20 at α = 0.05) λ is 0: TD
-    errors alone, so give short answers a larger α.
+    errors alone, so give short answers a larger α. The policy gradient is biased even
+    with an exact critic, since later tokens decide the length.
 
     Args:
         mask: `[B, T]` bool, True on real tokens.

@@ -31,11 +31,14 @@ def kl_estimate(
 
     In the reward take k1: the policy gradient of −k1 is exactly −∇KL, and that of the
     others is not. As a differentiated loss take k2, or `straight_through`: E ∇k1 = 0
-    and E ∇k3 = ∇KL(π_ref‖π). k3 has the least variance for monitoring near the
-    reference, and explodes far below it (22,015 at ℓ = −10): there a clamp keeps
-    low-precision training finite. A clamped estimate is biased and hides divergence,
-    so watch the plain one. Padding is not treated here: mask the result, and the
-    inputs where a gradient is taken.
+    and E ∇k3 = ∇KL(π_ref‖π). These hold per token, given what came before it: the sum
+    of k2 over an answer leaves out that an early token also decides which later ones
+    come, which k1 in the reward does count (docs/what-is-unbiased.md has numbers).
+
+    k3 has the least variance for monitoring near the reference, and explodes far below
+    it (22,015 at ℓ = −10): there a clamp keeps low-precision training finite. A
+    clamped estimate is biased and hides divergence, so watch the plain one. Padding is
+    not treated here: mask the result, and the inputs where a gradient is taken.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t).

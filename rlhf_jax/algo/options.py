@@ -24,13 +24,14 @@ class KLOptions:
     """The penalty that keeps the policy near the reference."""
 
     place: Literal["reward", "loss", "none"] = "reward"
-    """in the token rewards, where the critic sees it; as a term of the loss; or
-    nowhere, and then the reference is not run"""
+    """in the token rewards, where the critic sees it; as a term of the loss, where its
+    weight beside whitened advantages is β times their deviation; or nowhere, and then
+    the reference is not run"""
     coef: float = 0.05
     """β, nats to reward; the start of an adaptive one"""
     estimator: KLEstimator = "k1"
-    """of the per-token KL; in the reward only k1 has the right gradient, in the loss
-    only k2, or any with kl.straight-through"""
+    """of the per-token KL; in the reward only k1 has the right gradient; in the loss
+    k2, or any with kl.straight-through, has that of each token's KL"""
     straight_through: bool = False
     """the estimator's value with the gradient of k2; for kl.place=loss"""
     log_ratio_clamp: float | None = None
@@ -118,7 +119,8 @@ class ScoreOptions:
     """value of the state after the last token, where the score is paid there: the
     critic's, and trained; the critic's, but not trained; or 0"""
     whiten_rewards: bool = False
-    """scale token rewards of a batch to variance 1, keeping their mean"""
+    """scale token rewards of a batch to variance 1, keeping their mean; where answers
+    differ in length, that adds a constant per token"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""

@@ -58,16 +58,17 @@ def by_rows(fn, batch, *more):
 
 
 def bootstrapped_gae(r, v, gamma, lam, slow, end):
-    """One row without gaps: δ looks at another critic, and at a value beyond the end.
+    """One row without gaps, bootstrapped from another critic and a value of the end.
 
-    By the definition as a sum, A_t = Σ_k (γλ)^k δ_{t+k}.
+    By the λ-return, which does not know V: R_t = r_t + γ((1 − λ)V'_{t+1} + λR_{t+1}).
     """
     ahead = np.append(slow[1:], end)[: len(r)]
-    delta = r + gamma * ahead - v
-    return [
-        sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(r)))
-        for t in range(len(r))
-    ]
+    returns = np.zeros(len(r))
+    following = end
+    for t in reversed(range(len(r))):
+        following = r[t] + gamma * ((1 - lam) * ahead[t] + lam * following)
+        returns[t] = following
+    return returns - v
 
 
 # ---- all forms agree ----

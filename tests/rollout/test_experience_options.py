@@ -97,12 +97,12 @@ def test_what_was_cut_off_could_have_earned_more():
 
 
 def test_another_critic_for_the_next_state():
-    # δ_t = r_t + γ·V'(s_{t+1}) − V(s_t) is the δ of V and of a reward that makes up
-    # for the difference.
+    # R_t = r_t + γ·((1 − λ)·V'(s_{t+1}) + λ·R_{t+1}) is the R of V and of a reward
+    # that makes up for the difference.
     slow = dataclasses.replace(SCORED, target_values=jnp.float32(X["target_values"]))
     gap = np.where(MASK, X["target_values"] - X["values"], 0.0)
     rewards = rewards_of(X["scores"])
-    rewards[:, :-1] += GAMMA * np.where(MASK[:, 1:], gap[:, 1:], 0)
+    rewards[:, :-1] += GAMMA * (1 - LAM) * np.where(MASK[:, 1:], gap[:, 1:], 0)
     assert_learns(experience_under(slow), *gae(rewards, X["values"]))
     # A value of 0 in the end state is 0 to both critics.
     zero = dataclasses.replace(AFTER, end_value="zero")

@@ -1,0 +1,89 @@
+"""What tasks with a right answer share: their splits, their draw, their demonstrations.
+
+Splits of a task have no problem in common, whatever the seeds:
+
+- "train" and "heldout" are equally hard; a fixed rule holds out one problem of five
+- "harder" has the problems of a difficulty that neither of the others shows
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+Seed = int | np.random.Generator
+Split = Literal["train", "heldout", "harder"]
+
+# Holds what no digit is next to. A tokenizer learned from it alone has few tokens for
+# the tags and one for each digit: numbers are read and written digit by digit.
+TAGS_TEXT = "<think>+</think><answer>+</answer>"
+
+_HELDOUT_EVERY = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A completion to imitate. `dataclasses.asdict` makes it a row of a file."""
+
+    prompt: str
+    completion: str
+    answer: str
+
+
+def demonstrate(prompt: str, answer: str, steps: str | None = None) -> Demonstration:
+    """The answer alone, or in the form of DeepSeek-R1 where there are steps to show."""
+    if steps is None:
+        return Demonstration(prompt=prompt, completion=answer, answer=answer)
+    completion = f"<think>{steps}</think><answer>{answer}</answer>"
+    return Demonstration(prompt=prompt, completion=completion, answer=answer)
+
+
+def in_split(split: Split, keys: np.ndarray, harder: np.ndarray) -> np.ndarray:
+    """Which problems belong to a split.
+
+    Args:
+        split: the split.
+        keys: `[N]`, integers of 0 or more; problems of one key share their split.
+        harder: `[N]` bool, of the difficulty that is held out.
+
+    Returns:
+        `[N]` bool.
+
+    Raises:
+        ValueError: for a split that does not exist.
+    """
+    if split not in ("train", "heldout", "harder"):
+        raise ValueError(
+            f"split={split!r} is unknown; expected 'train', 'heldout' or 'harder'"
+        )
+    if split == "harder":
+        return harder
+    held_out = _scramble(keys) % _HELDOUT_EVERY == 0
+    return ~harder & (held_out if split == "heldout" else ~held_out)
+
+
+def draw_distinct(seed: Seed, number: int, available: int, what: str) -> list[int]:
+    """`number` different indices below `available`, in random order.
+
+    Raises:
+        ValueError: for a negative number, or more than there are.
+    """
+    if not 0 <= number <= available:
+        raise ValueError(
+            f"number={number}: expected 0 to {available}, for there are {available} "
+            f"different {what}"
+        )
+    return np.random.default_rng(seed).permutation(available)[:number].tolist()
+
+
+def _scramble(keys: np.ndarray) -> np.ndarray:
+    """`[N]` uint64 without the pattern of the keys, the same on every machine.
+
+    References:
+        Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators":
+        SplitMix64, the first output for the seed that is the key.
+    """
+    mixed = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
