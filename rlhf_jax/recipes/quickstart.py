@@ -57,7 +57,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
     heading("held-out prompts, judged by the true reward", quiet=config.quiet)
     panel = ReviewPanel(sft_model.model, reward.model)
-    policies = panel.compare(policy.model, seed=_seed(config, 3))
+    policies = panel.compare(policy.model, seed=stage_seed(config, 3))
     pairs, best_possible = _read_held_out_pairs(root)
     summary = {
         "seed": config.seed,
@@ -87,21 +87,21 @@ def _train(
 ) -> tuple[RunDirectory, RunDirectory, RunDirectory]:
     """The three stages, each from the one before; what is there already is kept."""
     heading("1/3  supervised fine-tuning: imitate reviews", quiet=config.quiet)
-    _write_demonstrations(root, _seed(config, 0))
-    sft_run = sft.run(_sft_config(config, root))
+    write_demonstrations(root, stage_seed(config, 0))
+    sft_run = sft.run(sft_config(config, root))
 
     heading("2/3  reward model: which review does a judge prefer?", quiet=config.quiet)
     if not (root / HELD_OUT_PAIRS).exists():  # the last that is written
-        _write_pairs(root, _seed(config, 1), ReviewPanel(sft_run.model))
-    reward_run = reward_stage.run(_reward_config(config, root))
+        write_pairs(root, stage_seed(config, 1), ReviewPanel(sft_run.model))
+    reward_run = reward_stage.run(reward_config(config, root))
 
     heading("3/3  PPO: please it, and stay near the SFT model", quiet=config.quiet)
-    _write_prompts(root, _seed(config, 2))
-    ppo_run = ppo.run(_ppo_config(config, root))
+    write_prompts(root, stage_seed(config, 2))
+    ppo_run = ppo.run(ppo_config(config, root))
     return sft_run, reward_run, ppo_run
 
 
-def _seed(config: QuickstartConfig, number: int) -> int:
+def stage_seed(config: QuickstartConfig, number: int) -> int:
     """Seeds of their own for the parts of a run, and for runs of other seeds."""
     return 100 * config.seed + 10 * number
 
@@ -125,7 +125,8 @@ def _check_directory(config: QuickstartConfig, root: Path) -> None:
     write_atomic(marker, json.dumps(wanted) + "\n")
 
 
-def _sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
+def sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
+    """Stage 1, from nothing."""
     run_dir = root / "sft"
     return SFTConfig(
         run_dir=str(run_dir),
@@ -146,7 +147,8 @@ def _sft_config(config: QuickstartConfig, root: Path) -> SFTConfig:
     )
 
 
-def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
+def reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
+    """Stage 2, from the SFT model."""
     run_dir = root / "reward"
     return RewardConfig(
         run_dir=str(run_dir),
@@ -165,7 +167,8 @@ def _reward_config(config: QuickstartConfig, root: Path) -> RewardConfig:
     )
 
 
-def _ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
+def ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
+    """Stage 3, from both models."""
     run_dir = root / "ppo"
     return PPOConfig(
         run_dir=str(run_dir),
@@ -185,7 +188,9 @@ def _ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
     )
 
 
-def _write_demonstrations(root: Path, seed: int) -> None:
+def write_demonstrations(root: Path, seed: int) -> None:
+    """Reviews to imitate, training and held out."""
+
     def write(name: str, number: int, split: reviews.Split) -> None:
         rows = reviews.make_demonstrations(seed, number, split)
         _write_rows(
@@ -197,7 +202,7 @@ def _write_demonstrations(root: Path, seed: int) -> None:
     write("demonstrations_held_out", NUM_HELD_OUT, "heldout")
 
 
-def _write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
+def write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
     """Judged pairs, from the grammar and of sampled answers."""
 
     def write(
@@ -228,7 +233,9 @@ def _read_held_out_pairs(root: Path) -> tuple[list[PreferencePair], float]:
     return rows, reviews.bayes_accuracy(pairs)
 
 
-def _write_prompts(root: Path, seed: int) -> None:
+def write_prompts(root: Path, seed: int) -> None:
+    """Prompts for PPO, training and held out."""
+
     def write(name: str, number: int, split: reviews.Split) -> None:
         prompts = reviews.make_prompts(seed, number, split)
         _write_rows(root / f"{name}.jsonl", [{"prompt": text} for text in prompts])
