@@ -38,7 +38,8 @@ def plackett_luce_loss(scores: Array, *, mask: Array) -> Array:
     chex.assert_rank([scores, mask], 2)
     chex.assert_equal_shape([scores, mask])
     chex.assert_type([scores, mask], [float, bool])
-    # The lowest finite number: with −inf a row of padding would be −inf − (−inf).
+    # Not −inf, which would make −inf − (−inf) in padding: `where` drops that NaN, but
+    # jax.debug_nans would stop at it.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask, scores.astype(jnp.float32), lowest)
     left = jax.lax.cumlogsumexp(scores, axis=1, reverse=True)  # over columns k … K

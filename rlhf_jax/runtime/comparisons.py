@@ -168,11 +168,11 @@ def _without_copies(
         graded = sorted(zip(judgement.answers, judgement.grades, strict=True))
         key = (judgement.prompt, judgement.annotator, *graded)
         place = judgement.places[0]
-        first = first_places.setdefault(key, place)
-        if first is place:
-            yield judgement
+        if key in first_places:
+            _note(notes, REPEATED, f"{place}, as at {first_places[key]}")
         else:
-            _note(notes, REPEATED, f"{place}, as at {first}")
+            first_places[key] = place
+            yield judgement
 
 
 def _joined(judgements: Iterable[Judgement]) -> list[Judgement]:
@@ -233,32 +233,39 @@ def _contradictions(
     comparisons: list[_Comparison], notes: dict[str, Finding]
 ) -> set[tuple[str, str]]:
     """The pairs on a circle: those whose worse answer beats the better one in turn."""
-    by_key = {c.key: c for c in reversed(comparisons)}  # the first of each
-    beaten_by: dict[str, set[str]] = defaultdict(set)
+    by_key: dict[tuple[str, str], _Comparison] = {}
+    for c in comparisons:
+        by_key.setdefault(c.key, c)
+    beaten_by: dict[str, list[str]] = defaultdict(list)
     for better, worse in by_key:
-        beaten_by[better].add(worse)
+        beaten_by[better].append(worse)
     reach = {answer: _reachable(beaten_by, answer) for answer in list(beaten_by)}
     found: set[tuple[str, str]] = set()
     for c in comparisons:
         if c.better not in reach.get(c.worse, ()):
             continue
         found.add(c.key)
-        text = f"{c.place}: prefers {shown(c.better)} to {shown(c.worse)}"
+        text = f"{c.place}: {shown(c.better)} is preferred to {shown(c.worse)}"
         opposite = by_key.get((c.worse, c.better))
         if opposite is not None:
-            _note(notes, REVERSED, f"{text}, {opposite.place} the other way round")
+            _note(notes, REVERSED, f"{text}, at {opposite.place} it is not")
         else:
-            _note(notes, CIRCLE, f"{text}, and others lead back from it")
+            step = next(
+                by_key[c.worse, answer]
+                for answer in beaten_by[c.worse]
+                if c.better in reach.get(answer, ())
+            )
+            _note(notes, CIRCLE, f"{text}, which at {step.place} begins a way back")
     return found
 
 
-def _reachable(beaten_by: dict[str, set[str]], start: str) -> set[str]:
+def _reachable(beaten_by: dict[str, list[str]], start: str) -> set[str]:
     """Every answer that `start` beats, itself or through others."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
-        new = beaten_by.get(waiting.pop(), set()) - seen
-        seen |= new
+        new = [a for a in beaten_by.get(waiting.pop(), ()) if a not in seen]
+        seen.update(new)
         waiting += new
     return seen
 
@@ -266,10 +273,11 @@ def _reachable(beaten_by: dict[str, set[str]], start: str) -> set[str]:
 def _refuse_contradictions(notes: dict[str, Finding]) -> None:
     found = [notes[what] for what in (REVERSED, CIRCLE) if what in notes]
     if found:
+        examples = "; ".join(example for f in found for example in f.examples[:1])
         raise ValueError(
-            f"{found[0].examples[0]}; {sum(f.count for f in found)} pairs contradict "
-            "others: correct them, leave all of them out with "
-            'on_contradiction="drop", or learn from all of them with "keep"'
+            f"{examples}; {sum(f.count for f in found)} comparisons contradict others: "
+            'correct them, leave all of them out with on_contradiction="drop", or '
+            'learn from all of them with "keep"'
         )
 
 

@@ -176,15 +176,15 @@ def read_judgements(
     return TextRows(judgements, {EMPTY_PROMPT: blank} if blank else {})
 
 
-def grades_of_ranking(places: Sequence[int]) -> tuple[float, ...]:
+def grades_of_ranking(places: Sequence[float]) -> tuple[float, ...]:
     """Places, 1 for the best, as grades: how many places given are worse.
 
     Raises:
         ValueError: where the places are not 1 for the best, at most as many as there
             are answers, and whole numbers.
     """
-    whole = [isinstance(p, int) and not isinstance(p, bool) for p in places]
-    if not all(whole) or not places or min(places) != 1 or max(places) > len(places):
+    whole = all(_is_whole(place) for place in places)
+    if not whole or not places or min(places) != 1 or max(places) > len(places):
         raise ValueError(
             f"{shown(list(places))} does not give the place of each response, from 1 "
             f"for the best to at most {len(places)}"
@@ -281,6 +281,12 @@ def _is_blank_or_nan(value: str | int | float) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return isinstance(value, float) and math.isnan(value)
+
+
+def _is_whole(number: Any) -> bool:
+    if isinstance(number, float):  # as integers come from a column with nulls
+        return number.is_integer()
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _folded(label: str) -> str:

@@ -53,7 +53,7 @@ def make_problems(
     operations: str = "+-",
     carries: int | None = None,
 ) -> list[Problem]:
-    """`number` different problems in random order, all of a difficulty equally likely.
+    """`number` different problems in random order, all that fit equally likely.
 
     `12+39=` and `39+12=` are two problems, but always of one split. The split "harder"
     has the problems with as many carries as there can be, where that is two or more:
@@ -204,7 +204,7 @@ def _carries(
         if operation == "-":
             count += a < b
         else:
-            count += (a + b if operation == "+" else a * right) >= 10**column
+            count += (a + b if operation == "+" else a * b) >= 10**column
     return count
 
 

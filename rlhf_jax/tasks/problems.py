@@ -14,9 +14,9 @@ import numpy as np
 Seed = int | np.random.Generator
 Split = Literal["train", "heldout", "harder"]
 
-# Holds what no digit is next to. A tokenizer learned from it alone has few tokens for
-# the tags and one for each digit: numbers are read and written digit by digit.
-TAGS_TEXT = "<think>+</think><answer>+</answer>"
+# No digit stands next to another. A tokenizer learned from this text alone (with
+# `min_frequency=1`) has few tokens for the tags, and one for each digit.
+TAGS_TEXT = "<think>0</think><answer>0</answer>"
 
 _HELDOUT_EVERY = 5
 
