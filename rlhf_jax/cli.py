@@ -36,7 +36,7 @@ commands, in the order in which they are used:
   evaluate    held-out figures of a language model, a policy or a reward model
 
 `rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
-`rlhf-jax ppo --config ppo.yaml --updates 200`; flags go before the file.
+`rlhf-jax ppo --config ppo.yaml --updates 200`; flags override the file.
 """
 
 
@@ -145,7 +145,8 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     preset_flags = []
     if issubclass(config_type, PPOMethod):
         flags, name = _take(flags, "--preset", f"one of {', '.join(PRESETS)}")
-        name = name or values.pop("preset", None)
+        name_in_file = values.pop("preset", None)
+        name = name or name_in_file
         if name is not None:
             method = to_dict(preset(name))
             preset_flags = flags_from(config_type, method, where=f"preset {name}")

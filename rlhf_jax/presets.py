@@ -65,14 +65,15 @@ class PPOMethod:
     """optimizer steps per pass"""
     max_update_kl: float | None = None
     """early stop: end an update once the policy is this many nats per token from the
-    one that answered; None: never"""
+    one that answered; learning rates fall with the steps that are taken; None: never"""
     critic_trunk: Literal["own", "shared"] = "own"
     """the critic is a network of its own, or a second head on the policy"""
     critic_head_std: float | None = None
     """draw the critic's head anew with this standard deviation, 0 for V = 0; None: as
     loaded, or 1/sqrt(width + 1) where there is none to load"""
     critic_warmup: int = 0
-    """updates at the start in which only the critic learns"""
+    """updates at the start in which only the critic learns (on a shared trunk only its
+    head does); the policy's learning rate starts to fall after them"""
     actor_optimizer: OptimizerConfig = dataclasses.field(
         default_factory=_actor_optimizer
     )
@@ -109,6 +110,18 @@ class PPOMethod:
             self.critic_warmup,
             "must not be negative",
         )
+        check(
+            self.max_update_kl is None or self.epochs * self.minibatches > 1,
+            "max-update-kl",
+            self.max_update_kl,
+            "has nothing to stop: an update is one step, epochs=1 × minibatches=1",
+        )
+        if self.after_stop == "keep":
+            why = "takes answers that end; under after-stop=keep none does"
+            self.scores.require_defaults(
+                "scores", "position", "overlong_buffer", why=why
+            )
+            self.advantages.require_defaults("advantages", "lam_alpha", why=why)
         check(
             self.critic_trunk == "own" or self.advantages.slow_critic_decay is None,
             "advantages.slow-critic-decay",
@@ -153,9 +166,12 @@ def openai_2019() -> PPOMethod:
     on and rewarded at its last token. One trunk, a value head that starts at 0, one
     Adam in TensorFlow's form.
 
-    Departs from its paper: the paper does not mention either whitening. The original
-    counts episodes, not tokens, in the controller; and its β turns negative where a
-    batch has more than 5 · horizon episodes, which `adapt_kl_coef` prevents.
+    Left to the run: the stop token (`--stop .` there; a stop among the first 16 tokens
+    does not count there, and does here). Departs from its paper: the paper mentions
+    neither whitening, and its controller has a constant gain. β turns negative where a
+    batch has more than 5 · horizon episodes, which `adapt_kl_coef` prevents. Whitening
+    is per rank, of 8, there. The learning rate falls once per update; here at every
+    optimizer step.
 
     References:
         Ziegler et al., 2019, arXiv:1909.08593; Huang et al., 2023, "The N
@@ -191,17 +207,21 @@ def nplus_tldr() -> PPOMethod:
     KL in the reward, β = 0.05; the score on the state after the last token, whose
     value is kept and trained; −1 for an answer without EOS; advantages whitened over
     response tokens (ddof 0); a critic of its own, from the reward model, in one loss
-    with weight 0.1; AdamW with ε = 1e-5; each microbatch averaged by itself.
+    with weight 0.1; AdamW with ε = 1e-5 and PyTorch's weight decay of 0.01 on
+    everything; each microbatch averaged by itself: there one answer makes one, so give
+    `--microbatches` as many as a minibatch has answers to have the same.
 
-    Departs from its paper: whitening is per rank there, and here over the batch (give
-    `whiten="shard"` to have it per rank); the learning rate falls linearly by hand, its
-    scheduler argument is never read; positions of left-padded prompts are not
-    corrected there, because generation collapsed with it, and are here. The reward
-    model's bias (its mean reward on the normalisation set) belongs to the checkpoint.
+    Departs from its paper: whitening is per rank, of 8, there, and here over the batch
+    (`whiten="shard"` has it per rank); the learning rate falls by hand once per update,
+    here at every optimizer step, and its scheduler argument is never read; positions
+    of left-padded prompts are not corrected there, because generation collapsed with
+    it, and are here. The reward model's bias (its mean reward on the normalisation
+    set) belongs to the checkpoint.
 
     References:
         Huang et al., 2024, arXiv:2403.17031.
     """
+    optimizer = dataclasses.replace(_OPENAI_LINE, weight_decay=0.01, decay="all")
     return PPOMethod(
         temperature=0.7,
         old_logprobs="sampler",
@@ -216,8 +236,8 @@ def nplus_tldr() -> PPOMethod:
         value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
         epochs=4,
         minibatches=1,
-        actor_optimizer=_OPENAI_LINE,
-        critic_optimizer=_OPENAI_LINE,
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
     )
 
 
@@ -225,7 +245,9 @@ def trl() -> PPOMethod:
     """TRL's `PPOTrainer` (1.12, the last release that has it), at its defaults.
 
     As `nplus_tldr`, from which it was ported, but whitening has ddof 1, an answer
-    without a stop token keeps its score, and Adam's ε is 1e-8.
+    without a stop token keeps its score, and Adam has ε = 1e-8 and no weight decay.
+    The mean of means is over its microbatches: `--microbatches` is its
+    `gradient_accumulation_steps`.
 
     Departs from its documentation: `missing_eos_penalty` looks for the tokenizer's EOS
     only, whatever `stop_token` is; `max_grad_norm` is never applied; with accumulation
@@ -255,7 +277,9 @@ def openrlhf() -> PPOMethod:
     recomputed log-probabilities; actor and critic with optimizers of their own.
 
     Departs from its documentation: the clamp that its comment gives to k3 acts on k1
-    too.
+    too. Its whitening bounds the variance from below where others add ε, which differs
+    for constant advantages only. A critic that starts from a language model draws its
+    head with deviation 1/(width + 1): `--critic-head-std`.
 
     References:
         Hu et al., 2024, arXiv:2405.11143.
@@ -335,7 +359,8 @@ def deepspeed_chat() -> PPOMethod:
     Departs from what its comments say: the KL of the pad token is added to the score in
     the state after the last token; here that state has no KL. Log-probabilities ignore
     the temperature of the sampler, so that only 1 is on-policy; they are recomputed in
-    training mode, with dropout where the model has any.
+    training mode, with dropout where the model has any. Its 100 warm-up steps are 5 %
+    of the run here.
 
     References:
         Yao et al., 2023, arXiv:2308.01320.

@@ -83,7 +83,7 @@ def clip_fraction(
     clip_eps: ClipEps = 0.2,
     num_tokens: Scalar | None = None,
 ) -> Array:
-    """Share of tokens whose policy loss is clipped, and so has no gradient.
+    """Share of tokens that PPO's range silences: those without a gradient by it.
 
     Those with ρ > 1 + ε_high and A > 0, or ρ < 1 − ε_low and A < 0; a ratio out of
     range on the other side of A still learns and does not count.

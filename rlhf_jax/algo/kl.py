@@ -99,9 +99,9 @@ def adapt_kl_coef(
         e = clip(KL / target − 1, −0.2, 0.2)
         β' = β · max(1 + e · n / horizon, 0.1)
 
-    The bound 0.1 is not part of the published formula, which turns β negative, and
-    the penalty into a prize, when n > 5·horizon and KL is 0. It acts only where n
-    exceeds 4.5·horizon.
+    The paper has a constant gain in place of n / horizon, which is that of its code.
+    The bound 0.1 is in neither: without it β turns negative, and the penalty into a
+    prize, when n > 5·horizon and KL is 0. It acts only where n exceeds 4.5·horizon.
 
     Args:
         kl_coef: `[]`, β, positive.
@@ -115,7 +115,8 @@ def adapt_kl_coef(
         `[]` float32, positive whenever `kl_coef` is.
 
     References:
-        Ziegler et al., 2019, arXiv:1909.08593, section 2.2.
+        Ziegler et al., 2019, arXiv:1909.08593, section 2.2, and `train_policy.py` of
+        openai/lm-human-preferences.
     """
     kl_coef, observed_kl, target_kl, horizon, num_episodes = (
         jnp.asarray(x, jnp.float32)

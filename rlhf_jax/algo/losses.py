@@ -219,7 +219,8 @@ def actor_loss(
     }
     loss = policy_loss - entropy_coef * reduce(entropy)
     if experience.kl_coef is not None:
-        assert experience.ref_logprobs is not None, "a KL term needs ref_logprobs"
+        if experience.ref_logprobs is None:
+            raise ValueError("a KL term (experience.kl_coef) needs ref_logprobs")
         (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
         kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
         kl_coef = jax.lax.stop_gradient(experience.kl_coef)[:, None]

@@ -6,7 +6,7 @@ are what `make_experience` and `ppo_objective` take, and what presets are made o
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf_jax.algo.kl import KLEstimator
 from rlhf_jax.algo.masking import Aggregation
@@ -19,8 +19,34 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{field}={value!r}: {remedy}")
 
 
+class Options:
+    """What the five have in common: a misspelt choice fails where it is made."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = vars(self)[name]
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                choices = ", ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name}={value!r}: expected one of {choices}")
+
+    def require_defaults(self, name: str, *fields: str, why: str) -> None:
+        """Raises ValueError for the first field that is set but would do nothing."""
+        defaults = vars(type(self)())
+        for field in fields:
+            value, default = vars(self)[field], defaults[field]
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(value == default, flag, value, f"{why}; leave it at {default}")
+
+    def require_positive(self, name: str, *fields: str) -> None:
+        """Raises ValueError for the first field that is neither None nor above 0."""
+        for field in fields:
+            value = vars(self)[field]
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(value is None or value > 0, flag, value, "must be above 0, or None")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KLOptions:
+class KLOptions(Options):
     """The penalty that keeps the policy near the reference."""
 
     place: Literal["reward", "loss", "none"] = "reward"
@@ -47,42 +73,26 @@ class KLOptions:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        defaults = KLOptions()
+        if self.place == "none":
+            set_here = [f for f in vars(self) if f != "place"]
+            why = f"does nothing under {name}.place=none, which leaves the KL out"
+            self.require_defaults(name, *set_here, why=why)
+            return
         check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
-        for field in ("log_ratio_clamp", "clamp"):
-            _check_positive_or_none(self, name, field)
+        self.require_positive(name, "log_ratio_clamp", "clamp")
+        if self.place == "reward":
+            why = f"changes a gradient, so it needs {name}.place=loss"
+            self.require_defaults(name, "straight_through", why=why)
         check(
-            not self.straight_through or self.place == "loss",
-            f"{name}.straight-through",
-            self.straight_through,
-            f"changes a gradient, so it needs {name}.place=loss",
-        )
-        check(
-            self.place != "loss"
-            or self.estimator == "k2"
-            or self.straight_through
-            or self.estimator == "k3",
+            self.place == "reward" or self.estimator != "k1" or self.straight_through,
             f"{name}.estimator",
             self.estimator,
-            f"has no gradient towards the reference in the loss; take k2, k3 or "
-            f"{name}.straight-through",
+            f"has an expected gradient of 0 in the loss; take {name}.estimator=k2, or "
+            f"add {name}.straight-through",
         )
-        if self.place == "none":
-            kept = dataclasses.replace(defaults, place="none", coef=self.coef)
-            check(
-                self == kept,
-                f"{name}.place",
-                self.place,
-                f"leaves the KL out, so the other {name} options would do nothing",
-            )
         if self.target is None:
-            for field in ("unit", "horizon"):
-                check(
-                    vars(self)[field] == vars(defaults)[field],
-                    f"{name}.{field}",
-                    vars(self)[field],
-                    f"does nothing without {name}.target",
-                )
+            why = f"does nothing without {name}.target"
+            self.require_defaults(name, "unit", "horizon", why=why)
             return
         check(self.target > 0, f"{name}.target", self.target, "must be positive")
         check(
@@ -96,7 +106,7 @@ class KLOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(Options):
     """From the score of an answer to its token rewards."""
 
     normalization: Literal["none", "reference", "running"] = "none"
@@ -124,8 +134,7 @@ class ScoreOptions:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        _check_positive_or_none(self, name, "clip")
-        _check_positive_or_none(self, name, "overlong_buffer")
+        self.require_positive(name, "clip", "overlong_buffer", "overlong_penalty")
         penalty, field = self.missing_eos_penalty, f"{name}.missing-eos-penalty"
         if self.missing_eos == "replace":
             check(
@@ -140,28 +149,18 @@ class ScoreOptions:
         elif self.missing_eos == "subtract":
             check(penalty > 0, field, penalty, "must be positive to be subtracted")
         else:
-            check(
-                penalty == ScoreOptions().missing_eos_penalty,
-                field,
-                penalty,
-                f"does nothing under {name}.missing-eos={self.missing_eos}",
-            )
-        check(
-            self.overlong_penalty == 1.0 or self.overlong_buffer is not None,
-            f"{name}.overlong-penalty",
-            self.overlong_penalty,
-            f"does nothing without {name}.overlong-buffer",
-        )
-        check(
-            self.end_value == "learned" or self.position == "after_last_token",
-            f"{name}.end-value",
-            self.end_value,
-            f"needs {name}.position=after_last_token: there is no such state otherwise",
-        )
+            why = f"does nothing under {name}.missing-eos={self.missing_eos}"
+            self.require_defaults(name, "missing_eos_penalty", why=why)
+        if self.overlong_buffer is None:
+            why = f"does nothing without {name}.overlong-buffer"
+            self.require_defaults(name, "overlong_penalty", why=why)
+        if self.position == "last_token":
+            why = f"is of a state that {name}.position=last_token does not have"
+            self.require_defaults(name, "end_value", why=why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdvantageOptions:
+class AdvantageOptions(Options):
     """From token rewards and values to advantages and value targets."""
 
     gamma: float = 1.0
@@ -177,7 +176,8 @@ class AdvantageOptions:
     bootstrap_truncated: bool = False
     """an answer that was cut off is worth the critic's value of its end, not 0"""
     slow_critic_decay: float | None = None
-    """a copy of the critic, moved this slowly, gives the bootstrap values; None: no"""
+    """bootstrap from a copy of the critic that keeps this share of itself at every
+    update, such as 0.9; None: from the critic itself"""
     whiten: Literal["batch", "shard", "minibatch", "none"] = "batch"
     """over which tokens advantages are scaled to variance 1"""
     whiten_shards: int = 1
@@ -193,37 +193,27 @@ class AdvantageOptions:
             value = vars(self)[field]
             flag = f"{name}.{field.replace('_', '-')}"
             check(value is None or 0 <= value <= 1, flag, value, "must lie in [0, 1]")
-        _check_positive_or_none(self, name, "lam_alpha")
-        _check_positive_or_none(self, name, "n_steps")
+        self.require_positive(name, "lam_alpha", "n_steps")
+        if self.lam_alpha is not None:
+            why = f"gives way to {name}.lam-alpha"
+            self.require_defaults(name, "lam", why=why)
         if self.n_steps is not None:
-            for field in ("value_lam", "lam_alpha", "slow_critic_decay"):
-                value = vars(self)[field]
-                flag = f"{name}.{field.replace('_', '-')}"
-                check(value is None, flag, value, f"does not go with {name}.n-steps")
-            check(
-                not self.bootstrap_truncated,
-                f"{name}.n-steps",
-                self.n_steps,
-                f"does not go with {name}.bootstrap-truncated",
-            )
+            of_gae = ("lam", "value_lam", "lam_alpha", "slow_critic_decay")
+            why = f"does not go with {name}.n-steps"
+            self.require_defaults(name, *of_gae, "bootstrap_truncated", why=why)
+        if self.whiten == "none":
+            why = f"does nothing under {name}.whiten=none"
+            self.require_defaults(name, "center", "ddof", why=why)
         check(
-            self.whiten_shards == 1
-            if self.whiten != "shard"
-            else self.whiten_shards > 1,
+            (self.whiten_shards > 1) == (self.whiten == "shard"),
             f"{name}.whiten-shards",
             self.whiten_shards,
             f"must be above 1 with {name}.whiten=shard, and 1 without",
         )
-        check(
-            self.whiten != "none" or (self.center and self.ddof == 0),
-            f"{name}.whiten",
-            self.whiten,
-            f"leaves {name}.center and {name}.ddof nothing to do",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossOptions:
+class PolicyLossOptions(Options):
     """The clipped surrogate of the actor."""
 
     clip_eps: float = 0.2
@@ -254,8 +244,7 @@ class PolicyLossOptions:
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
         check(self.clip_eps > 0, f"{name}.clip-eps", self.clip_eps, "must be above 0")
-        _check_positive_or_none(self, name, "clip_eps_high")
-        _check_positive_or_none(self, name, "log_ratio_clamp")
+        self.require_positive(name, "clip_eps_high", "log_ratio_clamp")
         check(
             self.dual_clip is None or self.dual_clip > 1,
             f"{name}.dual-clip",
@@ -274,15 +263,10 @@ class PolicyLossOptions:
             self.entropy_coef,
             "must not be negative",
         )
-        defaults = vars(PolicyLossOptions())
-        for field in ("sampler_level", "sampler_bound", "sampler_lower_bound"):
-            value = vars(self)[field]
-            check(
-                value == defaults[field] or self.sampler_correction != "none",
-                f"{name}.{field.replace('_', '-')}",
-                value,
-                f"does nothing without {name}.sampler-correction",
-            )
+        if self.sampler_correction == "none":
+            of_weights = ("sampler_level", "sampler_bound", "sampler_lower_bound")
+            why = f"does nothing without {name}.sampler-correction"
+            self.require_defaults(name, *of_weights, why=why)
         check(
             0 <= self.sampler_lower_bound < self.sampler_bound,
             f"{name}.sampler-lower-bound",
@@ -292,7 +276,7 @@ class PolicyLossOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueLossOptions:
+class ValueLossOptions(Options):
     """The squared error of the critic."""
 
     clip_eps: float | None = 0.2
@@ -305,11 +289,5 @@ class ValueLossOptions:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        _check_positive_or_none(self, name, "clip_eps")
+        self.require_positive(name, "clip_eps")
         check(self.coef > 0, f"{name}.coef", self.coef, "must be above 0")
-
-
-def _check_positive_or_none(options: Any, name: str, field: str) -> None:
-    value = vars(options)[field]
-    flag = f"{name}.{field.replace('_', '-')}"
-    check(value is None or value > 0, flag, value, "must be above 0, or None")

@@ -87,5 +87,10 @@ def normalize_scores(
     """
     chex.assert_rank(scores, 1)
     chex.assert_type(scores, float)
-    variance = moments.squares / jnp.maximum(moments.count, 1.0)
-    return (scores.astype(jnp.float32) - moments.mean) * jax.lax.rsqrt(variance + eps)
+    centred = scores.astype(jnp.float32) - moments.mean
+    return centred * jax.lax.rsqrt(jnp.square(score_std(moments)) + eps)
+
+
+def score_std(moments: ScoreMoments) -> Array:
+    """`[]` float32: σ = √(M / n), 0 where nothing was seen."""
+    return jnp.sqrt(moments.squares / jnp.maximum(moments.count, 1.0))

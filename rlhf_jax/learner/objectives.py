@@ -101,6 +101,16 @@ def ppo_objective(
     def objective(
         params: ActorCritic, experience: Experience, counts: Counts
     ) -> tuple[Array, Metrics]:
+        if (experience.kl_coef is None) != (kl.place != "loss"):
+            raise ValueError(
+                f"kl.place={kl.place!r}: give the objective the kl options that the "
+                "experience was made with"
+            )
+        if (experience.weights is None) != (policy_loss.sampler_correction == "none"):
+            raise ValueError(
+                f"sampler_correction={policy_loss.sampler_correction!r}: give the "
+                "objective the policy_loss options that the experience was made with"
+            )
         if policy_loss.mean_of_means:
             own = count_experience(experience)
             counts = jax.tree.map(lambda n: n * num_microbatches, own)

@@ -63,10 +63,10 @@ def make_update(
 
     Returns:
         A compiled function; rebind the state, its old buffers are reused. Metrics are
-        float32 scalars, means over the optimizer steps that were looked at; with
-        `max_kl` their number is `policy/steps`. Where a loss or gradient is not finite
-        the state stays as it was before that optimizer step, `step` does not advance,
-        and `first_nonfinite/<term>` says where.
+        float32 scalars, means over the minibatches that were looked at; with `max_kl`,
+        `policy/steps` is the number of steps taken. Where a loss or gradient is not
+        finite the state stays as it was before that optimizer step, `step` does not
+        advance, and `first_nonfinite/<term>` says where.
     """
 
     def update(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
@@ -92,15 +92,19 @@ def make_update(
 
         true = jnp.asarray(True)
         start = _Carry(state.params, state.opt_state, healthy=true, going=true)
-        end, (metrics, terms, looked_at) = jax.lax.scan(
+        end, (metrics, terms, looked_at, taken) = jax.lax.scan(
             epoch, start, jax.random.split(key, num_epochs)
         )
-        metrics = _summarize(metrics, looked_at, stops_early=max_kl is not None)
+        metrics = _summarize(metrics, looked_at)
+        if max_kl is not None:
+            metrics["policy/steps"] = jnp.sum(taken).astype(jnp.float32)
         metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
         slow_critic = state.slow_critic
         if slow_critic is not None and slow_critic_decay is not None:
             slow_critic = optax.incremental_update(
-                end.params.critic, slow_critic, 1.0 - slow_critic_decay
+                end.params.critic,
+                slow_critic,
+                jnp.where(end.healthy, 1.0 - slow_critic_decay, 0.0),
             )
         state = dataclasses.replace(
             state,
@@ -137,7 +141,8 @@ def _minibatch_step(
     """One optimizer step of actor and critic, as the body of a scan.
 
     Once a term is not finite, or KL has passed its limit, nothing changes any more.
-    Puts out metrics, the terms that have to be finite, and whether it did any work.
+    Puts out metrics, the terms that have to be finite, whether it looked at its
+    minibatch, and whether it took the step.
     """
 
     def step(carry: _Carry, minibatch: Experience):
@@ -183,7 +188,7 @@ def _minibatch_step(
             "optim/actor_grad_norm": terms["actor_gradient"],
             "optim/critic_grad_norm": terms["critic_gradient"],
         }
-        return carry, (metrics, terms, jnp.asarray(True))
+        return carry, (metrics, terms, jnp.asarray(True), healthy & going)
 
     def step_while_going(carry: _Carry, minibatch: Experience):
         def stay(carry: _Carry, minibatch: Experience):
@@ -196,15 +201,13 @@ def _minibatch_step(
     return step if max_kl is None else step_while_going
 
 
-def _summarize(metrics: Metrics, looked_at: Array, *, stops_early: bool) -> Metrics:
-    """Means over the steps that did work, and what the very first of them saw."""
+def _summarize(metrics: Metrics, looked_at: Array) -> Metrics:
+    """Means over the minibatches looked at, and what the very first of them saw."""
     first_step = {
         f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
         for name in ("clip_fraction", "approx_kl")
         if f"policy/{name}" in metrics
     }
-    if not stops_early:
-        return jax.tree.map(jnp.mean, metrics) | first_step
-    steps = jnp.sum(looked_at).astype(jnp.float32)
-    means = jax.tree.map(lambda x: jnp.sum(x) / steps, metrics)
-    return means | first_step | {"policy/steps": steps}
+    # The others hold zeros. The first is always looked at.
+    count = jnp.sum(looked_at).astype(jnp.float32)
+    return jax.tree.map(lambda x: jnp.sum(x) / count, metrics) | first_step

@@ -121,8 +121,8 @@ class PPOConfig(PPOMethod, RunConfig):
     """PPO against a reward model, from a supervised model and a reward model.
 
     --preset NAME takes every option of the method from a known implementation:
-    openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat. Options given beside
-    it, or in the file, go before.
+    openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat (`rlhf-jax presets`
+    lists them). Options given beside it override it, and so does a file.
     """
 
     policy: str
@@ -148,7 +148,8 @@ class PPOConfig(PPOMethod, RunConfig):
     batch_size: int = 64
     """prompts answered per update"""
     microbatches: int = 1
-    """parts of a minibatch computed one after the other, to save memory"""
+    """parts of a minibatch computed one after the other, to save memory; they change
+    what is learned only under policy-loss.mean-of-means"""
     max_prompt_tokens: int = 64
     """longest prompt, in tokens"""
     overlong: Overlong = "drop"
@@ -181,6 +182,25 @@ class PPOConfig(PPOMethod, RunConfig):
             f"{self.mesh.data * self.mesh.fsdp}",
         )
         _check_fraction(self)
+        check(
+            self.critic_warmup < self.updates,
+            "critic-warmup",
+            self.critic_warmup,
+            f"must be below updates={self.updates}, or the policy never learns",
+        )
+        buffer = self.scores.overlong_buffer
+        check(
+            buffer is None or buffer <= self.max_new_tokens,
+            "scores.overlong-buffer",
+            buffer,
+            f"must be at most max-new-tokens={self.max_new_tokens}",
+        )
+        check(
+            self.batch_size % self.advantages.whiten_shards == 0,
+            "advantages.whiten-shards",
+            self.advantages.whiten_shards,
+            f"must divide batch-size={self.batch_size}",
+        )
         check(
             self.critic is None or self.critic_trunk == "own",
             "critic",

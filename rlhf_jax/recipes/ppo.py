@@ -88,18 +88,19 @@ def run(config: PPOConfig) -> RunDirectory:
         state = session.restore(state)
         if session.start_step == 0 and config.scores.normalization == "reference":
             moments = reference_moments(
-                moments_key, batches, models, programs.sample, mesh
+                moments_key, batches, models, programs, mesh, sharding.score_moments
             )
             state = dataclasses.replace(state, score_moments=moments)
-        evaluate = _evaluation(config, session, language, models, programs.sample, mesh)
+        evaluate = _evaluation(config, session, language, models, programs.answer, mesh)
         if session.start_step == 0:
             session.log(0, evaluate(0, eval_key, state, held_out), shown=SHOWN)
         for step in session.steps():
             prompts = put_batch(mesh, batches[step - 1])
+            rates = learning_rates(schedules, state.opt_state)
             state, carried, metrics = ppo_step(state, prompts, models, programs)
             metrics = session.check_finite(step, state, metrics)
             state = dataclasses.replace(state, **carried)
-            metrics |= learning_rates(config, schedules, step)
+            metrics |= rates
             if session.is_eval_step(step):
                 metrics |= evaluate(step, eval_key, state, held_out)
             session.log(step, metrics, shown=SHOWN)

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.kl import adapt_kl_coef
+from rlhf_jax.algo.options import check
 from rlhf_jax.algo.score_moments import (
     ScoreMoments,
     init_score_moments,
@@ -44,6 +46,7 @@ class Programs:
     """What one PPO update runs, compiled."""
 
     sample: Sampler
+    answer: Sampler  # for evaluation: as `sample`, but always to the stop token
     experience_of: ExperienceFn
     update: UpdateFn
 
@@ -67,13 +70,16 @@ def make_programs(
         pad_id: written after the end of an answer.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
     """
-    sample = make_sampler(
+    sampler = partial(
+        make_sampler,
         models.policy,
         max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids if config.after_stop == "cut" else (),
         temperature=config.temperature,
         pad_id=pad_id,
     )
+    answer = sample = sampler(stop_ids=stop_ids)
+    if config.after_stop == "keep":
+        sample = sampler(stop_ids=())
     prepare = None
     if config.advantages.whiten == "minibatch":
         prepare = partial(whiten_minibatch, options=config.advantages)
@@ -96,7 +102,8 @@ def make_programs(
         slow_critic_decay=config.advantages.slow_critic_decay,
         state_sharding=state_sharding,
     )
-    return Programs(sample, _experience_program(config, models, stop_ids), update)
+    experience_of = _experience_program(config, models, stop_ids)
+    return Programs(sample, answer, experience_of, update)
 
 
 def ppo_step(
@@ -133,39 +140,77 @@ def ppo_step(
 
 
 def reference_moments(
-    key: Array, batches: Batches, models: FourModels, sample: Sampler, mesh: Mesh
+    key: Array,
+    batches: Batches,
+    models: FourModels,
+    programs: Programs,
+    mesh: Mesh,
+    sharding: ScoreMoments,
 ) -> ScoreMoments:
-    """Of the scores of the reference's answers to the first batches of prompts."""
+    """Of the scores of the reference's answers to the first batches of prompts.
+
+    Answers end at their stop token: what follows it, under `after_stop="keep"`, the
+    reward model does not read in training either.
+
+    Raises:
+        ValueError: where all scores are the same.
+    """
+
+    @jax.jit
+    def add(moments: ScoreMoments, reward: Params, rollout: Rollout) -> ScoreMoments:
+        scores = models.score_fn(reward, rollout.tokens, rollout.sequence_mask)
+        return update_score_moments(moments, scores)
+
     moments = init_score_moments()
     for number in range(NUM_NORMALIZATION_BATCHES):
         prompts = put_batch(mesh, batches[number])
         batch_key = jax.random.fold_in(key, number)
-        rollout = sample(batch_key, models.reference, prompts)
-        scores = models.score_fn(models.reward, rollout.tokens, rollout.sequence_mask)
-        moments = update_score_moments(moments, scores)
-    return moments
+        rollout = programs.answer(batch_key, models.reference, prompts)
+        moments = add(moments, models.reward, rollout)
+    check(
+        bool(moments.squares > 0),
+        "scores.normalization",
+        "reference",
+        f"all {int(moments.count)} answers of the reference have the same score, so "
+        "there is no scale to bring to 1",
+    )
+    # As the update hands them back: another sharding would compile everything again.
+    return jax.device_put(moments, sharding)
 
 
 def make_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
-    """Optimizers and learning-rate schedules of actor and critic."""
-    total_steps = config.updates * config.epochs * config.minibatches
-    actor, actor_rate = optimizer_of(config.actor_optimizer, total_steps=total_steps)
-    critic, critic_rate = optimizer_of(config.critic_optimizer, total_steps=total_steps)
+    """Optimizers and learning-rate schedules of actor and critic.
+
+    The actor's schedule begins when the critic's warm-up is over.
+    """
+    steps_per_update = config.epochs * config.minibatches
+    actor, actor_rate = optimizer_of(
+        config.actor_optimizer,
+        total_steps=(config.updates - config.critic_warmup) * steps_per_update,
+    )
+    critic, critic_rate = optimizer_of(
+        config.critic_optimizer, total_steps=config.updates * steps_per_update
+    )
     return (
         ActorCritic(actor=actor, critic=critic),
         ActorCritic(actor=actor_rate, critic=critic_rate),
     )
 
 
-def learning_rates(
-    config: PPOConfig, schedules: ActorCritic, step: int
-) -> dict[str, Any]:
-    """Rates at the first optimizer step of an update."""
-    first = (step - 1) * config.epochs * config.minibatches
+def learning_rates(schedules: ActorCritic, opt_state: ActorCritic) -> dict[str, float]:
+    """Rates of the next optimizer step; steps that were not taken do not count."""
     return {
-        "optim/actor_learning_rate": schedules.actor(first),
-        "optim/critic_learning_rate": schedules.critic(first),
+        f"optim/{name}_learning_rate": float(schedule(_steps_taken(state)))
+        for name, schedule, state in (
+            ("actor", schedules.actor, opt_state.actor),
+            ("critic", schedules.critic, opt_state.critic),
+        )
     }
+
+
+def _steps_taken(opt_state: optax.OptState) -> Array:
+    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return count
 
 
 def _experience_program(

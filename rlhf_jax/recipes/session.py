@@ -32,12 +32,19 @@ _MAY_DIFFER = (
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
     # They change memory and time, and what is learnt by rounding only.
-    "microbatches",
     "remat",
     "scan_layers",
 )
 
 StageConfig = SFTConfig | RewardConfig | PPOConfig
+
+
+def _free_options(config: StageConfig) -> tuple[str, ...]:
+    """Options that a resumed run may change."""
+    if isinstance(config, PPOConfig) and config.policy_loss.mean_of_means:
+        return _MAY_DIFFER
+    # As memory and time go; what is learnt changes by rounding only.
+    return (*_MAY_DIFFER, "microbatches")
 
 
 def _stored(config: StageConfig) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def check_start(config: StageConfig, *, stage: str) -> None:
         _stored(config),
         stage=stage,
         resume=config.resume,
-        may_differ=_MAY_DIFFER,
+        may_differ=_free_options(config),
     )
 
 
@@ -96,7 +103,7 @@ class Session(contextlib.ExitStack):
             _stored(config),
             stage=stage,
             resume=config.resume,
-            may_differ=_MAY_DIFFER,
+            may_differ=_free_options(config),
         )
 
     def __enter__(self) -> "Session":

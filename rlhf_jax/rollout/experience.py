@@ -16,7 +16,7 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
 )
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
-from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores
+from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores, score_std
 from rlhf_jax.algo.types import Array, Experience, Scalar, ScoredRollout
 
 
@@ -50,7 +50,18 @@ def make_experience(
         The experience and scalar float32 metrics over the whole batch. `kl/sequence`
         is the mean over sequences of Σ_t (log π − log π_ref), in nats, whatever the
         estimator that shapes the rewards; it is left out without a reference.
+
+    Raises:
+        ValueError: on options that contradict each other, or that need something which
+            `scored` or `score_moments` do not have.
     """
+    for name, options in (
+        ("kl", kl),
+        ("scores", scores),
+        ("advantages", advantages),
+        ("policy_loss", policy_loss),
+    ):
+        options.validate(name)
     rollout, mask = scored.rollout, scored.rollout.mask
     states = rewarded_states(mask, scores)
     rewards = token_rewards(
@@ -63,13 +74,12 @@ def make_experience(
         mask if scores.end_value == "zero" else states,
         advantages,
     )
-    # The states whose value the critic learns.
-    valued = states if scores.end_value == "learned" else mask
+    learned = states if scores.end_value == "learned" else mask
 
     used = jnp.ones_like(rollout.truncated)
     if scores.missing_eos == "mask":
         used = ~rollout.truncated
-    mask, valued = mask & used[:, None], valued & used[:, None]
+    mask, learned = mask & used[:, None], learned & used[:, None]
     if advantages.whiten in ("batch", "shard"):
         raw = masked_whiten(
             raw,
@@ -104,14 +114,20 @@ def make_experience(
         ref_logprobs=None
         if scored.ref_logprobs is None
         else masked(scored.ref_logprobs, mask),
-        old_values=masked(scored.values, valued),
+        old_values=masked(scored.values, learned),
         advantages=masked(raw, mask),
-        returns=masked(returns, valued),
-        value_mask=valued if scores.position == "after_last_token" else None,
+        returns=masked(returns, learned),
+        value_mask=learned if scores.position == "after_last_token" else None,
         weights=weights,
         kl_coef=loss_kl_coef,
     )
-    return experience, _metrics(scored, experience, rewards, valued, kl_coef)
+    metrics = _metrics(scored, experience, rewards, learned)
+    if kl.place != "none":
+        metrics["kl/coef"] = jnp.asarray(kl_coef, jnp.float32)
+    if score_moments is not None:
+        metrics["reward/normalization_mean"] = score_moments.mean
+        metrics["reward/normalization_std"] = score_std(score_moments)
+    return experience, metrics
 
 
 def rewarded_states(mask: Array, options: ScoreOptions) -> Array:
@@ -129,13 +145,17 @@ def token_rewards(
     score_moments: ScoreMoments | None = None,
 ) -> Array:
     """`[B, T]` float32: the score at the end, minus β·KL at every token, whitened."""
-    mask, ref_logprobs = scored.rollout.mask, scored.ref_logprobs
+    mask, ref_logprobs = scored.rollout.mask, scored.logprobs
+    if kl.place == "reward":
+        if scored.ref_logprobs is None:
+            raise ValueError('kl.place="reward" needs the reference\'s ref_logprobs')
+        ref_logprobs = scored.ref_logprobs
     rewards, _ = shape_rewards(
         final_scores(scored, scores, score_moments),
         scored.logprobs,
-        scored.logprobs if ref_logprobs is None else ref_logprobs,
+        ref_logprobs,  # without a KL in the reward, the policy's own: a KL of 0
         mask,
-        kl_coef=kl_coef if kl.place == "reward" else 0.0,
+        kl_coef=kl_coef,
         estimator=kl.estimator,
         log_ratio_clamp=kl.log_ratio_clamp,
         clamp=kl.clamp,
@@ -153,6 +173,11 @@ def final_scores(
 ) -> Array:
     """`[B]` float32 scores, normalised, clipped, penalised for no or a late stop."""
     rollout, scores = scored.rollout, scored.scores.astype(jnp.float32)
+    if (moments is None) != (options.normalization == "none"):
+        raise ValueError(
+            f"scores.normalization={options.normalization!r}: score_moments must be "
+            f"{'given' if moments is None else 'left out'}"
+        )
     if moments is not None:
         scores = normalize_scores(scores, moments)
     if options.clip is not None:
@@ -202,7 +227,11 @@ def _advantages_and_returns(
         return returns - values, returns
 
     target_values = end_values = None
-    if scored.target_values is not None:
+    if options.slow_critic_decay is not None:
+        if scored.target_values is None:
+            raise ValueError(
+                "slow_critic_decay needs target_values: score_rollout(…, slow_critic=…)"
+            )
         target_values = jnp.where(valued, scored.target_values, 0.0)
     if options.bootstrap_truncated:
         if scored.end_values is None:
@@ -237,14 +266,12 @@ def _metrics(
     experience: Experience,
     rewards: Array,
     valued: Array,
-    kl_coef: Scalar,
 ) -> dict[str, Array]:
     rollout, mask = scored.rollout, scored.rollout.mask
     metrics = {
         "reward/score_mean": jnp.mean(scored.scores),
         "reward/score_std": jnp.std(scored.scores),
         "reward/shaped_mean": jnp.mean(jnp.sum(rewards, axis=1)),
-        "kl/coef": jnp.asarray(kl_coef, jnp.float32),
         "value/explained_variance": explained_variance(
             experience.old_values, experience.returns, valued
         ),

@@ -63,29 +63,35 @@ def score_rollout(
             temperature=temperature,
         )[0]
 
-    def values_of(params: Params) -> Array:
-        return values_fn(params, tokens, mask, response_length=response_length)
+    # V(s_t) is read before token t: a column of padding makes room for V(s_T).
+    extra = 1 if with_end_values else 0
+    widen = ((0, 0), (0, extra))
 
+    def values_of(params: Params) -> tuple[Array, Array | None]:
+        values = values_fn(
+            params,
+            jnp.pad(tokens, widen),
+            jnp.pad(mask, widen),
+            response_length=response_length + extra,
+        )
+        end = values[:, -1] if with_end_values else None
+        return values[:, :response_length], end
+
+    values, end_values = values_of(critic)
+    target_values = None
+    if slow_critic is not None:
+        target_values, end_values = values_of(slow_critic)
     read = mask
     if score_mask is not None:
         read = jnp.concatenate([rollout.prompts.mask, score_mask], axis=1)
-    end_values = None
-    if with_end_values:
-        # V(s_t) is read before token t: a column of padding makes room for V(s_T).
-        end_values = values_fn(
-            critic if slow_critic is None else slow_critic,
-            jnp.pad(tokens, ((0, 0), (0, 1))),
-            jnp.pad(mask, ((0, 0), (0, 1))),
-            response_length=response_length + 1,
-        )[:, -1]
     return jax.lax.stop_gradient(
         ScoredRollout(
             rollout=rollout,
             logprobs=rollout.logprobs if actor is None else logprobs_of(actor),
             ref_logprobs=None if reference is None else logprobs_of(reference),
-            values=values_of(critic),
+            values=values,
             scores=score_fn(reward, tokens, read),
-            target_values=None if slow_critic is None else values_of(slow_critic),
+            target_values=target_values,
             end_values=end_values,
         )
     )

@@ -154,7 +154,10 @@ def test_another_loss_in_place_of_the_clipped_one(evaluate, x):
 
 def test_weights_are_for_the_policy_alone(evaluate, x):
     (_, plain), _ = evaluate()
-    (_, metrics), _ = evaluate({"weights": x["weights"]})
+    corrected = PolicyLossOptions(sampler_correction="truncate")
+    (_, metrics), _ = evaluate({"weights": x["weights"]}, policy_loss=corrected)
+    with pytest.raises(ValueError, match="sampler_correction='truncate'"):
+        evaluate(policy_loss=corrected)
     want = mean(x["weights"] * policy_terms(x))
     np.testing.assert_allclose(metrics["policy/loss"], want, **TOLERANCE)
     for name in ("policy/entropy", "policy/approx_kl", "value/loss"):
@@ -192,7 +195,9 @@ BETA = np.array([0.5, 0.25, 0.125])
 )
 def test_a_kl_term_in_the_loss(evaluate, x, options, value_of, slope_of):
     kl = KLOptions(place="loss", **options)
-    (plain, _), plain_grads = evaluate(kl=kl)
+    (plain, _), plain_grads = evaluate()
+    with pytest.raises(ValueError, match=r"kl\.place='reward'"):
+        evaluate({"kl_coef": BETA})
     (loss, metrics), grads = evaluate({"kl_coef": BETA}, kl=kl)
     log_ratio, beta = x["logprobs"] - x["ref_logprobs"], BETA[:, None]
     want = mean(beta * value_of(log_ratio))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import cli
+from rlhf_jax.algo.options import ScoreOptions
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.presets import PRESETS
 from rlhf_jax.recipes import ppo
@@ -122,3 +123,43 @@ def test_a_language_model_may_be_the_critics_start(stages):
 def test_values_that_cannot_work(stages, changes, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(stages.ppo, **changes).validate()
+
+
+def test_scores_of_the_reference_are_read_as_in_training(stages, tmp_path):
+    """The moments are those of the scores that training sees: through the stop."""
+    config = dataclasses.replace(
+        stages.ppo,
+        run_dir=str(tmp_path / "run"),
+        after_stop="keep",
+        stop=(".",),
+        updates=2,
+        scores=ScoreOptions(normalization="reference"),
+        # Nothing moves: the policy that answers in training is the reference.
+        actor_optimizer=dataclasses.replace(
+            stages.ppo.actor_optimizer, learning_rate=0.0
+        ),
+    )
+    rows = read_metrics(ppo.run(config).metrics)
+    mean, std = (rows[1][f"reward/normalization_{name}"] for name in ("mean", "std"))
+    assert rows[2]["reward/normalization_mean"] == mean
+    # Means of 32, 8 and 10 answers of one policy: within 4 standard errors.
+    assert abs(rows[1]["reward/score_mean"] - mean) < 4 * std * (1 / 32 + 1 / 8) ** 0.5
+    assert abs(rows[0]["eval/score_mean"] - mean) < 4 * std * (1 / 32 + 1 / 10) ** 0.5
+    # Evaluation stops where answers stop, training goes on to the limit.
+    assert rows[0]["eval/length_mean"] < config.max_new_tokens
+    assert rows[1]["response/length_mean"] == config.max_new_tokens
+
+
+def test_warm_up_leaves_the_policy_its_whole_schedule(stages, tmp_path):
+    config = dataclasses.replace(
+        stages.ppo, run_dir=str(tmp_path / "run"), updates=4, critic_warmup=2
+    )
+    rows = read_metrics(ppo.run(config).metrics)[1:]
+    actor = [row["optim/actor_learning_rate"] for row in rows]
+    critic = [row["optim/critic_learning_rate"] for row in rows]
+    # 2 · 2 steps per update. One warm-up step, then linearly from the peak to 0.
+    peak = config.actor_optimizer.learning_rate
+    warm_up = 0  # 5 % of 8 steps
+    first = peak * (1 - (0 - warm_up) / 8)
+    np.testing.assert_allclose(actor, [first, first, first, peak * 0.5], rtol=1e-5)
+    assert critic[0] != critic[1] != critic[2]

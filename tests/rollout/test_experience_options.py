@@ -41,6 +41,8 @@ from rlhf_jax.rollout.experience import whiten_minibatch
 
 def experience_under(scored=SCORED, scores=ScoreOptions(), **options):
     """With these options of advantages, and the score as the only reward."""
+    if options.keys() & {"n_steps", "lam_alpha"}:
+        options["lam"] = AdvantageOptions().lam  # which they replace
     options = dataclasses.replace(RAW, **options)
     return make_experience(scored, kl_coef=0.0, scores=scores, advantages=options)[0]
 
@@ -103,10 +105,13 @@ def test_another_critic_for_the_next_state():
     gap = np.where(MASK, X["target_values"] - X["values"], 0.0)
     rewards = rewards_of(X["scores"])
     rewards[:, :-1] += GAMMA * (1 - LAM) * np.where(MASK[:, 1:], gap[:, 1:], 0)
-    assert_learns(experience_under(slow), *gae(rewards, X["values"]))
+    options = {"slow_critic_decay": 0.9}
+    assert_learns(experience_under(slow, **options), *gae(rewards, X["values"]))
+    with pytest.raises(ValueError, match="slow_critic_decay needs target_values"):
+        experience_under(SCORED, **options)
     # A value of 0 in the end state is 0 to both critics.
     zero = dataclasses.replace(AFTER, end_value="zero")
-    got = experience_under(slow, scores=zero, lam=0.0)
+    got = experience_under(slow, scores=zero, lam=0.0, **options)
     last = LENGTHS[:2] - 1
     close(got.advantages[:2, :][[0, 1], last], -X["values"][[0, 1], last])
 
@@ -139,11 +144,11 @@ def test_whitening_of_the_batch_of_shards_and_of_minibatches(center, ddof):
 
 
 def test_the_kl_may_be_in_the_reward_in_the_loss_or_nowhere():
+    kinds = {"reward": KLOptions(), "none": KLOptions(place="none")}
+    kinds["loss"] = KLOptions(place="loss", estimator="k2")
     made = {
-        place: make_experience(
-            SCORED, kl_coef=0.25, kl=KLOptions(place=place), advantages=RAW
-        )
-        for place in ("reward", "loss", "none")
+        place: make_experience(SCORED, kl_coef=0.25, kl=kl, advantages=RAW)
+        for place, kl in kinds.items()
     }
     log_ratio = X["logprobs"] - X["ref_logprobs"]
     paid = gae(rewards_of(X["scores"], kl=0.25 * log_ratio), X["values"])
@@ -223,6 +228,7 @@ def test_weights_of_a_sampler_that_rounds(mode, level):
 ALL_OPTIONS = {
     "kl": KLOptions(estimator="k3", clamp=0.5),
     "scores": ScoreOptions(
+        normalization="running",
         clip=2.0,
         missing_eos="mask",
         overlong_buffer=3,
@@ -230,7 +236,11 @@ ALL_OPTIONS = {
         whiten_rewards=True,
     ),
     "advantages": AdvantageOptions(
-        lam_alpha=0.5, value_lam=0.9, bootstrap_truncated=True, ddof=1
+        lam_alpha=0.5,
+        value_lam=0.9,
+        bootstrap_truncated=True,
+        slow_critic_decay=0.9,
+        ddof=1,
     ),
     "policy_loss": PolicyLossOptions(sampler_correction="truncate"),
     "score_moments": MOMENTS,

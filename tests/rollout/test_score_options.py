@@ -33,6 +33,7 @@ def test_scores_are_normalised_clipped_and_penalised_in_this_order():
     # was cut off and is halved: 1. Of 5 columns the last 2 are the ramp: lengths 3, 1,
     # 5, 4 cost 0, 0, 1, ½ of 3.
     options = ScoreOptions(
+        normalization="running",
         clip=2.0,
         missing_eos="scale",
         missing_eos_penalty=0.5,
@@ -42,17 +43,24 @@ def test_scores_are_normalised_clipped_and_penalised_in_this_order():
     close(final_scores(SCORED, options, MOMENTS), [0.5, -2.0, -2.0, -1.75])
     # Each by itself.
     close(final_scores(SCORED, ScoreOptions()), [0.75, -1.25, 2.5, 0.375])
-    close(final_scores(SCORED, ScoreOptions(), MOMENTS), [0.5, -3.5, 4.0, -0.25])
+    normalized = ScoreOptions(normalization="reference")
+    close(final_scores(SCORED, normalized, MOMENTS), [0.5, -3.5, 4.0, -0.25])
+    with pytest.raises(ValueError, match="'reference': score_moments must be given"):
+        final_scores(SCORED, normalized)
+    with pytest.raises(ValueError, match="'none': score_moments must be left out"):
+        final_scores(SCORED, ScoreOptions(), MOMENTS)
     close(final_scores(SCORED, ScoreOptions(clip=1.0)), [0.75, -1.0, 1.0, 0.375])
     ramp = ScoreOptions(overlong_buffer=4)
     close(final_scores(SCORED, ramp), [0.25, -1.25, 1.5, -0.375])
 
 
 def test_the_normalised_score_is_what_is_paid():
-    options = ScoreOptions(clip=2.0)
+    options = ScoreOptions(normalization="running", clip=2.0)
     experience, metrics = make_experience(
         SCORED, kl_coef=0.0, scores=options, advantages=RAW, score_moments=MOMENTS
     )
+    close(metrics["reward/normalization_mean"], 0.5)
+    close(metrics["reward/normalization_std"], 0.5)
     assert_learns(experience, *gae(rewards_of([0.5, -2, 2, -0.25]), X["values"]))
     close(metrics["reward/score_mean"], X["scores"].mean())  # as the model said it
 
