@@ -4,6 +4,7 @@ A block fenced as `python` is run; other fences are not. The first block of a pa
 its program; each later block runs on its own, on the names that the program left.
 """
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -62,7 +63,35 @@ def example(containing):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES[LOOP]) == 14
+    assert len(EXAMPLES[LOOP]) == 19
+
+
+def test_every_function_is_called_on_the_page():
+    calls = {
+        node.func.id
+        for code in EXAMPLES[LOOP]
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    functions = {n for n in rlhf_jax.__all__ if inspect.isfunction(vars(rlhf_jax)[n])}
+    assert functions - calls == set()
+
+
+def test_every_estimator_and_surrogate_of_the_page_is_finite():
+    for containing, name in (
+        ("remax_advantages(", "per_token"),
+        ("sapo_loss(", "surrogates"),
+    ):
+        for key, array in example(containing)[name].items():
+            assert array.shape == (64, 8) and np.isfinite(array).all(), key
+            # The best answers of these groups have equals: none adds to the best.
+            assert np.any(array) or key == "pass@k", key
+
+
+def test_the_whole_loss_is_its_parts():
+    names = example("ppo_loss(")
+    parts = names["for_actor"] + 0.5 * names["for_critic"]
+    np.testing.assert_allclose(names["loss_value"], parts, rtol=1e-6)
 
 
 def test_no_example_escapes():
