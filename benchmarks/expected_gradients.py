@@ -267,11 +267,12 @@ def advantage_result(
     slow_critic: np.ndarray | None = None,
 ) -> AdvantageResult:
     """See `AdvantageResult`; a critic is `[N]`, one value per prefix."""
+    decay = None if slow_critic is None else 0.9  # any: its values are given
     experience = case.experience(
         critic,
         slow_critic=slow_critic,
         kl_coef=BETA,
-        advantages=dataclasses.replace(options, whiten="none"),
+        advantages=dataclasses.replace(options, whiten="none", slow_critic_decay=decay),
     )
     weights = case.policy_gradients(experience.advantages)
     gradient = case.expected_gradient(weights)

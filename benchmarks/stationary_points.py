@@ -117,7 +117,9 @@ def experience_of(
         kl_coef=kl_coef,
         kl=method.kl,
         scores=dataclasses.replace(method.scores, whiten_rewards=False),
-        advantages=dataclasses.replace(method.advantages, whiten="none"),
+        advantages=dataclasses.replace(
+            method.advantages, whiten="none", center=True, ddof=0
+        ),
     )
     return experience
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,8 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
         config_type,
         args=flags,
         prog=prog,
-        description=f"{config_type.__doc__}\n\n--config FILE reads options from YAML.",
+        description=f"{inspect.getdoc(config_type)}\n\n"
+        "--config FILE reads options from YAML.",
     )
 
 

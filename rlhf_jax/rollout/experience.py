@@ -227,11 +227,12 @@ def _advantages_and_returns(
         return returns - values, returns
 
     target_values = end_values = None
-    if options.slow_critic_decay is not None:
-        if scored.target_values is None:
-            raise ValueError(
-                "slow_critic_decay needs target_values: score_rollout(…, slow_critic=…)"
-            )
+    if (options.slow_critic_decay is None) != (scored.target_values is None):
+        raise ValueError(
+            f"slow_critic_decay={options.slow_critic_decay}: goes with target_values, "
+            "that is with score_rollout(…, slow_critic=…), and those with it"
+        )
+    if scored.target_values is not None:
         target_values = jnp.where(valued, scored.target_values, 0.0)
     if options.bootstrap_truncated:
         if scored.end_values is None:

@@ -86,8 +86,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     form: Literal["torch", "tf1"] = "torch"
-    """where: beside the corrected root, or beside the uncorrected one, which damps the
-    first steps"""
+    """where eps stands: beside the bias-corrected root of the second moment, or beside
+    the uncorrected one, which damps the first steps"""
     weight_decay: float = 0.0
     """decoupled weight decay"""
     decay: Literal["matrices", "all"] = "matrices"

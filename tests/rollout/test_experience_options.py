@@ -107,7 +107,9 @@ def test_another_critic_for_the_next_state():
     rewards[:, :-1] += GAMMA * (1 - LAM) * np.where(MASK[:, 1:], gap[:, 1:], 0)
     options = {"slow_critic_decay": 0.9}
     assert_learns(experience_under(slow, **options), *gae(rewards, X["values"]))
-    with pytest.raises(ValueError, match="slow_critic_decay needs target_values"):
+    with pytest.raises(
+        ValueError, match=r"slow_critic_decay=0\.9: goes with target_values"
+    ):
         experience_under(SCORED, **options)
     # A value of 0 in the end state is 0 to both critics.
     zero = dataclasses.replace(AFTER, end_value="zero")
