@@ -93,10 +93,12 @@ def gae(
         end = end_values.astype(jnp.float32)
 
     real = _steps(mask, gaps)
-    recursions = {"scan": _gae_scan, "associative": _gae_associative}
-    if method not in recursions:
+    if method == "scan":
+        recursion = _gae_scan
+    elif method == "associative":
+        recursion = _gae_associative
+    else:
         raise ValueError(f"method={method!r}: expected 'scan' or 'associative'")
-    recursion = recursions[method]
     advantages = recursion(rewards, values, targets, end, real, gamma, gamma * lam)
     if gaps == "zero":
         advantages = jnp.where(mask, advantages, 0.0)

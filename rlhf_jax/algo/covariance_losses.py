@@ -17,7 +17,8 @@ auto axes or an unsharded batch.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.diagnostics import ClipEps, is_clipped
+from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import masked_mean
 from rlhf_jax.algo.policy_losses import clipped_surrogate, mask_loss_inputs
 from rlhf_jax.algo.types import Array, Scalar
@@ -67,10 +68,7 @@ def clip_cov_loss(
         logprobs, old_logprobs, advantages, mask
     )
     ratio = jnp.exp(logprobs - old_logprobs)
-    lowest, highest = ratio_range(clip_eps)
-    clipped = ((ratio > highest) & (advantages > 0)) | (
-        (ratio < lowest) & (advantages < 0)
-    )
+    clipped = is_clipped(ratio, advantages, clip_eps=clip_eps)
     covariance = _token_covariances(logprobs, advantages, mask)
     least, most = cov_range
     candidates = mask & ~clipped & (covariance > least) & (covariance < most)
@@ -124,8 +122,7 @@ def kl_cov_loss(
     covariance = _token_covariances(logprobs, advantages, mask)
     covariance = jnp.where(mask, covariance, -jnp.inf)
     held_back = _largest(covariance, _share(fraction, mask))
-    # Not `abs`, whose gradient at 0 is 1: on the policy that sampled nothing may pull.
-    distance = jnp.sign(log_ratio) * log_ratio
+    distance = kl_estimate(logprobs, old_logprobs, estimator="abs")
     penalty = jnp.where(held_back, kl_coef * distance, 0.0)
     return penalty - jnp.exp(log_ratio) * advantages
 

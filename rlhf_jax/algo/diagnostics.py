@@ -25,6 +25,23 @@ def ratio_range(clip_eps: ClipEps) -> tuple[Scalar, Scalar]:
     return 1.0 - low, 1.0 + high
 
 
+def is_clipped(ratio: Array, advantages: Array, *, clip_eps: ClipEps) -> Array:
+    """Whether PPO's range silences a token: ρ out of it, on the side that A pulls to.
+
+    Args:
+        ratio: ρ, any shape, float.
+        advantages: A, the same shape, float.
+        clip_eps: ε, or `(ε_low, ε_high)`.
+
+    Returns:
+        bool of that shape.
+    """
+    lowest, highest = ratio_range(clip_eps)
+    return ((ratio > highest) & (advantages > 0)) | (
+        (ratio < lowest) & (advantages < 0)
+    )
+
+
 def approx_kl(
     logprobs: Array,
     old_logprobs: Array,
@@ -100,11 +117,8 @@ def clip_fraction(
         `[]` float32, in [0, 1].
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    lowest, highest = ratio_range(clip_eps)
-    ratio = jnp.exp(kl_estimate(logprobs, old_logprobs, estimator="k1"))
-    clipped = ((ratio > highest) & (advantages > 0)) | (
-        (ratio < lowest) & (advantages < 0)
-    )
+    log_ratio = kl_estimate(logprobs, old_logprobs, estimator="k1")
+    clipped = is_clipped(jnp.exp(log_ratio), advantages, clip_eps=clip_eps)
     share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
     return jax.lax.stop_gradient(share)
 

@@ -75,7 +75,7 @@ def kl_estimate(
         exponent = -log_ratio if clamp is None else jnp.minimum(-log_ratio, 80.0)
         estimate = jnp.expm1(exponent) + log_ratio
     elif estimator == "abs":
-        estimate = jnp.sign(log_ratio) * log_ratio  # the gradient of jnp.abs at 0 is 1
+        estimate = jnp.sign(log_ratio) * log_ratio  # jnp.abs has a gradient of 1 at 0
     else:
         raise ValueError(f"estimator={estimator!r}: expected 'k1', 'k2', 'k3' or 'abs'")
     if clamp is not None:

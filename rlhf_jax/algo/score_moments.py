@@ -88,9 +88,13 @@ def normalize_scores(
     chex.assert_rank(scores, 1)
     chex.assert_type(scores, float)
     centred = scores.astype(jnp.float32) - moments.mean
-    return centred * jax.lax.rsqrt(jnp.square(score_std(moments)) + eps)
+    return centred * jax.lax.rsqrt(_variance(moments) + eps)
 
 
 def score_std(moments: ScoreMoments) -> Array:
     """`[]` float32: σ = √(M / n), 0 where nothing was seen."""
-    return jnp.sqrt(moments.squares / jnp.maximum(moments.count, 1.0))
+    return jnp.sqrt(_variance(moments))
+
+
+def _variance(moments: ScoreMoments) -> Array:
+    return moments.squares / jnp.maximum(moments.count, 1.0)

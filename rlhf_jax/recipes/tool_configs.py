@@ -180,6 +180,3 @@ class PresetsConfig:
 
     preset: str | None = None
     """print this one as YAML that --config reads; without it, the table of all"""
-
-    def validate(self) -> None:
-        """Nothing to check: the name is looked up where it is used."""

@@ -81,13 +81,7 @@ def make_experience(
         used = ~rollout.truncated
     mask, learned = mask & used[:, None], learned & used[:, None]
     if advantages.whiten in ("batch", "shard"):
-        raw = masked_whiten(
-            raw,
-            mask,
-            center=advantages.center,
-            ddof=advantages.ddof,
-            shards=advantages.whiten_shards,
-        )
+        raw = _whitened(raw, mask, advantages)
     weights = None
     if policy_loss.sampler_correction != "none":
         weights = sampler_weights(
@@ -200,14 +194,17 @@ def final_scores(
 
 def whiten_minibatch(experience: Experience, options: AdvantageOptions) -> Experience:
     """The experience of one optimizer step, its advantages whitened by themselves."""
-    return dataclasses.replace(
-        experience,
-        advantages=masked_whiten(
-            experience.advantages,
-            experience.mask,
-            center=options.center,
-            ddof=options.ddof,
-        ),
+    whitened = _whitened(experience.advantages, experience.mask, options)
+    return dataclasses.replace(experience, advantages=whitened)
+
+
+def _whitened(advantages: Array, mask: Array, options: AdvantageOptions) -> Array:
+    return masked_whiten(
+        advantages,
+        mask,
+        center=options.center,
+        ddof=options.ddof,
+        shards=options.whiten_shards,  # 1, but for whiten="shard"
     )
 
 
