@@ -1,28 +1,18 @@
-"""The differentiated functions of the three stages.
+"""The differentiated function of PPO.
 
-Each returns an `Objective`: `(params, batch, divisor) -> (loss, metrics)`, with losses
-and metrics that add up over microbatches; see `rlhf_jax.learner.gradients`.
+It is an `Objective`: `(params, batch, divisor) -> (loss, metrics)`, with losses and
+metrics that add up over microbatches; see `rlhf_jax.learner.gradients`.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.losses import PolicyLossFn, actor_loss, critic_loss
 from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
-from rlhf_jax.algo.preferences import preference_loss
-from rlhf_jax.algo.types import (
-    Array,
-    Demonstrations,
-    Experience,
-    Params,
-    Preferences,
-    Scalar,
-)
-from rlhf_jax.interfaces import ActorCriticFn, ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.algo.types import Array, Experience, Scalar
+from rlhf_jax.interfaces import ActorCriticFn, TokenLogprobsFn, ValuesFn
 from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.gradients import Metrics, Objective
 from rlhf_jax.learner.train_state import ActorCritic
@@ -156,69 +146,5 @@ def ppo_objective(
         if "kl_loss" in actor_metrics:
             metrics["policy/kl_loss"] = actor_metrics["kl_loss"]
         return for_actor + value_loss.coef * for_critic, metrics
-
-    return objective
-
-
-def imitation_losses(
-    token_logprobs_fn: TokenLogprobsFn,
-) -> Callable[[Params, Demonstrations], Array]:
-    """Negative log-likelihood of each sequence's target tokens, summed: `[B]`, nats."""
-
-    def losses(params: Params, batch: Demonstrations) -> Array:
-        logprobs, _ = token_logprobs_fn(
-            params,
-            batch.tokens,
-            batch.mask,
-            response_length=batch.tokens.shape[1] - 1,  # nothing predicts the first
-            temperature=1.0,
-        )
-        return -jnp.sum(jnp.where(batch.target_mask[:, 1:], logprobs, 0.0), axis=1)
-
-    return losses
-
-
-def imitation_objective(token_logprobs_fn: TokenLogprobsFn) -> Objective:
-    """Mean negative log-likelihood of target tokens; the divisor counts those."""
-    losses = imitation_losses(token_logprobs_fn)
-
-    def objective(
-        params: Params, batch: Demonstrations, num_targets: Array
-    ) -> tuple[Array, Metrics]:
-        loss = jnp.sum(losses(params, batch)) / num_targets
-        return loss, {"loss": loss}
-
-    return objective
-
-
-def preference_objective(
-    score_fn: ScoreFn, *, label_smoothing: float = 0.0, center_coef: float = 0.0
-) -> Objective:
-    """Bradley–Terry loss of a reward model; the divisor counts pairs.
-
-    Args:
-        score_fn: of the reward model.
-        label_smoothing: assumed probability that a judgement is flipped.
-        center_coef: weight of ½(chosen + rejected)², which only pairs' differences
-            leave free; keeps scores near 0.
-    """
-
-    def objective(
-        params: Params, batch: Preferences, num_pairs: Array
-    ) -> tuple[Array, Metrics]:
-        # One pass over both halves: one large product instead of two small ones.
-        tokens = jnp.concatenate([batch.chosen.tokens, batch.rejected.tokens])
-        mask = jnp.concatenate([batch.chosen.mask, batch.rejected.mask])
-        chosen, rejected = jnp.split(score_fn(params, tokens, mask), 2)
-        losses = preference_loss(chosen, rejected, label_smoothing=label_smoothing)
-        losses = losses + center_coef * 0.5 * (chosen + rejected) ** 2
-        loss = jnp.sum(losses) / num_pairs
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.sum((chosen > rejected).astype(jnp.float32)) / num_pairs,
-            "margin": jnp.sum(chosen - rejected) / num_pairs,
-            "score_mean": 0.5 * jnp.sum(chosen + rejected) / num_pairs,
-        }
-        return loss, metrics
 
     return objective

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.learner.objectives import imitation_losses
+from rlhf_jax.learner.imitation import imitation_losses
 from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes import sft as sft_stage

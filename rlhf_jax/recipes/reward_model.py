@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rlhf_jax.algo.preferences import preference_loss
 from rlhf_jax.algo.types import Params, Preferences
 from rlhf_jax.interfaces import ScoreFn
-from rlhf_jax.learner.objectives import preference_objective
+from rlhf_jax.learner.preference import preference_objective
 from rlhf_jax.learner.supervised import count_pairs
 from rlhf_jax.models.callables import reward_model
 from rlhf_jax.recipes.batched import map_batches

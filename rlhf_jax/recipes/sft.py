@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Demonstrations, Params
-from rlhf_jax.learner.objectives import imitation_losses, imitation_objective
+from rlhf_jax.learner.imitation import imitation_losses, imitation_objective
 from rlhf_jax.learner.supervised import count_targets
 from rlhf_jax.models.callables import policy
 from rlhf_jax.models.tokenizer import render_chat, train_tokenizer
