@@ -4,8 +4,8 @@ import dataclasses
 
 import tyro
 
-from rlhf_jax.presets import PRESETS, PPOMethod, preset
-from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.presets import PRESETS, PPOMethod
+from rlhf_jax.recipes.policy_configs import PPOConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Case:
         """
         config = default
         if self.preset is not None:
-            method = preset(self.preset)
+            method = PRESETS[self.preset]()
             fields = dataclasses.fields(PPOMethod)
             values = {field.name: vars(method)[field.name] for field in fields}
             config = dataclasses.replace(config, **values)

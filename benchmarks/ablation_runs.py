@@ -23,7 +23,7 @@ from rlhf_jax.cli import quieten_libraries, use_compilation_cache
 from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.models.hf_weights import load_pretrained
 from rlhf_jax.recipes import ppo
-from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.review_panel import ReviewPanel
 from rlhf_jax.runtime.config import to_dict
 from rlhf_jax.runtime.metrics import read_metrics

@@ -79,7 +79,7 @@ def method_scores(language: Language, method: PPOMethod) -> Array:
         mean = probs @ language.scores
         squares = probs @ jnp.square(language.scores - mean)
         moments = ScoreMoments(count=jnp.ones(()), mean=mean, squares=squares)
-    return final_scores(scored, method.scores, moments)
+    return final_scores(scored.rollout, scored.scores, method.scores, moments)
 
 
 def experience_of(

@@ -154,7 +154,7 @@ class JaxSide:
             policy_loss=method.policy_loss,
         )
         assert scored.ref_logprobs is not None and experience.ref_logprobs is not None
-        scores = final_scores(scored, method.scores)
+        scores = final_scores(scored.rollout, scored.scores, method.scores)
         rewards, kl = shape_rewards(  # which the experience does not keep
             scores,
             scored.logprobs,

@@ -389,17 +389,6 @@ def deepspeed_chat() -> PPOMethod:
     )
 
 
-def preset(name: str) -> PPOMethod:
-    """The preset of that name.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
-
-
 PRESETS = {
     "openai_2019": openai_2019,
     "nplus_tldr": nplus_tldr,

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "rlhf_jax.interfaces",
     },
     "presets": {"rlhf_jax.algo.options", "rlhf_jax.runtime.config"},
+    "grpo_presets": {"rlhf_jax.algo.options", "rlhf_jax.runtime.config"},
     "tasks": {"numpy"},
     "runtime": {
         "jax",

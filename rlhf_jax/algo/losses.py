@@ -256,9 +256,13 @@ def critic_loss(
         `value_loss` and `value_clip_fraction`, as in `ppo_loss`.
 
     Raises:
-        ValueError: on an unknown aggregation.
+        ValueError: on an unknown aggregation, or an experience without values.
         AssertionError: on unequal shapes or a wrong dtype.
     """
+    if experience.old_values is None or experience.returns is None:
+        raise ValueError(
+            "the experience has no old_values and returns: it was made without a critic"
+        )
     mask = experience.mask if experience.value_mask is None else experience.value_mask
     values, old_values, returns = _mask_inputs(
         mask, values, experience.old_values, experience.returns

@@ -1,7 +1,7 @@
 """The details on which implementations of PPO differ, by name.
 
 Each field is a keyword of a function beside this file, where its formula, its source
-and advice are; the string below it is its help on the command line. The five classes
+and advice are; the string below it is its help on the command line. These classes
 are what `make_experience` and `ppo_objective` take, and what presets are made of.
 """
 
@@ -20,7 +20,7 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
 
 
 class Options:
-    """What the five have in common: a misspelt choice fails where it is made."""
+    """What they have in common: a misspelt choice fails where it is made."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -158,6 +158,15 @@ class ScoreOptions(Options):
             why = f"is of a state that {name}.position=last_token does not have"
             self.require_defaults(name, "end_value", why=why)
 
+    def validate_without_critic(self, name: str) -> None:
+        """Raises ValueError naming the field that only a critic gives a meaning."""
+        self.validate(name)
+        of_critics = ("position", "whiten_rewards")
+        why = "is for PPO, which has a critic"
+        self.require_defaults(name, *of_critics, why=why)
+        why = "does little where scores are compared, and would do it twice"
+        self.require_defaults(name, "normalization", why=why)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageOptions(Options):
@@ -213,9 +222,65 @@ class AdvantageOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossOptions(Options):
-    """The clipped surrogate of the actor."""
+class GroupOptions(Options):
+    """From scores to advantages without a critic."""
 
+    baseline: Literal[
+        "mean", "leave-one-out", "length-weighted", "greedy", "best-of-others", "none"
+    ] = "mean"
+    """what a score is compared with: the mean of its group (GRPO), of the others in it
+    (RLOO), weighted by length (OPO); the score of the likeliest answer (ReMax); the
+    best of the others (for pass@k); or nothing (REINFORCE)"""
+    scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "std"
+    """what that is divided by: the standard deviation of its group (GRPO), of the
+    batch, or over all tokens, after centring there (REINFORCE++); the share of groups
+    with a signal (GPG); or nothing (Dr. GRPO, RLOO)"""
+    gamma: float = 1.0
+    """discount per token; for baselines greedy and none, where rewards keep their
+    place in the answer"""
+    ddof: Literal[0, 1] = 1
+    """1: unbiased variance in the scale"""
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers are compared with others to the same prompt."""
+        return self.baseline not in ("greedy", "none")
+
+    def validate(self, name: str) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        scales = {
+            "mean": ("std", "batch-std", "tokens", "signal", "none"),
+            "leave-one-out": ("std", "batch-std", "tokens", "none"),
+            "length-weighted": ("tokens", "none"),
+            "greedy": ("tokens", "none"),
+            "best-of-others": ("std", "none"),
+            "none": ("tokens", "none"),
+        }[self.baseline]
+        check(
+            self.scale in scales,
+            f"{name}.scale",
+            self.scale,
+            f"with {name}.baseline={self.baseline} take one of {', '.join(scales)}",
+        )
+        check(0 <= self.gamma <= 1, f"{name}.gamma", self.gamma, "must lie in [0, 1]")
+        if self.compares:
+            why = f"does nothing with {name}.baseline={self.baseline}"
+            self.require_defaults(name, "gamma", why=why)
+        if self.scale in ("signal", "none"):
+            why = f"does nothing with {name}.scale={self.scale}"
+            self.require_defaults(name, "ddof", why=why)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossOptions(Options):
+    """The surrogate loss of the actor."""
+
+    surrogate: Literal["ppo", "gspo", "gmpo", "cispo", "sapo", "reinforce"] = "ppo"
+    """PPO's clip of each token's ratio; one clipped ratio per answer (gspo); the
+    geometric mean of clipped ones (gmpo); bounded weights that silence no token
+    (cispo); a soft gate (sapo); no ratio at all (reinforce)"""
+    ratio_bound: float = 5.0
+    """largest weight of a token, for policy-loss.surrogate=cispo"""
     clip_eps: float = 0.2
     """ε of the policy ratio"""
     clip_eps_high: float | None = None
@@ -244,7 +309,16 @@ class PolicyLossOptions(Options):
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
         check(self.clip_eps > 0, f"{name}.clip-eps", self.clip_eps, "must be above 0")
-        self.require_positive(name, "clip_eps_high", "log_ratio_clamp")
+        self.require_positive(name, "clip_eps_high", "log_ratio_clamp", "ratio_bound")
+        under = f"under {name}.surrogate={self.surrogate}"
+        if self.surrogate != "ppo":
+            of_ppo = ("dual_clip", "log_ratio_clamp")
+            self.require_defaults(name, *of_ppo, why=f"does nothing {under}")
+        if self.surrogate in ("cispo", "sapo", "reinforce"):
+            of_clips = ("clip_eps", "clip_eps_high")
+            self.require_defaults(name, *of_clips, why=f"clips nothing {under}")
+        if self.surrogate != "cispo":
+            self.require_defaults(name, "ratio_bound", why=f"does nothing {under}")
         check(
             self.dual_clip is None or self.dual_clip > 1,
             f"{name}.dual-clip",

@@ -2,9 +2,13 @@
 
 from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.imitation import imitation_objective
-from rlhf_jax.learner.objectives import ppo_objective, separate_networks
+from rlhf_jax.learner.objectives import (
+    critic_free_objective,
+    ppo_objective,
+    separate_networks,
+)
 from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
-from rlhf_jax.learner.preference import preference_objective
+from rlhf_jax.learner.preference import preference_objective, ranking_objective
 from rlhf_jax.learner.supervised import make_supervised_step
 from rlhf_jax.learner.train_state import (
     ActorCritic,
@@ -22,6 +26,7 @@ __all__ = [
     "ModelState",
     "TrainState",
     "count_experience",
+    "critic_free_objective",
     "imitation_objective",
     "init_model_state",
     "init_train_state",
@@ -31,6 +36,7 @@ __all__ = [
     "make_update",
     "ppo_objective",
     "preference_objective",
+    "ranking_objective",
     "separate_networks",
     "step_keys",
 ]

@@ -25,13 +25,14 @@ class ActorCritic:
 
 @record
 class TrainState:
-    """State of PPO, without the frozen reference and reward model."""
+    """State of PPO and its relatives, without the frozen reference and reward model."""
 
     params: ActorCritic
     opt_state: ActorCritic
     kl_coef: Array  # [] float32, β of the per-token KL penalty
     score_moments: ScoreMoments  # of the scores so far, or of the reference's
     slow_critic: Params | None  # a copy of the critic that trails it, if there is one
+    old_policy: Params | None  # the actor that answers, where that is an older one
     key: Array  # [] PRNG key of the run; folded with `step`, never replaced
     step: Array  # [] int32, PPO updates completed
 
@@ -53,16 +54,19 @@ def init_train_state(
     *,
     kl_coef: float,
     slow_critic: bool = False,
+    old_policy: bool = False,
 ) -> TrainState:
     """State before the first update.
 
     Args:
         key: typed PRNG key, kept as the root of all randomness of the run.
-        params: parameters of actor and critic. The update reuses their buffers, so the
-            frozen models must not share arrays with them: copy where they start equal.
+        params: parameters of actor and critic; without a critic, an empty dictionary.
+            The update reuses their buffers, so the frozen models must not share arrays
+            with them: copy where they start equal.
         optimizers: an `optax.GradientTransformation` for each.
         kl_coef: initial β.
         slow_critic: keep a copy of the critic that trails it.
+        old_policy: keep a copy of the actor, which answers until it is refreshed.
     """
     return TrainState(
         params=params,
@@ -73,6 +77,7 @@ def init_train_state(
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
         score_moments=init_score_moments(),
         slow_critic=jax.tree.map(jnp.copy, params.critic) if slow_critic else None,
+        old_policy=jax.tree.map(jnp.copy, params.actor) if old_policy else None,
         key=key,
         step=jnp.zeros((), jnp.int32),
     )

@@ -36,6 +36,7 @@ def make_update(
     max_kl: float | None = None,
     critic_warmup: int = 0,
     slow_critic_decay: float | None = None,
+    refresh_every: int = 1,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
     """Builds `update(state, experience) -> (state, metrics)`; the state is donated.
@@ -46,8 +47,10 @@ def make_update(
     the whole minibatch: microbatches and devices change no gradient.
 
     Args:
-        objective: `ppo_objective(…)`, over `ActorCritic` parameters.
-        optimizers: an `optax.GradientTransformation` for each of actor and critic.
+        objective: `ppo_objective(…)` or `critic_free_objective(…)`, over `ActorCritic`
+            parameters.
+        optimizers: an `optax.GradientTransformation` for each of actor and critic;
+            without a critic, `optax.identity()`.
         num_epochs: passes over the experience.
         num_minibatches: optimizer steps per pass; with `num_microbatches`, their
             product divides the batch size.
@@ -59,6 +62,8 @@ def make_update(
         critic_warmup: updates at the start of the run in which only the critic learns.
         slow_critic_decay: d; after the update the slow critic becomes d · slow +
             (1 − d) · critic. The state must have one.
+        refresh_every: k; after every k-th update the old policy, if the state keeps
+            one, becomes the actor.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
@@ -106,11 +111,18 @@ def make_update(
                 slow_critic,
                 jnp.where(end.healthy, 1.0 - slow_critic_decay, 0.0),
             )
+        old_policy = state.old_policy
+        if old_policy is not None:
+            due = end.healthy & ((state.step + 1) % refresh_every == 0)
+            old_policy = jax.tree.map(
+                lambda new, old: jnp.where(due, new, old), end.params.actor, old_policy
+            )
         state = dataclasses.replace(
             state,
             params=end.params,
             opt_state=end.opt_state,
             slow_critic=slow_critic,
+            old_policy=old_policy,
             step=state.step + end.healthy,
         )
         return state, metrics
@@ -156,11 +168,12 @@ def _minibatch_step(
             count_experience(minibatch),
             num_microbatches=num_microbatches,
         )
-        terms = {name.replace("/", "_"): value for name, value in metrics.items()} | {
-            "total_loss": loss,
-            "actor_gradient": optax.tree.norm(grads.actor),
-            "critic_gradient": optax.tree.norm(grads.critic),
-        }
+        norms = {"actor": optax.tree.norm(grads.actor)}
+        if jax.tree.leaves(grads.critic):
+            norms["critic"] = optax.tree.norm(grads.critic)
+        terms = {name.replace("/", "_"): value for name, value in metrics.items()}
+        terms |= {f"{name}_gradient": norm for name, norm in norms.items()}
+        terms["total_loss"] = loss
         healthy &= jnp.isfinite(jnp.stack(list(terms.values()))).all()
         if max_kl is not None:
             going &= metrics["policy/approx_kl"] <= max_kl
@@ -185,8 +198,7 @@ def _minibatch_step(
             going,
         )
         metrics = metrics | {
-            "optim/actor_grad_norm": terms["actor_gradient"],
-            "optim/critic_grad_norm": terms["critic_gradient"],
+            f"optim/{name}_grad_norm": norm for name, norm in norms.items()
         }
         return carry, (metrics, terms, jnp.asarray(True), healthy & going)
 

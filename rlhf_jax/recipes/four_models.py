@@ -6,34 +6,28 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.interfaces import ActorCriticFn, ScoreFn, ValuesFn
+from rlhf_jax.interfaces import ActorCriticFn, ValuesFn
 from rlhf_jax.learner.objectives import separate_networks
 from rlhf_jax.learner.train_state import ActorCritic
-from rlhf_jax.models.callables import (
-    Policy,
-    critic,
-    policy,
-    reward_model,
-    shared_trunk,
-)
+from rlhf_jax.models.callables import critic, shared_trunk
 from rlhf_jax.models.heads import fresh_score
-from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.recipes.configs import PPOConfig
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits, frozen_network, trained_network
+from rlhf_jax.recipes.networks import trained_network
+from rlhf_jax.recipes.policy_configs import PPOConfig
+from rlhf_jax.recipes.policy_models import (
+    PolicyModels,
+    check_language,
+    check_networks,
+    load_policy_models,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourModels:
+class FourModels(PolicyModels):
     """How to call the four, and the parameters of the frozen two."""
 
-    module: Transformer
-    policy: Policy
     forward: ActorCriticFn
     values_fn: ValuesFn  # over what `critic_of` gives
-    score_fn: ScoreFn
-    reference: Params | None
-    reward: Params
     shares_trunk: bool
 
     def critic_of(self, params: ActorCritic) -> Params:
@@ -50,6 +44,9 @@ def load_four_models(
 ) -> tuple[FourModels, ActorCritic]:
     """The models, and where actor and critic start; no two share an array.
 
+    The critic starts from `critic`, or else from the reward model, or else from the
+    policy under a fresh head.
+
     Args:
         config: of the run.
         language: the policy's tokenizer, which must be that of all.
@@ -59,93 +56,43 @@ def load_four_models(
     Raises:
         ValueError: where the models do not fit each other or the data.
     """
-    critic_path = config.critic or config.reward_model
-    reference_path = config.reference or config.policy
-    for name, path in (
-        ("reward-model", config.reward_model),
-        ("critic", critic_path),
-        ("reference", reference_path),
-    ):
-        language.check_same_as(Language.load(path), name, path)
-    module, actor = trained_network(config.policy, config, head="lm", mesh=mesh)
-    reference = None
-    if config.kl.place != "none":
-        reference_module, reference = frozen_network(
-            reference_path, config, head="lm", mesh=mesh
-        )
-        if reference_module.config != module.config:
-            raise ValueError(
-                f"reference={reference_path!r}: its shape differs from that of "
-                f"policy={config.policy!r}; the two run through one program"
-            )
-    reward_module, reward = frozen_network(
-        config.reward_model, config, head="reward", mesh=mesh
+    models, actor = load_policy_models(
+        config, language, mesh, prompt_width=prompt_width
     )
-    networks = {"policy": module, "reward-model": reward_module}
-    shares_trunk = config.critic_trunk == "shared"
-    critic_params: Params = {}
-    if not shares_trunk:
-        networks["critic"], critic_params = trained_network(
-            critic_path,
-            config,
-            head="value",
-            mesh=mesh,
-            # A reward model has a head; what somebody names may be a language model.
-            key=None if config.critic is None else _head_key(config),
-        )
-    _check_sizes(config, language, networks, prompt_width=prompt_width)
-
-    token_logprobs_fn = policy(module).token_logprobs
-    if shares_trunk:
-        forward, values_fn = shared_trunk(module)
+    if config.critic_trunk == "shared":
+        forward, values_fn = shared_trunk(models.module)
         like = actor["final_norm"]["scale"]
         critic_params = {"score": fresh_score(like, _head_key(config))}
     else:
-        values_fn = critic(networks["critic"])
+        path = config.critic or config.reward_model or config.policy
+        check_language(language, "critic", path)
+        network, critic_params = trained_network(
+            path,
+            config,
+            head="value",
+            mesh=mesh,
+            # A reward model has a head; anything else may be a language model.
+            key=None if path == config.reward_model else _head_key(config),
+        )
+        networks = {"policy": models.module, "critic": network}
+        check_networks(config, language, networks, prompt_width=prompt_width)
+        values_fn = critic(network)
         forward = separate_networks(
-            token_logprobs_fn=token_logprobs_fn, values_fn=values_fn
+            token_logprobs_fn=models.policy.token_logprobs, values_fn=values_fn
         )
     if config.critic_head_std is not None:
         shape = critic_params["score"].shape
         drawn = config.critic_head_std * jax.random.normal(_head_key(config), shape)
         critic_params = critic_params | {"score": drawn}
-    models = FourModels(
-        module=module,
-        policy=policy(module),
+    four = FourModels(
+        **vars(models),
         forward=forward,
         values_fn=values_fn,
-        score_fn=reward_model(reward_module),
-        reference=reference,
-        reward=reward,
-        shares_trunk=shares_trunk,
+        shares_trunk=config.critic_trunk == "shared",
     )
-    return models, ActorCritic(actor=actor, critic=critic_params)
+    return four, ActorCritic(actor=actor, critic=critic_params)
 
 
 def _head_key(config: PPOConfig) -> Array:
     """Draws the critic's head; none of the keys that the run splits off its seed."""
     return jax.random.fold_in(jax.random.key(config.seed), 10)
-
-
-def _check_sizes(
-    config: PPOConfig,
-    language: Language,
-    networks: dict[str, Transformer],
-    *,
-    prompt_width: int,
-) -> None:
-    """Raises ValueError where a network cannot read what the policy can write."""
-    vocabulary = networks["policy"].config.vocab_size
-    for name, network in networks.items():
-        if network.config.vocab_size < vocabulary:
-            raise ValueError(
-                f"{name}: embeddings for {network.config.vocab_size} tokens, but the "
-                f"policy can draw any of {vocabulary}"
-            )
-        check_fits(
-            network,
-            language,
-            needed=prompt_width + config.max_new_tokens,
-            name=name,
-            why=f"prompts of {prompt_width} + max-new-tokens={config.max_new_tokens}",
-        )

@@ -22,8 +22,9 @@ from rlhf_jax.learner.objectives import ppo_objective
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
 from rlhf_jax.learner.update import UpdateFn, make_update
 from rlhf_jax.recipes.answers import Sampler, make_sampler
-from rlhf_jax.recipes.configs import PPOConfig
 from rlhf_jax.recipes.four_models import FourModels
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.rewards import Judge, Rewards, ScoreRollout, score_program
 from rlhf_jax.recipes.supervised import optimizer_of
 from rlhf_jax.rollout.experience import make_experience, whiten_minibatch
 from rlhf_jax.rollout.scoring import mark_stops, score_rollout
@@ -36,7 +37,7 @@ Carried = dict[str, Any]
 """Fields of the state that scoring changes: the KL coefficient, the score moments."""
 
 ExperienceFn = Callable[
-    [TrainState, Params | None, Params, Rollout],
+    [TrainState, Params | None, Array, Rollout],
     tuple[Experience, Carried, dict[str, Array]],
 ]
 
@@ -47,6 +48,7 @@ class Programs:
 
     sample: Sampler
     answer: Sampler  # for evaluation: as `sample`, but always to the stop token
+    score: ScoreRollout
     experience_of: ExperienceFn
     update: UpdateFn
 
@@ -102,8 +104,14 @@ def make_programs(
         slow_critic_decay=config.advantages.slow_critic_decay,
         state_sharding=state_sharding,
     )
-    experience_of = _experience_program(config, models, stop_ids)
-    return Programs(sample, answer, experience_of, update)
+    cut = config.after_stop == "cut"
+    return Programs(
+        sample=sample,
+        answer=answer,
+        score=score_program(models, stop_ids=stop_ids, cut=cut),
+        experience_of=_experience_program(config, models, stop_ids),
+        update=update,
+    )
 
 
 def ppo_step(
@@ -111,8 +119,9 @@ def ppo_step(
     prompts: Prompts,
     models: FourModels,
     programs: Programs,
+    reward_of: Callable[[Rollout], Rewards],
 ) -> tuple[TrainState, Carried, dict[str, float]]:
-    """One PPO update: rollout, scoring, epochs.
+    """One PPO update: rollout, rewards, scoring, epochs.
 
     Returns:
         The new state, what else the next update starts from (the state keeps the old
@@ -124,16 +133,20 @@ def ppo_step(
         programs.sample(rollout_key, state.params.actor, prompts)
     )
     rolled_out = time.perf_counter()
+    rewards = reward_of(rollout)
+    judged = time.perf_counter()
     experience, carried, scored = programs.experience_of(
-        state, models.reference, models.reward, rollout
+        state, models.reference, rewards.scores, rollout
     )
     state, updated = programs.update(state, experience)
-    metrics = jax.device_get(scored | updated)
+    metrics = jax.device_get(scored | updated) | rewards.metrics
     seconds = time.perf_counter() - began
     num_tokens = float(metrics["response/length_mean"]) * prompts.lengths.shape[0]
     metrics |= {
+        "rollout/tokens": num_tokens,
         "time/step_seconds": seconds,
         "time/rollout_seconds": rolled_out - began,
+        "time/reward_seconds": judged - rolled_out,
         "time/tokens_per_second": num_tokens / seconds,
     }
     return state, carried, metrics
@@ -144,6 +157,7 @@ def reference_moments(
     batches: Batches,
     models: FourModels,
     programs: Programs,
+    judge: Judge,
     mesh: Mesh,
     sharding: ScoreMoments,
 ) -> ScoreMoments:
@@ -155,18 +169,15 @@ def reference_moments(
     Raises:
         ValueError: where all scores are the same.
     """
-
-    @jax.jit
-    def add(moments: ScoreMoments, reward: Params, rollout: Rollout) -> ScoreMoments:
-        scores = models.score_fn(reward, rollout.tokens, rollout.sequence_mask)
-        return update_score_moments(moments, scores)
-
+    add = jax.jit(update_score_moments)
     moments = init_score_moments()
     for number in range(NUM_NORMALIZATION_BATCHES):
-        prompts = put_batch(mesh, batches[number])
+        batch = batches[number]
         batch_key = jax.random.fold_in(key, number)
-        rollout = programs.answer(batch_key, models.reference, prompts)
-        moments = add(moments, models.reward, rollout)
+        rollout = programs.answer(
+            batch_key, models.reference, put_batch(mesh, batch.prompts)
+        )
+        moments = add(moments, judge.of_rollout(rollout, batch).scores)
     check(
         bool(moments.squares > 0),
         "scores.normalization",
@@ -198,13 +209,17 @@ def make_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
 
 
 def learning_rates(schedules: ActorCritic, opt_state: ActorCritic) -> dict[str, float]:
-    """Rates of the next optimizer step; steps that were not taken do not count."""
+    """Rates of the next optimizer step; steps that were not taken do not count.
+
+    A schedule that is None is of a critic that there is not.
+    """
     return {
         f"optim/{name}_learning_rate": float(schedule(_steps_taken(state)))
         for name, schedule, state in (
             ("actor", schedules.actor, opt_state.actor),
             ("critic", schedules.critic, opt_state.critic),
         )
+        if schedule is not None
     }
 
 
@@ -219,30 +234,25 @@ def _experience_program(
     """Scoring, shaping, advantages and the next KL coefficient as one program.
 
     Returns:
-        `(state, reference, reward, rollout) -> (experience, carried, metrics)`.
+        `(state, reference, scores, rollout) -> (experience, carried, metrics)`.
     """
-    recompute = config.old_logprobs == "recomputed"
-    if config.old_logprobs == "auto":
-        exact = config.dtype == "float32" and jax.default_backend() == "cpu"
-        recompute = not exact
+    recompute = recomputes_logprobs(config)
 
     def experience_of(
-        state: TrainState, reference: Params | None, reward: Params, rollout: Rollout
+        state: TrainState, reference: Params | None, scores: Array, rollout: Rollout
     ) -> tuple[Experience, Carried, dict[str, Array]]:
-        score_mask = None
         if config.after_stop == "keep":
-            rollout, score_mask = mark_stops(rollout, stop_ids)
+            rollout, _ = mark_stops(rollout, stop_ids)
         scored = score_rollout(
             state.params.actor if recompute else None,
             models.critic_of(state.params),
             reference,
-            reward,
+            scores,
             rollout,
             token_logprobs_fn=models.policy.token_logprobs,
             values_fn=models.values_fn,
-            score_fn=models.score_fn,
+            score_fn=lambda scores, tokens, mask: scores,  # they are there already
             temperature=config.temperature,
-            score_mask=score_mask,
             slow_critic=state.slow_critic,
             with_end_values=config.advantages.bootstrap_truncated,
         )
@@ -258,16 +268,31 @@ def _experience_program(
             policy_loss=config.policy_loss,
             score_moments=None if config.scores.normalization == "none" else moments,
         )
-        kl_coef = state.kl_coef
-        if config.kl.target is not None:
-            unit = {"sequence-sum": "kl/sequence", "token-mean": "kl/token"}
-            kl_coef = adapt_kl_coef(
-                kl_coef,
-                metrics[unit[config.kl.unit]],
-                target_kl=config.kl.target,
-                horizon=config.kl.horizon,
-                num_episodes=config.batch_size,
-            )
+        kl_coef = next_kl_coef(config, state.kl_coef, metrics)
         return experience, {"kl_coef": kl_coef, "score_moments": moments}, metrics
 
     return jax.jit(experience_of)
+
+
+def recomputes_logprobs(config: PPOConfig | GRPOConfig) -> bool:
+    """Whether old log-probabilities are computed anew, or are the sampler's."""
+    if config.old_logprobs == "auto":
+        exact = config.dtype == "float32" and jax.default_backend() == "cpu"
+        return not exact
+    return config.old_logprobs == "recomputed"
+
+
+def next_kl_coef(
+    config: PPOConfig | GRPOConfig, kl_coef: Array, metrics: dict[str, Array]
+) -> Array:
+    """`[]`, β of the next update; the same where it is not adaptive."""
+    if config.kl.target is None:
+        return kl_coef
+    unit = {"sequence-sum": "kl/sequence", "token-mean": "kl/token"}
+    return adapt_kl_coef(
+        kl_coef,
+        metrics[unit[config.kl.unit]],
+        target_kl=config.kl.target,
+        horizon=config.kl.horizon,
+        num_episodes=config.batch_size,
+    )

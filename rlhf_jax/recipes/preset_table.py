@@ -1,9 +1,12 @@
-"""Every option of PPO in every preset, as a table or as a file for `--config`."""
+"""Every option in every preset, as a table or as a file for `--config`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from rlhf_jax.presets import PRESETS, PPOMethod, preset
+from rlhf_jax.algo.options import check
+from rlhf_jax.grpo_presets import GRPO_PRESETS, GRPOMethod
+from rlhf_jax.presets import PRESETS, PPOMethod
 from rlhf_jax.recipes.tool_configs import PresetsConfig
 from rlhf_jax.runtime.config import to_dict
 
@@ -11,21 +14,33 @@ from rlhf_jax.runtime.config import to_dict
 def run(config: PresetsConfig) -> None:
     """Prints the table, or one preset as YAML."""
     if config.preset is None:
-        print(table())
+        print(table(config.command))
         return
     import yaml
 
-    method = to_dict(preset(config.preset))
+    method = to_dict(find_preset(config.preset, PRESETS | GRPO_PRESETS))
     print(yaml.safe_dump(method, sort_keys=False, allow_unicode=True), end="")
 
 
-def table() -> str:
+def find_preset(name: str, presets: Mapping[str, Callable[[], Any]]) -> Any:
+    """The preset of that name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    check(name in presets, "preset", name, f"expected one of {', '.join(presets)}")
+    return presets[name]()
+
+
+def table(command: Literal["ppo", "grpo"]) -> str:
     """Options × presets in Markdown; what differs from our default is in bold."""
-    default = flat(PPOMethod())
-    columns = [flat(make()) for make in PRESETS.values()]
+    presets, default = PRESETS, flat(PPOMethod())
+    if command == "grpo":
+        presets, default = GRPO_PRESETS, flat(GRPOMethod())
+    columns = [flat(make()) for make in presets.values()]
     lines = [
-        "| option | default | " + " | ".join(PRESETS) + " |",
-        "|" + "---|" * (2 + len(PRESETS)),
+        "| option | default | " + " | ".join(presets) + " |",
+        "|" + "---|" * (2 + len(presets)),
     ]
     for option, value in default.items():
         cells = [

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import jax
 
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
-from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.runtime.checkpoint import Checkpointer
 from rlhf_jax.runtime.config import to_dict
 from rlhf_jax.runtime.interrupt import Interruptible
-from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter
+from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter, read_metrics
 from rlhf_jax.runtime.progress import progress
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import (
@@ -36,12 +37,13 @@ _MAY_DIFFER = (
     "scan_layers",
 )
 
-StageConfig = SFTConfig | RewardConfig | PPOConfig
+StageConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
 
 
 def _free_options(config: StageConfig) -> tuple[str, ...]:
     """Options that a resumed run may change."""
-    if isinstance(config, PPOConfig) and config.policy_loss.mean_of_means:
+    trains_policy = isinstance(config, PPOConfig | GRPOConfig)
+    if trains_policy and config.policy_loss.mean_of_means:
         return _MAY_DIFFER
     # As memory and time go; what is learnt changes by rounding only.
     return (*_MAY_DIFFER, "microbatches")
@@ -147,6 +149,12 @@ class Session(contextlib.ExitStack):
             leaf.delete()  # two states of a large model may not fit side by side
         return self._checkpointer.restore(self.start_step, like)[0]
 
+    def history(self, metric: str) -> list[float]:
+        """What a metric was at the steps before this start, where it was logged."""
+        if self.start_step == 0:
+            return []
+        return [row[metric] for row in read_metrics(self.run.metrics) if metric in row]
+
     def steps(self) -> range:
         """Numbers of the steps that are left."""
         return range(self.start_step + 1, self.total_steps + 1)
@@ -193,14 +201,20 @@ class Session(contextlib.ExitStack):
         """Writes prompts with answers."""
         self._samples.write(step, samples)
 
-    def checkpoint(self, step: int, state: Any) -> None:
+    def checkpoint(self, step: int, state: Any, *, last: bool = False) -> None:
         """Saves where a checkpoint is due, and stops the run where that was asked for.
+
+        Args:
+            step: its number.
+            state: after it.
+            last: the run ends here, before its last step.
 
         Raises:
             Interrupted: after saving, saying how to go on.
         """
         stop = self._interrupt.requested_anywhere()
         due = step % self.config.checkpoint_every == 0 or step == self.total_steps
+        due |= last
         if due or stop:
             self._checkpointer.save(step, state, {"step": step})
         if stop:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from rlhf_jax.recipes.configs import PPOConfig, RewardConfig
+from rlhf_jax.recipes.configs import RewardConfig
+from rlhf_jax.recipes.policy_configs import PolicyConfig
 from rlhf_jax.runtime.batches import holdout
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.text_data import TextRows
@@ -22,7 +23,7 @@ def read_reported(
 
 
 def read_split(
-    config: RewardConfig | PPOConfig,
+    config: RewardConfig | PolicyConfig,
     read: Callable[[str], TextRows[Row]],
     *,
     prompt_of: Callable[[Row], str],

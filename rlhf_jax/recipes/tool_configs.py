@@ -176,7 +176,9 @@ class QuickstartConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PresetsConfig:
-    """The presets of PPO: a table of every option, or one of them as a file."""
+    """The presets of ppo or grpo: a table of every option, or one as a file."""
 
+    command: Literal["ppo", "grpo"] = "ppo"
+    """whose table to print"""
     preset: str | None = None
     """print this one as YAML that --config reads; without it, the table of all"""

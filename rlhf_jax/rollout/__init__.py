@@ -7,11 +7,13 @@ from rlhf_jax.rollout.adapters import (
 )
 from rlhf_jax.rollout.experience import make_experience
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.group_experience import make_group_experience
 from rlhf_jax.rollout.scoring import score_rollout
 
 __all__ = [
     "generate",
     "make_experience",
+    "make_group_experience",
     "score_rollout",
     "token_logprobs_from_logits",
     "uncached_decoding",

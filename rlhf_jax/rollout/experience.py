@@ -17,7 +17,7 @@ from rlhf_jax.algo.options import (
 )
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
 from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores, score_std
-from rlhf_jax.algo.types import Array, Experience, Scalar, ScoredRollout
+from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
 
 
 def make_experience(
@@ -62,27 +62,71 @@ def make_experience(
         ("policy_loss", policy_loss),
     ):
         options.validate(name)
-    rollout, mask = scored.rollout, scored.rollout.mask
-    states = rewarded_states(mask, scores)
+    if scored.values is None:
+        raise ValueError("scored.values is None: make_experience needs a critic's")
+    states = rewarded_states(scored.rollout.mask, scores)
     rewards = token_rewards(
         scored, kl_coef=kl_coef, kl=kl, scores=scores, score_moments=score_moments
     )
+    valued = scored.rollout.mask if scores.end_value == "zero" else states
     raw, returns = _advantages_and_returns(
-        scored,
-        rewards,
-        states,
-        mask if scores.end_value == "zero" else states,
-        advantages,
+        scored, scored.values, rewards, states, valued, advantages
     )
-    learned = states if scores.end_value == "learned" else mask
-
-    used = jnp.ones_like(rollout.truncated)
-    if scores.missing_eos == "mask":
-        used = ~rollout.truncated
-    mask, learned = mask & used[:, None], learned & used[:, None]
+    used = used_answers(scored.rollout, scores)[:, None]
+    mask = learned = scored.rollout.mask & used
+    if scores.end_value == "learned":
+        learned = states & used
     if advantages.whiten in ("batch", "shard"):
         raw = _whitened(raw, mask, advantages)
-    weights = None
+    old_values = jnp.where(learned, scored.values, 0.0)
+    returns = jnp.where(learned, returns, 0.0)
+    experience = dataclasses.replace(
+        actor_experience(
+            scored, raw, mask, kl_coef=kl_coef, kl=kl, policy_loss=policy_loss
+        ),
+        old_values=old_values,
+        returns=returns,
+        value_mask=learned if scores.position == "after_last_token" else None,
+    )
+    metrics = rollout_metrics(scored, rewards, kl_coef=kl_coef, kl=kl) | {
+        "value/explained_variance": explained_variance(old_values, returns, learned),
+        "value/mean": masked_mean(old_values, learned),
+        "value/return_mean": masked_mean(returns, learned),
+    }
+    if score_moments is not None:
+        metrics["reward/normalization_mean"] = score_moments.mean
+        metrics["reward/normalization_std"] = score_std(score_moments)
+    return experience, metrics
+
+
+def used_answers(rollout: Rollout, options: ScoreOptions) -> Array:
+    """`[B]` bool: the answers that are trained on."""
+    if options.missing_eos == "mask":
+        return ~rollout.truncated
+    return jnp.ones_like(rollout.truncated)
+
+
+def actor_experience(
+    scored: ScoredRollout,
+    advantages: Array,
+    mask: Array,
+    *,
+    kl_coef: Scalar,
+    kl: KLOptions,
+    policy_loss: PolicyLossOptions,
+) -> Experience:
+    """What the actor learns from; without old values and returns.
+
+    Args:
+        scored: the rollout with log-probabilities.
+        advantages: `[B, T]` float32.
+        mask: `[B, T]` bool, the tokens that are trained on.
+        kl_coef: `[]`, β; with `kl.place="loss"` the experience carries it.
+        kl: the penalty.
+        policy_loss: read for `sampler_correction`.
+    """
+    rollout = scored.rollout
+    weights = loss_kl_coef = None
     if policy_loss.sampler_correction != "none":
         weights = sampler_weights(
             scored.logprobs,
@@ -93,35 +137,26 @@ def make_experience(
             level=policy_loss.sampler_level,
             mode=policy_loss.sampler_correction,
         )
-    loss_kl_coef = None
     if kl.place == "loss":
-        loss_kl_coef = jnp.full(used.shape, kl_coef, jnp.float32)
+        loss_kl_coef = jnp.full(rollout.lengths.shape, kl_coef, jnp.float32)
 
-    def masked(x: Array, mask: Array) -> Array:
+    def masked(x: Array) -> Array:
         return jnp.where(mask, x, 0.0)
 
-    experience = Experience(
+    return Experience(
         tokens=rollout.tokens,
         sequence_mask=rollout.sequence_mask,
         mask=mask,
-        old_logprobs=masked(scored.logprobs, mask),
+        old_logprobs=masked(scored.logprobs),
         ref_logprobs=None
         if scored.ref_logprobs is None
-        else masked(scored.ref_logprobs, mask),
-        old_values=masked(scored.values, learned),
-        advantages=masked(raw, mask),
-        returns=masked(returns, learned),
-        value_mask=learned if scores.position == "after_last_token" else None,
+        else masked(scored.ref_logprobs),
+        old_values=None,
+        advantages=masked(advantages),
+        returns=None,
         weights=weights,
         kl_coef=loss_kl_coef,
     )
-    metrics = _metrics(scored, experience, rewards, learned)
-    if kl.place != "none":
-        metrics["kl/coef"] = jnp.asarray(kl_coef, jnp.float32)
-    if score_moments is not None:
-        metrics["reward/normalization_mean"] = score_moments.mean
-        metrics["reward/normalization_std"] = score_std(score_moments)
-    return experience, metrics
 
 
 def rewarded_states(mask: Array, options: ScoreOptions) -> Array:
@@ -145,7 +180,7 @@ def token_rewards(
             raise ValueError('kl.place="reward" needs the reference\'s ref_logprobs')
         ref_logprobs = scored.ref_logprobs
     rewards, _ = shape_rewards(
-        final_scores(scored, scores, score_moments),
+        final_scores(scored.rollout, scored.scores, scores, score_moments),
         scored.logprobs,
         ref_logprobs,  # without a KL in the reward, the policy's own: a KL of 0
         mask,
@@ -161,12 +196,13 @@ def token_rewards(
 
 
 def final_scores(
-    scored: ScoredRollout,
+    rollout: Rollout,
+    scores: Array,
     options: ScoreOptions,
     moments: ScoreMoments | None = None,
 ) -> Array:
     """`[B]` float32 scores, normalised, clipped, penalised for no or a late stop."""
-    rollout, scores = scored.rollout, scored.scores.astype(jnp.float32)
+    scores = scores.astype(jnp.float32)
     if (moments is None) != (options.normalization == "none"):
         raise ValueError(
             f"scores.normalization={options.normalization!r}: score_moments must be "
@@ -210,13 +246,14 @@ def _whitened(advantages: Array, mask: Array, options: AdvantageOptions) -> Arra
 
 def _advantages_and_returns(
     scored: ScoredRollout,
+    values: Array,
     rewards: Array,
     states: Array,
     valued: Array,
     options: AdvantageOptions,
 ) -> tuple[Array, Array]:
     """Raw advantages and value targets, `[B, T]`; V = 0 in states not `valued`."""
-    values = jnp.where(valued, scored.values, 0.0)
+    values = jnp.where(valued, values, 0.0)
     if options.n_steps is not None:
         returns = n_step_returns(
             rewards, values, states, n=options.n_steps, gamma=options.gamma
@@ -259,22 +296,15 @@ def _advantages_and_returns(
     return advantages, returns
 
 
-def _metrics(
-    scored: ScoredRollout,
-    experience: Experience,
-    rewards: Array,
-    valued: Array,
+def rollout_metrics(
+    scored: ScoredRollout, rewards: Array, *, kl_coef: Scalar, kl: KLOptions
 ) -> dict[str, Array]:
+    """Scalar float32 metrics of answers, their scores and their KL."""
     rollout, mask = scored.rollout, scored.rollout.mask
     metrics = {
         "reward/score_mean": jnp.mean(scored.scores),
         "reward/score_std": jnp.std(scored.scores),
         "reward/shaped_mean": jnp.mean(jnp.sum(rewards, axis=1)),
-        "value/explained_variance": explained_variance(
-            experience.old_values, experience.returns, valued
-        ),
-        "value/mean": masked_mean(experience.old_values, valued),
-        "value/return_mean": masked_mean(experience.returns, valued),
         "response/length_mean": jnp.mean(rollout.lengths.astype(jnp.float32)),
         "response/stop_rate": 1.0 - jnp.mean(rollout.truncated.astype(jnp.float32)),
     }
@@ -282,4 +312,6 @@ def _metrics(
         log_ratio = jnp.where(mask, scored.logprobs - scored.ref_logprobs, 0.0)
         metrics["kl/sequence"] = jnp.mean(jnp.sum(log_ratio, axis=1))
         metrics["kl/token"] = masked_mean(log_ratio, mask)
+    if kl.place != "none":
+        metrics["kl/coef"] = jnp.asarray(kl_coef, jnp.float32)
     return metrics

@@ -13,13 +13,13 @@ from rlhf_jax.interfaces import ScoreFn, TokenLogprobsFn, ValuesFn
 
 def score_rollout(
     actor: Params | None,
-    critic: Params,
+    critic: Params | None,
     reference: Params | None,
     reward: Params,
     rollout: Rollout,
     *,
     token_logprobs_fn: TokenLogprobsFn,
-    values_fn: ValuesFn,
+    values_fn: ValuesFn | None,
     score_fn: ScoreFn,
     temperature: Scalar = 1.0,
     score_mask: Array | None = None,
@@ -32,12 +32,12 @@ def score_rollout(
         actor: parameters to recompute the old log-probabilities with; None keeps the
             sampler's. They agree within rounding when sampler and trainer run in
             float32 and the sampler only divided by the temperature.
-        critic: parameters of `values_fn`.
+        critic: parameters of `values_fn`; None where there is no critic.
         reference: parameters of `token_logprobs_fn`, frozen; None: there is none.
         reward: parameters of `score_fn`, frozen.
         rollout: answers sampled at `temperature`.
         token_logprobs_fn: of actor and reference.
-        values_fn: of the critic.
+        values_fn: of the critic; None: there is none.
         score_fn: reads prompt and answer through the first stop token.
         temperature: the sampler's; the same for actor and reference, or the KL
             between two equal models is not zero.
@@ -67,7 +67,9 @@ def score_rollout(
     extra = 1 if with_end_values else 0
     widen = ((0, 0), (0, extra))
 
-    def values_of(params: Params) -> tuple[Array, Array | None]:
+    def values_of(
+        values_fn: ValuesFn, params: Params | None
+    ) -> tuple[Array, Array | None]:
         values = values_fn(
             params,
             jnp.pad(tokens, widen),
@@ -77,10 +79,11 @@ def score_rollout(
         end = values[:, -1] if with_end_values else None
         return values[:, :response_length], end
 
-    values, end_values = values_of(critic)
-    target_values = None
-    if slow_critic is not None:
-        target_values, end_values = values_of(slow_critic)
+    values = end_values = target_values = None
+    if values_fn is not None:
+        values, end_values = values_of(values_fn, critic)
+    if values_fn is not None and slow_critic is not None:
+        target_values, end_values = values_of(values_fn, slow_critic)
     read = mask
     if score_mask is not None:
         read = jnp.concatenate([rollout.prompts.mask, score_mask], axis=1)

@@ -1,25 +1,28 @@
-"""Which metrics share a chart, and the chart as inline SVG."""
+"""Which metrics share a chart, and the colours of their lines."""
 
 import dataclasses
-import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-if TYPE_CHECKING:  # Matplotlib is slow to import, and only a report needs it
-    from matplotlib.axes import Axes
-
-Series = tuple[np.ndarray, np.ndarray]  # steps [N] int64, values [N] float64
-
-COLORS = ("#2563eb", "#ea580c", "#0d9488", "#9333ea")
-SMOOTHED_FROM = 60  # points; below that every point is worth seeing
+COLORS = (
+    "#2563eb",
+    "#ea580c",
+    "#0d9488",
+    "#9333ea",
+    "#db2777",
+    "#65a30d",
+    "#0891b2",
+    "#a16207",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
     """Metrics that are drawn over each other, because they share a unit.
+
+    A `*` at the end of a metric stands for a name that the run chose, or a number; one
+    in a title or a legend repeats it. A title without `*` gathers all of them in one
+    chart, a title with `*` gives each a chart of its own.
 
     Attributes:
         title: what is shown.
@@ -74,9 +77,14 @@ SECTIONS = (
         ("reward",),
         (
             Chart(
+                "pass@k",
+                "share of held-out prompts",
+                {"eval/pass_at_*": "pass@*"},
+            ),
+            Chart(
                 "Score",
                 "per answer",
-                {"reward/score_mean": "mean"},
+                {"reward/score_mean": "mean", "reward/greedy_mean": "greedy answers"},
                 band="reward/score_std",
             ),
             Chart(
@@ -90,6 +98,65 @@ SECTIONS = (
                 "Shaped reward",
                 "score minus KL penalty",
                 {"reward/shaped_mean": "mean"},
+            ),
+            Chart("Reward model", "mean per answer", {"reward/model": "mean"}),
+            Chart(
+                "*",
+                "mean per answer",
+                {"reward/*": "training data", "eval/reward/*": "held-out data"},
+            ),
+            Chart(
+                "Scores before normalization",
+                "running mean",
+                {"reward/normalization_mean": "mean"},
+                band="reward/normalization_std",
+            ),
+            Chart("Failed rewards", "answers", {"reward/failures": "failures"}),
+        ),
+    ),
+    Section(
+        "Groups of answers to one prompt",
+        ("group",),
+        (
+            Chart(
+                "Reward spread",
+                "standard deviation inside a group, mean",
+                {"group/score_std": "mean"},
+            ),
+            Chart(
+                "Groups without signal",
+                "share with equal rewards only",
+                {"group/no_signal": "share"},
+            ),
+            Chart(
+                "What became of them",
+                "groups",
+                {
+                    "group/resampled": "sampled again",
+                    "group/kept_without_signal": "kept",
+                },
+            ),
+        ),
+    ),
+    Section(
+        "Answers",
+        ("response",),
+        (
+            Chart(
+                "Length",
+                "tokens, mean",
+                {
+                    "response/length_mean": "training data",
+                    "eval/length_mean": "held-out data",
+                },
+            ),
+            Chart(
+                "Stop rate",
+                "share of answers that end by themselves",
+                {
+                    "response/stop_rate": "training data",
+                    "eval/stop_rate": "held-out data",
+                },
             ),
         ),
     ),
@@ -153,28 +220,6 @@ SECTIONS = (
         ),
     ),
     Section(
-        "Answers",
-        ("response",),
-        (
-            Chart(
-                "Length",
-                "tokens, mean",
-                {
-                    "response/length_mean": "training data",
-                    "eval/length_mean": "held-out data",
-                },
-            ),
-            Chart(
-                "Stop rate",
-                "share of answers that end by themselves",
-                {
-                    "response/stop_rate": "training data",
-                    "eval/stop_rate": "held-out data",
-                },
-            ),
-        ),
-    ),
-    Section(
         "Optimizer",
         ("optim",),
         (
@@ -200,7 +245,7 @@ SECTIONS = (
     ),
     Section(
         "Speed",
-        ("time",),
+        ("time", "rollout"),
         (
             Chart(
                 "Time per step",
@@ -208,8 +253,21 @@ SECTIONS = (
                 {"time/step_seconds": "whole step", "time/rollout_seconds": "rollout"},
             ),
             Chart("Throughput", "tokens per second", {"time/tokens_per_second": "all"}),
+            Chart(
+                "Response tokens",
+                "sampled so far",
+                {"rollout/tokens": "sampled"},
+            ),
         ),
     ),
+)
+
+
+DECLARED = frozenset(
+    name
+    for section in SECTIONS
+    for chart in section.charts
+    for name in (*chart.lines, chart.band)
 )
 
 
@@ -219,9 +277,12 @@ def arrange(metrics: Sequence[str]) -> list[Section]:
     A metric that no chart of `SECTIONS` expects gets one of its own, in the section of
     its group; a group without a section gets one.
     """
-    present = set(metrics)
     sections = [
-        Section(section.title, section.groups, _filled(section.charts, present))
+        Section(
+            section.title,
+            section.groups,
+            tuple(one for chart in section.charts for one in _filled(chart, metrics)),
+        )
         for section in SECTIONS
     ]
     shown = {
@@ -245,104 +306,34 @@ def arrange(metrics: Sequence[str]) -> list[Section]:
     return [section for section in sections if section.charts]
 
 
-def _filled(charts: Sequence[Chart], present: set[str]) -> tuple[Chart, ...]:
-    filled = []
-    for chart in charts:
-        lines = {name: label for name, label in chart.lines.items() if name in present}
-        band = chart.band if chart.band in present else None
-        if lines:
-            filled.append(dataclasses.replace(chart, lines=lines, band=band))
-    return tuple(filled)
+def matches(pattern: str, metrics: Sequence[str]) -> dict[str, str]:
+    """The metrics that a pattern names, each with what its `*` stands for there.
 
-
-def draw(chart: Chart, series: Mapping[str, Series]) -> str:
-    """The chart as an `<svg>` element without title and legend; empty if no number is.
-
-    Args:
-        chart: what to draw.
-        series: metric → steps and values; values that are not finite leave gaps.
+    A `*` stands for one name without "/". It takes no metric that a chart names in
+    full. Numbers come in their order, other names in the order of `metrics`.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    if not any(np.isfinite(series[name][1]).any() for name in chart.lines):
-        return ""
-    style: Any = {
-        "svg.fonttype": "none",  # text stays text, in the font of the page
-        "font.family": "DejaVu Sans",  # measures the text; comes with Matplotlib
-        "svg.hashsalt": "".join(chart.lines),  # ids differ between charts, not calls
-        "path.simplify_threshold": 0.5,
+    if not pattern.endswith("*"):
+        return {pattern: ""} if pattern in metrics else {}
+    start = pattern[:-1]
+    found = {
+        name: name[len(start) :]
+        for name in metrics
+        if re.fullmatch(re.escape(start) + "[^/]+", name) and name not in DECLARED
     }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
-        axes = figure.add_subplot()
-        if chart.band is not None:
-            _draw_band(axes, series[next(iter(chart.lines))], series[chart.band])
-        for color, name in zip(line_colors(chart), chart.lines, strict=True):
-            _draw_line(axes, *series[name], color=color)
-        axes.spines[:].set_visible(False)
-        axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelsize=8, labelcolor="#64748b")
-        axes.margins(x=0.02, y=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.6g}"))
-        axes.set_xlabel("step", fontsize=8, color="#64748b", loc="right", labelpad=1)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # These ids are the same in every chart of a page, and nothing refers to them.
-    return re.sub(r'<g id="[^"]*"', "<g", text)
+    order = {name: int(end) if end.isdecimal() else 0 for name, end in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: order[name])}
 
 
-def line_colors(chart: Chart) -> list[str]:
-    """The colour of each line, in the order of `chart.lines`."""
-    return [COLORS[i % len(COLORS)] for i in range(len(chart.lines))]
-
-
-def smoothing_window(num_points: int) -> int:
-    """Points averaged for the bold line of a curve; 1: the curve is drawn as it is."""
-    return 1 if num_points < SMOOTHED_FROM else num_points // 30
-
-
-def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window - 1` before it, as far as there are any."""
-    sums = np.cumsum(np.concatenate([np.zeros(1), values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def _draw_line(
-    axes: "Axes", steps: np.ndarray, values: np.ndarray, *, color: str
-) -> None:
-    finite = np.isfinite(values)
-    window = smoothing_window(int(finite.sum()))
-    values = np.where(finite, values, np.nan)
-    few = finite.sum() <= 12
-    if window == 1:
-        axes.plot(
-            steps, values, color=color, linewidth=1.6, marker="o" if few else "", ms=3.5
-        )
-        return
-    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
-    smooth = trailing_mean(values[finite], window)
-    axes.plot(steps[finite], smooth, color=color, linewidth=1.8)
-
-
-def _draw_band(axes: "Axes", mean: Series, deviation: Series) -> None:
-    deviations = dict(zip(deviation[0].tolist(), deviation[1], strict=True))
-    around = np.array([deviations.get(step, np.nan) for step in mean[0].tolist()])
-    finite = np.isfinite(mean[1]) & np.isfinite(around)
-    steps, values, around = mean[0][finite], mean[1][finite], around[finite]
-    window = smoothing_window(len(values))
-    if len(values):
-        values = trailing_mean(values, window)
-        around = trailing_mean(around, window)
-    axes.fill_between(
-        steps, values - around, values + around, color=COLORS[0], alpha=0.12, lw=0
-    )
+def _filled(chart: Chart, metrics: Sequence[str]) -> list[Chart]:
+    """The chart with the lines that are there, or one for each name of its title."""
+    charts: dict[str, dict[str, str]] = {}
+    for pattern, label in chart.lines.items():
+        for name, meant in matches(pattern, metrics).items():
+            lines = charts.setdefault(chart.title.replace("*", meant), {})
+            lines[name] = label.replace("*", meant)
+    around = next(iter(chart.lines))
+    band = chart.band if {chart.band, around} <= {*metrics} else None
+    return [
+        dataclasses.replace(chart, title=title, lines=lines, band=band)
+        for title, lines in charts.items()
+    ]

@@ -9,28 +9,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.runtime import charts
+from rlhf_jax.runtime import chart_svg, charts
 from rlhf_jax.runtime.metrics import read_metrics, read_samples
 from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
 
 KEY_NUMBERS = {
+    "eval/pass_at_1": "pass@1, held-out",
     "eval/true_reward": "True reward",
+    "eval/reward/*": "Held-out *",
     "reward/score_mean": "Score",
     "eval/score_mean": "Held-out score",
     "eval/accuracy": "Held-out accuracy",
     "eval/loss": "Held-out loss",
     "train/loss": "Training loss",
     "kl/sequence": "KL per answer",
+    "group/no_signal": "Groups without signal",
+    "group/score_std": "Reward spread in groups",
     "policy/entropy": "Entropy",
     "value/explained_variance": "Explained variance",
     "response/length_mean": "Answer length",
     "response/stop_rate": "Stop rate",
     "time/tokens_per_second": "Tokens per second",
 }
-"""Metrics of the first screen, the most telling first."""
+"""Metrics of the first screen, the most telling first; `*` as in `charts.Chart`."""
 
 SAMPLES_OPEN = 6
 SAMPLES_MAX = 200
+STEPS_SHOWN = 5
 
 
 def write_report(
@@ -43,7 +48,7 @@ def write_report(
     """Writes `report.html` from the files of a run, finished or not.
 
     Shows whatever there is: every logged metric has a place in a chart, and the answers
-    of `samples.jsonl` stand side by side, the first to each prompt and the last.
+    of `samples.jsonl` to one prompt stand side by side, from the first to the last.
 
     Args:
         run_dir: the run directory.
@@ -75,18 +80,18 @@ def write_report(
     )
     environment.filters["number"] = format_number
     template = importlib.resources.files("rlhf_jax.runtime") / "report.html.jinja"
-    pairs = pair_samples(samples)
+    compared = compare_samples(samples)
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
         title=title or f"{stage or 'run'}: {run.path.resolve().name}",
-        facts=_facts(rows, config, launches),
+        facts=_facts(rows, config, launches) | _totals(series),
         notes=[notes] if isinstance(notes, str) else list(notes or ()),
         table=list(table or ()),
         columns=list(dict.fromkeys(key for row in table or () for key in row)),
         key_numbers=_key_numbers(series),
         sections=[_section(section, series) for section in charts.arrange([*series])],
-        smoothed_from=charts.SMOOTHED_FROM,
-        pairs=pairs[:SAMPLES_MAX],
-        num_pairs=len(pairs),
+        smoothed_from=chart_svg.SMOOTHED_FROM,
+        compared=compared[:SAMPLES_MAX],
+        num_compared=len(compared),
         samples_open=SAMPLES_OPEN,
         summaries=[_summary(name, *series[name]) for name in sorted(series)],
         launches=launches,
@@ -96,24 +101,26 @@ def write_report(
     return run.report
 
 
-def pair_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first and the last answer to each prompt.
+def compare_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The answers to each prompt at several steps.
 
-    Several answers to one prompt in one step are told apart by their order.
+    Several answers to one prompt in one step are told apart by their order: the second
+    ones of all steps are compared with each other.
 
     Args:
         samples: rows of `samples.jsonl`, in the order of the file.
 
     Returns:
-        Per prompt `{"prompt": …, "answers": [first, last]}`, or one answer where the
-        prompt was used in one step only. An answer has `step`, `response`, `numbers`.
+        Per prompt `{"prompt": …, "order": 1, "answers": […]}`, with the order that the
+        answers have among those of a step. There are at most `STEPS_SHOWN` of them: the
+        first, the last, and others evenly between. An answer has `step`, `response`,
+        `numbers`.
     """
     answers: dict[tuple[str, int], list[dict[str, Any]]] = {}
     seen: dict[tuple[str, int], int] = {}
     for row in samples:
         prompt, step = row["prompt"], row["step"]
-        order = seen.get((prompt, step), 0)
-        seen[prompt, step] = order + 1
+        order = seen[prompt, step] = seen.get((prompt, step), 0) + 1
         numbers = {
             name: value
             for name, value in row.items()
@@ -122,9 +129,15 @@ def pair_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         answer = {"step": step, "response": row["response"], "numbers": numbers}
         answers.setdefault((prompt, order), []).append(answer)
     return [
-        {"prompt": prompt, "answers": found[:1] + found[1:][-1:]}
-        for (prompt, _), found in answers.items()
+        {"prompt": prompt, "order": order, "answers": _spread(found)}
+        for (prompt, order), found in answers.items()
     ]
+
+
+def _spread(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    shown = min(len(answers), STEPS_SHOWN)
+    places = np.linspace(0, len(answers) - 1, shown).round().astype(int)
+    return [answers[place] for place in places]
 
 
 def format_number(value: Any) -> str:
@@ -151,7 +164,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def _series(rows: Sequence[Mapping[str, int | float]]) -> dict[str, charts.Series]:
+def _series(rows: Sequence[Mapping[str, int | float]]) -> dict[str, chart_svg.Series]:
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     return {
         name: (
@@ -190,27 +203,36 @@ def _facts(
     return facts
 
 
-def _key_numbers(series: Mapping[str, charts.Series]) -> list[dict[str, Any]]:
+def _totals(series: Mapping[str, chart_svg.Series]) -> dict[str, Any]:
+    totals: dict[str, Any] = {}
+    if "rollout/tokens" in series:
+        totals["Response tokens"] = float(series["rollout/tokens"][1][-1])
+    if "reward/failures" in series:
+        totals["Failed rewards"] = float(series["reward/failures"][1].sum())
+    return {name: round(total) for name, total in totals.items() if total > 0}
+
+
+def _key_numbers(series: Mapping[str, chart_svg.Series]) -> list[dict[str, Any]]:
     return [
         {
-            "label": label,
+            "label": label.replace("*", meant),
             "metric": name,
             "first": float(series[name][1][0]),
             "last": float(series[name][1][-1]),
         }
-        for name, label in KEY_NUMBERS.items()
-        if name in series
+        for pattern, label in KEY_NUMBERS.items()
+        for name, meant in charts.matches(pattern, [*series]).items()
     ]
 
 
 def _section(
-    section: charts.Section, series: Mapping[str, charts.Series]
+    section: charts.Section, series: Mapping[str, chart_svg.Series]
 ) -> dict[str, Any]:
     import markupsafe
 
     drawn = []
     for chart in section.charts:
-        colors = charts.line_colors(chart)
+        colors = chart_svg.line_colors(chart)
         labels = [
             {"label": label, "color": color, "metric": name}
             for color, (name, label) in zip(colors, chart.lines.items(), strict=True)
@@ -226,7 +248,7 @@ def _section(
                 "unit": chart.unit,
                 "labels": labels,
                 "not_finite": int((~np.isfinite(values)).sum()),
-                "svg": markupsafe.Markup(charts.draw(chart, series)),
+                "svg": markupsafe.Markup(chart_svg.draw(chart, series)),
             }
         )
     return {"title": section.title, "charts": drawn}

@@ -16,8 +16,8 @@ messages; messages become text through the caller's `render_chat`.
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 from rlhf_jax.runtime.dialogues import RenderChat
 from rlhf_jax.runtime.row_files import Row, is_text_file, read_lines, read_rows, shown
@@ -38,10 +38,12 @@ __all__ = [
     "Example",
     "OnUnusable",
     "PreferencePair",
+    "PromptRow",
     "RenderChat",
     "TextRows",
     "read_examples",
     "read_pairs",
+    "read_prompt_rows",
     "read_prompts",
 ]
 
@@ -55,6 +57,14 @@ class TextRows(Generic[T]):
 
     rows: list[T]
     dropped: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and what else its row says: the right answer, for instance."""
+
+    prompt: str
+    columns: dict[str, Any]
 
 
 def read_examples(
@@ -140,6 +150,61 @@ def read_prompts(
             raise ValueError(f"{path}: the file has no line with text")
         return TextRows(prompts, {})
     return _read(path, prompt_parser, columns, render_chat, on_unusable)
+
+
+def read_prompt_rows(
+    path: str | os.PathLike[str],
+    *,
+    columns: Columns | None = None,
+    keep: Sequence[str] | None = None,
+    render_chat: RenderChat | None = None,
+    on_unusable: OnUnusable = "fail",
+) -> TextRows[PromptRow]:
+    """The prompts of a file, as `read_prompts` finds them, with other columns.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
+        columns: names of the columns; None for the usual ones.
+        keep: columns to keep, which every row must have; None: those that the first
+            row has, the prompt's own column apart.
+        render_chat: turns chat messages into text.
+        on_unusable: what to do with rows whose prompt is blank.
+
+    Raises:
+        ValueError: one line that names the file, the line and what is wrong, such as a
+            row that lacks a column, or has null there.
+    """
+    if is_text_file(path):
+        if keep:
+            raise ValueError(
+                f"{path}: a .txt file has no column {shown(keep[0])}; give .jsonl, "
+                ".jsonl.gz or .parquet"
+            )
+        found = read_prompts(path, on_unusable=on_unusable)
+        return TextRows([PromptRow(text, {}) for text in found.rows], found.dropped)
+
+    def choose_parser(first: Row, columns: Columns) -> Parser[PromptRow]:
+        parse = prompt_parser(first, columns)
+        kept = keep
+        if kept is None:
+            own = (columns.prompt, columns.messages)
+            kept = [name for name, x in first.values.items() if x is not None]
+            kept = [name for name in kept if name not in own]
+
+        def parse_row(
+            row: Row, columns: Columns, render_chat: RenderChat | None
+        ) -> Parsed[PromptRow]:
+            prompt, reason = parse(row, columns, render_chat)
+            for name in kept:
+                if row[name] is None:
+                    raise row.error(
+                        f"column {shown(name)} is null; reward functions get it"
+                    )
+            return PromptRow(prompt, {name: row[name] for name in kept}), reason
+
+        return parse_row
+
+    return _read(path, choose_parser, columns, render_chat, on_unusable)
 
 
 def _read(

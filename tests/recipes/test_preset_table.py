@@ -5,19 +5,25 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.presets import PRESETS, PPOMethod, preset
-from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.grpo_presets import GRPO_PRESETS, GRPOMethod
+from rlhf_jax.presets import PRESETS, PPOMethod
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.preset_table import flat, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
 
 
 def test_the_docs_have_the_table_of_the_code():
-    assert DOCS.read_text("utf-8").split("<!-- table -->\n")[1].strip() == table()
+    _, ppo, _, grpo, _ = DOCS.read_text("utf-8").split("<!-- table -->\n")
+    assert ppo.strip() == table("ppo")
+    assert grpo.strip() == table("grpo")
 
 
 def test_a_row_for_every_option_and_a_column_for_every_preset():
-    rows = table().splitlines()
+    rows = table("grpo").splitlines()
+    assert rows[0].count("|") == len(GRPO_PRESETS) + 3
+    assert len(rows) == 2 + len(flat(GRPOMethod()))
+    rows = table("ppo").splitlines()
     assert rows[0].count("|") == len(PRESETS) + 3
     assert len(rows) == 2 + len(flat(PPOMethod()))
     clip = next(row for row in rows if row.startswith("| `value-loss.clip-eps`"))
@@ -37,7 +43,21 @@ def test_a_preset_is_the_same_by_flag_by_file_and_by_key(name, tmp_path, capsys)
     for flags in (["--preset", name], ["--config", as_file], ["--config", as_key]):
         config = cli.parse(PPOConfig, [*map(str, flags), *rest], prog="x")
         assert {key: vars(config)[key] for key in vars(PPOMethod())} == vars(
-            preset(name)
+            PRESETS[name]()
+        )
+        config.validate()
+
+
+@pytest.mark.parametrize("name", GRPO_PRESETS)
+def test_a_preset_of_grpo_is_the_same_by_flag_and_by_file(name, tmp_path, capsys):
+    cli.main(["presets", "--preset", name])
+    as_file = tmp_path / "method.yaml"
+    as_file.write_text(capsys.readouterr().out, "utf-8")
+    rest = ["--policy", "a", "--reward", "r.py:f", "--data", "c", "--run-dir", "d"]
+    for flags in (["--preset", name], ["--config", as_file]):
+        config = cli.parse(GRPOConfig, [*map(str, flags), *rest], prog="x")
+        assert {key: vars(config)[key] for key in vars(GRPOMethod())} == vars(
+            GRPO_PRESETS[name]()
         )
         config.validate()
 

@@ -1,6 +1,7 @@
 """`experience.py`: from scores to rewards, every option by hand or by oracle."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,8 @@ from rlhf_jax.algo.types import Prompts, Rollout, ScoredRollout
 from rlhf_jax.rollout import make_experience
 from rlhf_jax.rollout.experience import final_scores
 
+scores_with = functools.partial(final_scores, SCORED.rollout, SCORED.scores)
+
 
 def test_scores_are_normalised_clipped_and_penalised_in_this_order():
     # (s − ½) / ½ = [.5, −3.5, 4, −.25]; bounded by 2: [.5, −2, 2, −.25]; the third
@@ -40,18 +43,30 @@ def test_scores_are_normalised_clipped_and_penalised_in_this_order():
         overlong_buffer=2,
         overlong_penalty=3.0,
     )
-    close(final_scores(SCORED, options, MOMENTS), [0.5, -2.0, -2.0, -1.75])
+    close(
+        scores_with(options, MOMENTS),
+        [0.5, -2.0, -2.0, -1.75],
+    )
     # Each by itself.
-    close(final_scores(SCORED, ScoreOptions()), [0.75, -1.25, 2.5, 0.375])
+    close(
+        scores_with(ScoreOptions()),
+        [0.75, -1.25, 2.5, 0.375],
+    )
     normalized = ScoreOptions(normalization="reference")
-    close(final_scores(SCORED, normalized, MOMENTS), [0.5, -3.5, 4.0, -0.25])
+    close(
+        scores_with(normalized, MOMENTS),
+        [0.5, -3.5, 4.0, -0.25],
+    )
     with pytest.raises(ValueError, match="'reference': score_moments must be given"):
-        final_scores(SCORED, normalized)
+        scores_with(normalized)
     with pytest.raises(ValueError, match="'none': score_moments must be left out"):
-        final_scores(SCORED, ScoreOptions(), MOMENTS)
-    close(final_scores(SCORED, ScoreOptions(clip=1.0)), [0.75, -1.0, 1.0, 0.375])
+        scores_with(ScoreOptions(), MOMENTS)
+    close(
+        scores_with(ScoreOptions(clip=1.0)),
+        [0.75, -1.0, 1.0, 0.375],
+    )
     ramp = ScoreOptions(overlong_buffer=4)
-    close(final_scores(SCORED, ramp), [0.25, -1.25, 1.5, -0.375])
+    close(scores_with(ramp), [0.25, -1.25, 1.5, -0.375])
 
 
 def test_the_normalised_score_is_what_is_paid():

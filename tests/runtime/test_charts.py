@@ -1,12 +1,9 @@
-"""Every metric is drawn exactly once, where it is."""
+"""Every metric has a place in exactly one chart."""
 
-import re
-
-import numpy as np
 import pytest
 
 from rlhf_jax.runtime import charts
-from rlhf_jax.runtime.charts import Chart, arrange, draw, trailing_mean
+from rlhf_jax.runtime.charts import arrange, matches
 
 
 def drawn_metrics(sections):
@@ -25,12 +22,16 @@ def drawn_metrics(sections):
         ["train/loss", "eval/loss", "train/accuracy"],
         ["reward/score_mean", "reward/score_std", "policy/loss", "value/loss"],
         ["reward/score_std", "policy/unheard_of", "eval/f1"],  # a band without its line
+        ["reward/score_std", "reward/greedy_mean"],
         ["mine/a", "other/b/c", "mine/d", "alone"],
+        ["reward/f", "reward/f/g", "eval/reward/f", "eval/reward/g", "reward/"],
+        ["eval/pass_at_1", "eval/pass_at_", "eval/pass_at_1/x", "reward/score_mean"],
         [
             name
             for section in charts.SECTIONS
             for chart in section.charts
             for name in chart.lines
+            if "*" not in name
         ],
     ],
 )
@@ -51,88 +52,87 @@ def test_unknown_metrics_join_their_group():
     }
 
 
-def curves(svg, color):
-    """Points of each path that is stroked in a colour: lists of subpaths."""
-    paths = re.findall(r'<path d="([^"]*)"[^>]*?style="([^"]*)"', svg)
-    return [
-        [
-            np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", part), float)
-            for part in re.split(r"(?=M )", d)
-            if part.strip()
-        ]
-        for d, style in paths
-        if f"stroke: {color}" in style and "fill: none" in style
+def titles_and_lines(metrics, section):
+    (found,) = [one for one in arrange(metrics) if one.title == section]
+    return {chart.title: dict(chart.lines) for chart in found.charts}
+
+
+def test_pass_at_k_is_one_chart_in_the_order_of_k():
+    metrics = [f"eval/pass_at_{k}" for k in (16, 1, 2, 8, 4)]
+    charted = titles_and_lines(metrics, "Reward")
+    assert list(charted) == ["pass@k"]
+    assert list(charted["pass@k"].items()) == [
+        ("eval/pass_at_1", "pass@1"),
+        ("eval/pass_at_2", "pass@2"),
+        ("eval/pass_at_4", "pass@4"),
+        ("eval/pass_at_8", "pass@8"),
+        ("eval/pass_at_16", "pass@16"),
     ]
 
 
-def series(values):
-    return np.arange(len(values)), np.array(values, float)
-
-
-def test_points_lie_where_the_numbers_are():
-    chart = Chart("Loss", "nats", {"a": "a"})
-    svg = draw(chart, {"a": (np.array([0, 1, 4]), np.array([0.0, 3.0, 1.0]))})
-    ((points,),) = curves(svg, charts.COLORS[0])
-    x, y = points.T
-    # Affine in step, and affine downwards in value: 1 and 3 lie 1/3 and 3/3 of the way.
-    np.testing.assert_allclose((x - x[0]) / (x[2] - x[0]), [0, 1 / 4, 1], atol=1e-3)
-    np.testing.assert_allclose((y[0] - y) / (y[0] - y[1]), [0, 1, 1 / 3], atol=1e-3)
-    assert y[1] < y[0]  # up is smaller in SVG
-
-
-@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_leaves_a_gap(hole):
-    svg = draw(
-        Chart("t", "", {"a": "a"}), {"a": series([1.0, 2.0, hole, 3.0, 5.0, 4.0])}
+def test_each_reward_function_has_a_chart_of_training_and_held_out_data():
+    charted = titles_and_lines(
+        [
+            "reward/score_mean",
+            "reward/score_std",
+            "reward/zebra",
+            "reward/answer.v2",
+            "reward/failures",
+            "eval/reward/truth",
+            "eval/reward/zebra",
+        ],
+        "Reward",
     )
-    ((before, after),) = curves(svg, charts.COLORS[0])
-    assert (len(before), len(after)) == (2, 3)
+    assert charted == {
+        "Score": {"reward/score_mean": "mean"},
+        "zebra": {
+            "reward/zebra": "training data",
+            "eval/reward/zebra": "held-out data",
+        },
+        "answer.v2": {"reward/answer.v2": "training data"},
+        "truth": {"eval/reward/truth": "held-out data"},
+        "Failed rewards": {"reward/failures": "failures"},
+    }
+    # As the run names them, not by the alphabet.
+    assert list(charted)[1:4] == ["zebra", "answer.v2", "truth"]
 
 
-def test_nothing_finite_draws_nothing():
-    assert draw(Chart("t", "", {"a": "a"}), {"a": series([np.nan, np.inf])}) == ""
+def test_a_band_belongs_to_the_first_line_only():
+    deviation, greedy = "reward/score_std", "reward/greedy_mean"
+    bands = {
+        metrics: [
+            chart.band for section in arrange(metrics) for chart in section.charts
+        ]
+        for metrics in ((deviation, greedy), (deviation, greedy, "reward/score_mean"))
+    }
+    assert [*bands.values()] == [[None, None], [deviation]]
 
 
-def test_one_value_is_visible():
-    svg = draw(Chart("t", "", {"a": "a"}), {"a": series([0.5])})
-    assert svg.count("<use ") >= 1
-    assert charts.COLORS[0] in svg
+def test_what_a_group_run_logs_has_charts_of_its_own():
+    metrics = [
+        "group/score_std",
+        "group/no_signal",
+        "group/resampled",
+        "group/kept_without_signal",
+        "response/length_mean",
+        "eval/length_mean",
+        "response/stop_rate",
+        "eval/stop_rate",
+    ]
+    together = [
+        {*chart.lines} for section in arrange(metrics) for chart in section.charts
+    ]
+    assert together == [
+        {"group/score_std"},
+        {"group/no_signal"},
+        {"group/resampled", "group/kept_without_signal"},
+        {"response/length_mean", "eval/length_mean"},
+        {"response/stop_rate", "eval/stop_rate"},
+    ]
 
 
-def test_a_long_noisy_curve_is_drawn_raw_and_smoothed():
-    noise = np.random.default_rng(0).normal(size=300)
-    svg = draw(Chart("t", "", {"a": "a"}), {"a": series(noise)})
-    (raw,), (smooth,) = curves(svg, charts.COLORS[0])
-    # 300 points are averaged over 10: the spread shrinks by about sqrt(10) = 3.2.
-    assert np.ptp(smooth[:, 1]) < np.ptp(raw[:, 1]) / 2
-
-
-def test_trailing_mean_by_hand():
-    values = np.array([1.0, 2.0, 6.0, 4.0])
-    np.testing.assert_allclose(trailing_mean(values, 2), [1, 1.5, 4, 5])
-    np.testing.assert_allclose(trailing_mean(values, 9), [1, 1.5, 3, 3.25])
-    np.testing.assert_allclose(trailing_mean(values, 1), values)
-
-
-def test_band_covers_one_deviation_on_both_sides():
-    chart = Chart("t", "", {"a": "mean"}, band="s")
-    data = {"a": series([0.0, 1.0, 0.0]), "s": series([1.0, 2.0, 1.0])}
-    svg = draw(chart, data)
-    ((line,),) = curves(svg, charts.COLORS[0])
-    # Matplotlib defines the area once, relative to a `y` that its use adds.
-    area = re.search(r'<path id="(\w+)" d="(M [^"]*z\s*)"', svg)
-    assert area is not None
-    used = re.search(rf'xlink:href="#{area[1]}" x="0" y="([\d.]+)"', svg)
-    assert used is not None
-    points = np.array(re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", area[2]), float)
-    unit = line[0, 1] - line[1, 1]  # the mean rises by 1 between these points
-    for (x, middle), deviation in zip(line, (1, 2, 1), strict=True):
-        ends = points[np.isclose(points[:, 0], x), 1] + float(used[1])
-        wanted = [middle - deviation * unit, middle + deviation * unit]
-        np.testing.assert_allclose([ends.min(), ends.max()], wanted, rtol=1e-4)
-
-
-def test_drawing_twice_gives_the_same_text():
-    chart = Chart("t", "", {"a": "a", "b": "b"})
-    data = {"a": series([1.0, 2.0]), "b": series([2.0, 1.0])}
-    assert draw(chart, data) == draw(chart, data)
+def test_a_star_stands_for_one_name_that_no_chart_has():
+    metrics = ["reward/score_std", "reward/b", "reward/a/c", "xreward/b", "reward/a"]
+    assert matches("reward/*", metrics) == {"reward/b": "b", "reward/a": "a"}
+    assert matches("reward/score_std", metrics) == {"reward/score_std": ""}
+    assert matches("reward/c", metrics) == {}

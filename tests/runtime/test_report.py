@@ -1,6 +1,7 @@
 """The report shows all that was logged, safely, in one file."""
 
 import html.parser
+import itertools
 import json
 import re
 
@@ -9,9 +10,9 @@ import pytest
 
 from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter
 from rlhf_jax.runtime.report import (
+    compare_samples,
     format_number,
     format_seconds,
-    pair_samples,
     write_report,
 )
 from rlhf_jax.runtime.run_directory import open_run
@@ -172,8 +173,8 @@ def row(step, prompt, response, **numbers):
     return {"step": step, "prompt": prompt, "response": response} | numbers
 
 
-def test_first_and_last_answer_to_each_prompt():
-    pairs = pair_samples(
+def test_answers_to_each_prompt_stand_side_by_side():
+    compared = compare_samples(
         [
             row(0, "a", "a0", score=-1.0),
             row(0, "a", "a0, second answer"),
@@ -184,24 +185,121 @@ def test_first_and_last_answer_to_each_prompt():
             row(9, "a", "a9, second answer"),
         ]
     )
-    assert pairs == [
+    assert compared == [
         {
             "prompt": "a",
+            "order": 1,
             "answers": [
                 {"step": 0, "response": "a0", "numbers": {"score": -1.0}},
+                {"step": 5, "response": "a5", "numbers": {}},
                 {"step": 9, "response": "a9", "numbers": {"score": 2.0, "length": 4}},
             ],
         },
         {
             "prompt": "a",
+            "order": 2,
             "answers": [
                 {"step": 0, "response": "a0, second answer", "numbers": {}},
                 {"step": 9, "response": "a9, second answer", "numbers": {}},
             ],
         },
-        {"prompt": "b", "answers": [{"step": 0, "response": "b0", "numbers": {}}]},
-        {"prompt": "c", "answers": [{"step": 9, "response": "c9", "numbers": {}}]},
+        {
+            "prompt": "b",
+            "order": 1,
+            "answers": [{"step": 0, "response": "b0", "numbers": {}}],
+        },
+        {
+            "prompt": "c",
+            "order": 1,
+            "answers": [{"step": 9, "response": "c9", "numbers": {}}],
+        },
     ]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "shown"),
+    [
+        (1, [0]),
+        (2, [0, 1]),
+        (5, [0, 1, 2, 3, 4]),
+        (9, [0, 2, 4, 6, 8]),
+        (101, [0, 25, 50, 75, 100]),
+    ],
+)
+def test_of_many_steps_five_are_shown_evenly(evaluations, shown):
+    (compared,) = compare_samples([row(i, "p", f"r{i}") for i in range(evaluations)])
+    assert [answer["step"] for answer in compared["answers"]] == shown
+
+
+@pytest.mark.parametrize("evaluations", range(1, 40))
+def test_no_step_is_shown_twice_and_gaps_differ_by_one_at_most(evaluations):
+    (compared,) = compare_samples([row(i, "p", "r") for i in range(evaluations)])
+    steps = [answer["step"] for answer in compared["answers"]]
+    assert len(steps) == min(evaluations, 5)
+    assert (steps[0], steps[-1]) == (0, evaluations - 1)
+    gaps = {after - before for before, after in itertools.pairwise(steps)}
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
+
+
+def test_reasoning_is_text_and_its_numbers_stand_below_it(run):
+    reasoning = "<think>7 & 8\n" + "again " * 2000 + "</think><answer>15</answer>"
+    with SamplesWriter(run.samples) as samples:
+        for step in (0, 20, 40):
+            sample = {"prompt": "7 + 8 = <b>?", "response": f"{reasoning} at {step}"}
+            scores = {"score": step / 80, "exact_answer": 1.0, "kl": None}
+            samples.write(step, [sample | scores, sample | scores])
+    text = report(run)
+    page = Page(text)
+    assert page.open == []
+    assert not {"think", "answer"} & set(page.tags)
+    shown = "".join(page.text)
+    assert all(shown.count(f"{reasoning} at {step}") == 2 for step in (0, 20, 40))
+    assert shown.count("7 + 8 = <b>?") == 2
+    assert shown.count("answer 2 of each step") == 1
+    assert "answer 1 of each step" not in shown
+    below = re.search(r" at 40</div>\s*(<dl.*?</dl>)", text, re.DOTALL)
+    assert below is not None
+    told = [part.strip() for part in Page(below[1]).text if part.strip()]
+    assert told == ["score", "0.5", "exact_answer", "1"]
+
+
+def test_key_numbers_of_a_verifiable_task_begin_with_pass_at_1(run):
+    write_metrics(
+        run,
+        [
+            {"reward/score_mean": 1.0, "group/no_signal": 0.5, "kl/sequence": 3.0},
+            {"eval/pass_at_4": 0.75, "eval/pass_at_1": 0.25, "eval/reward/truth": 0.5},
+            {"eval/pass_at_4": 0.875, "eval/pass_at_1": 0.5, "eval/reward/truth": 0.4},
+        ],
+    )
+    tiles = re.findall(r'<div class="tile.*?</div>', report(run), re.DOTALL)
+    assert ["".join(Page(tile).text).strip() for tile in tiles] == [
+        "pass@1, held-out0.5from 0.25",
+        "Held-out truth0.4from 0.5",
+        "Score1from 1",
+        "KL per answer3from 3",
+        "Groups without signal0.5from 0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"), [((0, 0), None), ((2, 3), "5"), ((0, 1), "1")]
+)
+def test_header_counts_failed_rewards_and_response_tokens(run, failures, told):
+    tokens = (600, 1500)  # sampled so far
+    write_metrics(
+        run,
+        [
+            {"reward/failures": failed, "rollout/tokens": so_far}
+            for failed, so_far in zip(failures, tokens, strict=True)
+        ],
+    )
+    facts = re.search(r"<dl.*?</dl>", report(run), re.DOTALL)
+    assert facts is not None
+    words = [text.strip() for text in Page(facts.group()).text if text.strip()]
+    header = dict(zip(words[::2], words[1::2], strict=True))
+    assert header.get("Failed rewards") == told
+    assert header["Response tokens"] == "1,500"
 
 
 def test_answers_beyond_the_page_are_counted(run):

@@ -1,0 +1,270 @@
+"""GRPO and its relatives, each as a complete method.
+
+A preset says how, not on what: models, data, batch size, lengths and rewards are left
+to the run, and so are learning rates, which papers give for models a thousand times
+the size of what fits a laptop (1e-6 is common). Each returns a `GRPOMethod` that can be
+changed further with `dataclasses.replace`; on the command line,
+`rlhf-jax grpo --preset dapo`, and flags after it.
+"""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.algo.options import (
+    GroupOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+    check,
+)
+from rlhf_jax.runtime.config import OptimizerConfig, check_positive
+
+NO_KL = KLOptions(place="none")
+
+
+def _kl_in_the_loss() -> KLOptions:
+    return KLOptions(place="loss", estimator="k2", coef=0.01)
+
+
+def _optimizer() -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=1e-4, schedule="linear", end_fraction=0.0, b2=0.999
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOMethod:
+    """Everything about learning without a critic that is not model, data or size."""
+
+    temperature: float = 1.0
+    """of sampling and of all log-probabilities"""
+    group_size: int = 8
+    """G, answers per prompt"""
+    groups: GroupOptions = dataclasses.field(default_factory=GroupOptions)
+    """advantages of answers against each other"""
+    resample: int = 0
+    """rounds of further prompts for groups without a signal, whose answers all have
+    one score; 0: such groups stay in the batch, where they teach nothing"""
+    refresh_every: int = 1
+    """updates after which the policy that answers becomes the one that learns"""
+    old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
+    """log-probabilities that ratios are taken against: the sampler's, or recomputed as
+    in training; auto recomputes where the two round differently, that is everywhere
+    but in float32 on a CPU"""
+    kl: KLOptions = dataclasses.field(default_factory=_kl_in_the_loss)
+    """KL to the reference"""
+    scores: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
+    """what happens to scores before they are compared"""
+    policy_loss: PolicyLossOptions = dataclasses.field(
+        default_factory=PolicyLossOptions
+    )
+    """loss of the policy"""
+    epochs: int = 1
+    """passes over each rollout"""
+    minibatches: int = 2
+    """optimizer steps per pass"""
+    max_update_kl: float | None = None
+    """early stop: end an update once the policy is this many nats per token from the
+    one that answered; None: never"""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=_optimizer)
+    """optimizer of the policy"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "must be above 0: learning needs answers that differ",
+        )
+        check_positive(
+            group_size=self.group_size,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            refresh_every=self.refresh_every,
+        )
+        self.groups.validate("groups")
+        check(
+            self.group_size > 1 or not self.groups.compares,
+            "group-size",
+            self.group_size,
+            f"groups.baseline={self.groups.baseline} compares the answers to one "
+            "prompt with each other, so it needs at least 2",
+        )
+        check(self.resample >= 0, "resample", self.resample, "must not be negative")
+        check(
+            self.resample == 0 or self.groups.compares,
+            "resample",
+            self.resample,
+            f"is for groups without a signal; with groups.baseline="
+            f"{self.groups.baseline} a group of equal scores has one",
+        )
+        check(
+            self.max_update_kl is None or self.max_update_kl > 0,
+            "max-update-kl",
+            self.max_update_kl,
+            "must be above 0, or None",
+        )
+        check(
+            self.max_update_kl is None or self.epochs * self.minibatches > 1,
+            "max-update-kl",
+            self.max_update_kl,
+            "has nothing to stop: an update is one step, epochs=1 × minibatches=1",
+        )
+        check(
+            self.policy_loss.sampler_correction == "none"
+            or self.old_logprobs != "sampler",
+            "policy-loss.sampler-correction",
+            self.policy_loss.sampler_correction,
+            "needs old-logprobs=recomputed: the sampler's own need no correction",
+        )
+        self.kl.validate("kl")
+        self.scores.validate_without_critic("scores")
+        self.policy_loss.validate("policy-loss")
+        self.optimizer.validate("optimizer")
+
+
+def grpo() -> GRPOMethod:
+    """GRPO as in DeepSeekMath: (s − μ)/σ, KL in the loss, mean over answers of means.
+
+    Departs from its paper: G = 64 there, which `--group-size 64` gives. The KL
+    estimator is its k3, whose gradient is that of the KL the other way round; the
+    default of this command, k2, has the right one.
+
+    References:
+        Shao et al., 2024, arXiv:2402.03300.
+    """
+    return GRPOMethod(
+        kl=KLOptions(place="loss", estimator="k3", coef=0.04),
+        policy_loss=PolicyLossOptions(aggregation="seq-mean-token-mean"),
+        minibatches=1,
+    )
+
+
+def dr_grpo() -> GRPOMethod:
+    """Dr. GRPO, "GRPO done right": s − μ, no division by σ or by lengths, no KL.
+
+    `token-mean` divides by the tokens of the minibatch, where the paper divides by a
+    constant: a change of step size that does not depend on the answer.
+
+    References:
+        Liu et al., 2025, arXiv:2503.20783.
+    """
+    return GRPOMethod(groups=GroupOptions(scale="none"), kl=NO_KL)
+
+
+def rloo() -> GRPOMethod:
+    """RLOO: s − the mean of the others, KL in the reward, one step per rollout.
+
+    On policy there is no ratio to clip, so that the gradient is exact.
+
+    References:
+        Ahmadian et al., 2024, arXiv:2402.14740.
+    """
+    return GRPOMethod(
+        groups=GroupOptions(baseline="leave-one-out", scale="none"),
+        kl=KLOptions(coef=0.03),
+        policy_loss=PolicyLossOptions(surrogate="reinforce"),
+        minibatches=1,
+    )
+
+
+def reinforce_pp() -> GRPOMethod:
+    """REINFORCE++: rewards to go with the KL in them, whitened over the batch.
+
+    One answer per prompt: what the batch earned is the baseline.
+
+    References:
+        Hu et al., 2025, arXiv:2501.03262.
+    """
+    return GRPOMethod(
+        group_size=1,
+        groups=GroupOptions(baseline="none", scale="tokens", ddof=0),
+        kl=KLOptions(coef=0.01),
+    )
+
+
+def reinforce_pp_baseline() -> GRPOMethod:
+    """REINFORCE++-baseline: s − μ of the group, whitened over the batch; KL as k2.
+
+    References:
+        Hu et al., 2025, arXiv:2501.03262.
+    """
+    return GRPOMethod(groups=GroupOptions(scale="tokens", ddof=0))
+
+
+def remax() -> GRPOMethod:
+    """ReMax: rewards to go minus the score of the likeliest answer; one answer each.
+
+    References:
+        Li et al., 2023, arXiv:2310.10505.
+    """
+    return GRPOMethod(
+        group_size=1,
+        groups=GroupOptions(baseline="greedy", scale="none"),
+        kl=KLOptions(coef=0.03),
+        policy_loss=PolicyLossOptions(surrogate="reinforce"),
+        minibatches=1,
+    )
+
+
+def dapo() -> GRPOMethod:
+    """DAPO: clip higher above than below, mean over tokens, no KL, no idle groups.
+
+    Groups without a signal are replaced, for up to four rounds; answers that never
+    stop are left out of the loss. Its ramp for long answers needs their limit:
+    `--scores.overlong-buffer`, a fifth of `--max-new-tokens` there. G = 16 there.
+
+    References:
+        Yu et al., 2025, arXiv:2503.14476.
+    """
+    return GRPOMethod(
+        resample=4,
+        kl=NO_KL,
+        scores=ScoreOptions(missing_eos="mask"),
+        policy_loss=PolicyLossOptions(clip_eps=0.2, clip_eps_high=0.28),
+    )
+
+
+def gspo() -> GRPOMethod:
+    """GSPO: GRPO with one ratio per answer, clipped within ±4e-4; four steps a rollout.
+
+    References:
+        Zheng et al., 2025, arXiv:2507.18071.
+    """
+    return GRPOMethod(
+        kl=NO_KL,
+        policy_loss=PolicyLossOptions(
+            surrogate="gspo",
+            clip_eps=3e-4,
+            clip_eps_high=4e-4,
+            aggregation="seq-mean-token-mean",
+        ),
+        minibatches=4,
+    )
+
+
+def cispo() -> GRPOMethod:
+    """CISPO: GRPO whose ratios weigh tokens and never silence one; no KL.
+
+    References:
+        MiniMax, 2025, arXiv:2506.13585.
+    """
+    return GRPOMethod(
+        kl=NO_KL,
+        policy_loss=PolicyLossOptions(surrogate="cispo"),
+        minibatches=4,
+    )
+
+
+GRPO_PRESETS = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "remax": remax,
+    "dapo": dapo,
+    "gspo": gspo,
+    "cispo": cispo,
+}

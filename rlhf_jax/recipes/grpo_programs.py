@@ -1,0 +1,333 @@
+"""The compiled programs of GRPO and its relatives, and one update with them."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.algo.types import Array, Experience, Params, Prompts, Rollout, record
+from rlhf_jax.interfaces import BATCH_AXES
+from rlhf_jax.learner.objectives import critic_free_objective
+from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
+from rlhf_jax.learner.update import UpdateFn, make_update
+from rlhf_jax.recipes.answers import Sampler, make_sampler
+from rlhf_jax.recipes.policy_configs import GRPOConfig
+from rlhf_jax.recipes.policy_models import PolicyModels
+from rlhf_jax.recipes.ppo_programs import Carried, next_kl_coef, recomputes_logprobs
+from rlhf_jax.recipes.prompt_batches import PromptBatch
+from rlhf_jax.recipes.rewards import Rewards, ScoreRollout, score_program
+from rlhf_jax.recipes.supervised import optimizer_of
+from rlhf_jax.rollout.group_experience import make_group_experience
+from rlhf_jax.rollout.scoring import score_rollout
+
+
+@record
+class Judged:
+    """Answers and what they earned."""
+
+    rollout: Rollout
+    scores: Array  # [B] float32
+
+
+RewardFn = Callable[[Rollout, PromptBatch], Rewards]
+ExperienceFn = Callable[
+    [TrainState, Params | None, Judged, Judged | None],
+    tuple[Experience, Carried, dict[str, Array]],
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOPrograms:
+    """What one update runs, compiled."""
+
+    sample: Sampler
+    greedy: Sampler | None  # the likeliest answers, where they are the baseline
+    score: ScoreRollout
+    replace: Callable[[Judged, Judged, Array], Judged]
+    experience_of: ExperienceFn
+    update: UpdateFn
+
+
+def make_grpo_programs(
+    config: GRPOConfig,
+    models: PolicyModels,
+    optimizers: ActorCritic,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    mesh: Mesh | None = None,
+    state_sharding: TrainState | None = None,
+) -> GRPOPrograms:
+    """Sampling, scoring and updating as the configuration asks for them.
+
+    Args:
+        config: of the run.
+        models: how to call them.
+        optimizers: of the actor, and none of a critic.
+        stop_ids: tokens that end an answer.
+        pad_id: written after the end of an answer.
+        mesh: over which answers are spread; None: one device.
+        state_sharding: `NamedSharding`s in the shape of the state; None: one device.
+    """
+    sampler = partial(
+        make_sampler,
+        models.policy,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+    )
+    update = make_update(
+        critic_free_objective(
+            models.policy.token_logprobs,
+            temperature=config.temperature,
+            policy_loss=config.policy_loss,
+            kl=config.kl,
+            num_microbatches=config.microbatches,
+        ),
+        optimizers,
+        num_epochs=config.epochs,
+        num_minibatches=config.minibatches,
+        num_microbatches=config.microbatches,
+        max_kl=config.max_update_kl,
+        refresh_every=config.refresh_every,
+        state_sharding=state_sharding,
+    )
+    spread = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return GRPOPrograms(
+        sample=sampler(temperature=config.temperature),
+        greedy=sampler(temperature=0) if config.groups.baseline == "greedy" else None,
+        score=score_program(models, stop_ids=stop_ids, cut=True),
+        replace=jax.jit(_replace_rows, out_shardings=spread),
+        experience_of=_experience_program(config, models),
+        update=update,
+    )
+
+
+def make_grpo_optimizers(config: GRPOConfig) -> tuple[ActorCritic, ActorCritic]:
+    """Optimizer and learning-rate schedule of the actor, beside those of no critic."""
+    actor, schedule = optimizer_of(
+        config.optimizer,
+        total_steps=config.updates * config.epochs * config.minibatches,
+    )
+    return (
+        ActorCritic(actor=actor, critic=optax.identity()),
+        ActorCritic(actor=schedule, critic=None),
+    )
+
+
+def grpo_step(
+    state: TrainState,
+    batches: Callable[[int], PromptBatch],
+    config: GRPOConfig,
+    models: PolicyModels,
+    programs: GRPOPrograms,
+    reward_of: RewardFn,
+    put: Callable[[Prompts], Prompts],
+) -> tuple[TrainState, Carried, dict[str, float]]:
+    """One update: groups of answers, rewards, advantages, epochs.
+
+    Args:
+        state: given up to the update.
+        batches: the prompts of a round of sampling, from 0; all of one number.
+        config: of the run.
+        models: how to call them.
+        programs: compiled.
+        reward_of: rewards of answers.
+        put: places prompts on the devices.
+
+    Returns:
+        The new state, what else the next update starts from (the state keeps the old
+        until the update is known to be sound), and metrics on the host.
+    """
+    began = time.perf_counter()
+    judged, batch, metrics = sample_groups(
+        state, batches, config, programs, reward_of, put
+    )
+    greedy = None
+    if programs.greedy is not None:
+        greedy = _greedy_answers(state, batch, config, programs, reward_of, put)
+        metrics["rollout/tokens"] += float(jnp.sum(greedy.rollout.lengths))
+        metrics["reward/greedy_mean"] = float(jnp.mean(greedy.scores))
+    rolled_out = time.perf_counter()
+    experience, carried, scored = programs.experience_of(
+        state, models.reference, judged, greedy
+    )
+    state, updated = programs.update(state, experience)
+    # Means over all that was sampled take the place of those over what was kept.
+    metrics = jax.device_get(scored | updated) | metrics
+    seconds = time.perf_counter() - began
+    metrics |= {
+        "time/step_seconds": seconds,
+        "time/rollout_seconds": rolled_out - began,
+        "time/tokens_per_second": metrics["rollout/tokens"] / seconds,
+    }
+    return state, carried, metrics
+
+
+def sample_groups(
+    state: TrainState,
+    batches: Callable[[int], PromptBatch],
+    config: GRPOConfig,
+    programs: GRPOPrograms,
+    reward_of: RewardFn,
+    put: Callable[[Prompts], Prompts],
+) -> tuple[Judged, PromptBatch, dict[str, float]]:
+    """Answers in groups; those without a signal replaced, as far as rounds allow.
+
+    A group has no signal where all its answers have the same reward. Replacing such
+    groups keeps the batch, and with it the step, of one size.
+
+    Args:
+        state: the policy that answers.
+        batches: the prompts of round r, from 0.
+        config: of the run.
+        programs: compiled.
+        reward_of: rewards of answers.
+        put: places prompts on the devices.
+
+    Returns:
+        The answers, the prompt of each, and metrics of all that was sampled.
+
+    References:
+        Yu et al., 2025, arXiv:2503.14476, section 3.2, "dynamic sampling".
+    """
+    size = config.group_size
+    rollout_key, _ = step_keys(state)
+    judged = batch = signal = None
+    rounds: list[dict[str, float]] = []
+    for number in range(config.resample + 1):
+        drawn_batch = batches(number).repeat(size)
+        key = rollout_key if number == 0 else jax.random.fold_in(rollout_key, number)
+        rollout = programs.sample(key, _answering(state), put(drawn_batch.prompts))
+        rewards = reward_of(rollout, drawn_batch)
+        scores, lengths = jax.device_get((rewards.scores, rollout.lengths))
+        drawn_signal = np.ptp(scores.reshape(-1, size), axis=1) > 0
+        rounds.append(
+            {
+                "rollout/tokens": float(lengths.sum()),
+                "reward/score_mean": float(scores.mean()),
+                "reward/score_std": float(scores.std()),
+                **rewards.metrics,
+            }
+        )
+        if config.groups.compares:
+            rounds[-1]["group/no_signal"] = float(1.0 - drawn_signal.mean())
+        drawn = Judged(rollout=rollout, scores=rewards.scores)
+        if judged is None or batch is None or signal is None:
+            judged, batch, signal = drawn, drawn_batch, drawn_signal
+        else:
+            index, signal = _fill(signal, drawn_signal, size)
+            judged = programs.replace(judged, drawn, jnp.asarray(index))
+            batch = batch.join(drawn_batch).take(index)
+        if signal.all():
+            break
+    assert judged is not None and batch is not None and signal is not None
+    metrics = {name: float(np.mean([r[name] for r in rounds])) for name in rounds[0]}
+    for name in ("rollout/tokens", "reward/failures"):
+        if name in metrics:
+            metrics[name] *= len(rounds)
+    if config.resample:
+        metrics["group/resampled"] = float((len(rounds) - 1) * len(signal))
+        metrics["group/kept_without_signal"] = float((~signal).sum())
+    return judged, batch, metrics
+
+
+def _fill(
+    signal: np.ndarray, drawn_signal: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of old and new answers, one after the other, make the next batch.
+
+    Args:
+        signal: `[N]` bool, of the groups so far.
+        drawn_signal: `[N]` bool, of the new ones.
+        size: answers in a group.
+
+    Returns:
+        `[N · size]` indices, and `[N]` which of the groups now have a signal.
+    """
+    idle, fresh = np.flatnonzero(~signal), np.flatnonzero(drawn_signal)
+    count = min(len(idle), len(fresh))
+    groups = np.arange(len(signal))
+    groups[idle[:count]] = len(signal) + fresh[:count]
+    signal = signal.copy()
+    signal[idle[:count]] = True
+    return (groups[:, None] * size + np.arange(size)).ravel(), signal
+
+
+def _replace_rows(kept: Judged, drawn: Judged, index: Array) -> Judged:
+    """Rows `index` of the two, one after the other."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], kept, drawn)
+
+
+def _answering(state: TrainState) -> Params:
+    """The policy that answers: the one that learns, or an older one."""
+    return state.params.actor if state.old_policy is None else state.old_policy
+
+
+def _greedy_answers(
+    state: TrainState,
+    batch: PromptBatch,
+    config: GRPOConfig,
+    programs: GRPOPrograms,
+    reward_of: RewardFn,
+    put: Callable[[Prompts], Prompts],
+) -> Judged:
+    """The likeliest answer to every prompt, once for each group."""
+    assert programs.greedy is not None
+    prompts = batch.take(range(0, len(batch.rows), config.group_size))
+    unused_key, _ = step_keys(state)  # at temperature 0 nothing is drawn
+    rollout = programs.greedy(unused_key, _answering(state), put(prompts.prompts))
+    return Judged(rollout=rollout, scores=reward_of(rollout, prompts).scores)
+
+
+def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceFn:
+    """Old and reference log-probabilities, advantages and the next β, as one program.
+
+    Returns:
+        `(state, reference, judged, greedy) -> (experience, carried, metrics)`.
+    """
+    recompute = recomputes_logprobs(config)
+
+    def experience_of(
+        state: TrainState,
+        reference: Params | None,
+        judged: Judged,
+        greedy: Judged | None,
+    ) -> tuple[Experience, Carried, dict[str, Array]]:
+        scored = score_rollout(
+            _answering(state) if recompute else None,
+            None,
+            reference,
+            judged.scores,
+            judged.rollout,
+            token_logprobs_fn=models.policy.token_logprobs,
+            values_fn=None,
+            score_fn=lambda scores, tokens, mask: scores,  # they are there already
+            temperature=config.temperature,
+        )
+        baseline = None
+        if greedy is not None:
+            each = jax.tree.map(
+                lambda x: jnp.repeat(x, config.group_size, axis=0), greedy
+            )
+            baseline = each.rollout, each.scores
+        experience, metrics = make_group_experience(
+            scored,
+            group_size=config.group_size,
+            kl_coef=state.kl_coef,
+            kl=config.kl,
+            scores=config.scores,
+            groups=config.groups,
+            policy_loss=config.policy_loss,
+            greedy=baseline,
+        )
+        kl_coef = next_kl_coef(config, state.kl_coef, metrics)
+        return experience, {"kl_coef": kl_coef}, metrics
+
+    return jax.jit(experience_of)

@@ -1,0 +1,183 @@
+"""What a policy does on held-out prompts, and which policy that says to keep."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.pass_at_k import pass_at_k
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.recipes.answers import Answers, Examiner, Sampler
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.policy_models import PolicyModels
+from rlhf_jax.recipes.prompt_batches import PromptBatch
+from rlhf_jax.recipes.rewards import Judge
+from rlhf_jax.recipes.session import Session
+
+NUM_LOGGED_SAMPLES = 8
+
+
+class HeldOut:
+    """Answers held-out prompts, logs a few of the answers, returns their metrics.
+
+    Args:
+        config: of the run.
+        batch: the prompts.
+        models: policy, reference and reward model.
+        sample: draws the answers.
+        judge: of the run, entered.
+        language: to read the answers with.
+        mesh: where to compute.
+        key: root of the sampling; every step folds its number in.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | GRPOConfig,
+        batch: PromptBatch,
+        *,
+        models: PolicyModels,
+        sample: Sampler,
+        judge: Judge,
+        language: Language,
+        mesh: Mesh,
+        key: Array,
+    ):
+        self._config = config
+        self._batch = batch.repeat(config.eval_samples)
+        self._models = models
+        self._judge = judge
+        self._language = language
+        self._key = key
+        self._examiner = Examiner(
+            sample,
+            policy=models.policy,
+            score_fn=models.score_fn,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+            mesh=mesh,
+        )
+
+    def __call__(self, session: Session, step: int, actor: Params) -> dict[str, float]:
+        """Metrics of the policy after a step; `eval/…`."""
+        answers = self._examiner.answers(
+            jax.random.fold_in(self._key, step),
+            actor,
+            self._batch.prompts,
+            reference=self._models.reference,
+            reward=self._models.reward,
+        )
+        texts = answers.texts(self._language)
+        scores, by_function = self._judge.of_answers(answers, texts, self._batch)
+        self._log_samples(session, step, answers, texts, scores, by_function)
+        metrics = answers.metrics()
+        metrics["score_mean"] = float(np.mean(scores))
+        metrics["score_std"] = float(np.std(scores))
+        for name, row in by_function.items():
+            metrics[f"reward/{name}"] = float(np.mean(row))
+        metrics |= self._pass_rates(by_function)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def _pass_rates(self, by_function: dict[str, np.ndarray]) -> dict[str, float]:
+        """pass@k for k = 1, 2, 4, … up to the answers per prompt."""
+        threshold, samples = self._config.eval_pass, self._config.eval_samples
+        if threshold is None or not by_function:
+            return {}
+        passed = next(iter(by_function.values())) >= threshold
+        num_correct = jnp.asarray(passed.reshape(-1, samples).sum(axis=1))
+        ks = [2**power for power in range(samples.bit_length())]
+        return {
+            f"pass_at_{k}": float(
+                jnp.mean(pass_at_k(num_correct, num_samples=samples, k=k))
+            )
+            for k in ks
+        }
+
+    def _log_samples(
+        self,
+        session: Session,
+        step: int,
+        answers: Answers,
+        texts: list[str],
+        scores: np.ndarray,
+        by_function: dict[str, np.ndarray],
+    ) -> None:
+        """The first answer to each of the first prompts."""
+        columns = {
+            "prompt": self._language.decode_prompts(self._batch.prompts),
+            "response": texts,
+            "score": scores,
+            **by_function,
+        }
+        if answers.kl is not None:
+            columns["kl"] = answers.kl
+        first = range(0, len(texts), self._config.eval_samples)[:NUM_LOGGED_SAMPLES]
+        session.log_samples(
+            step, [{name: x[i] for name, x in columns.items()} for i in first]
+        )
+
+
+class PolicyKeeper:
+    """Writes the policy that a run is for: its last, or its best on held-out prompts.
+
+    With `early_stop`, every policy that is the best so far is written at once, and the
+    run is done when patience runs out. A resumed run knows what was seen before.
+
+    Args:
+        config: of the run.
+        session: entered and restored.
+        save: `(path, params=…)` writes a policy.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | GRPOConfig,
+        session: Session,
+        save: Callable[..., None],
+    ):
+        self._metric = config.early_stop
+        self._patience = config.early_stop_patience
+        self._path = session.run.model
+        self._save = save
+        self._best = -math.inf
+        self._waited = 0
+        if self._metric is not None:
+            for value in session.history(self._metric):
+                self._is_best(value)
+
+    def see(self, metrics: dict[str, float], actor: Params) -> None:
+        """Takes note of an evaluation of `actor`.
+
+        Raises:
+            ValueError: when the metric to watch is none of its metrics.
+        """
+        if self._metric is None:
+            return
+        if self._metric not in metrics:
+            names = ", ".join(name for name in metrics if name.startswith("eval/"))
+            raise ValueError(
+                f"early-stop={self._metric!r}: the held-out metrics of this run are "
+                f"{names}"
+            )
+        if self._is_best(metrics[self._metric]):
+            self._save(self._path, params=actor)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether patience has run out."""
+        return self._metric is not None and self._waited >= self._patience
+
+    def finish(self, actor: Params) -> None:
+        """Writes the last policy, unless the best one is written already."""
+        if self._metric is None:
+            self._save(self._path, params=actor)
+
+    def _is_best(self, value: float) -> bool:
+        better = value > self._best
+        self._best = max(self._best, value)
+        self._waited = 0 if better else self._waited + 1
+        return better

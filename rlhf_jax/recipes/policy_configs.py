@@ -1,0 +1,287 @@
+"""The configurations of the stages that train a policy by reward: flags, keys, help.
+
+The string below each field is its help on the command line.
+"""
+
+import dataclasses
+
+from rlhf_jax.algo.ensembles import EnsembleScore
+from rlhf_jax.algo.options import check
+from rlhf_jax.grpo_presets import GRPOMethod
+from rlhf_jax.presets import PPOMethod
+from rlhf_jax.runtime.config import Overlong, RunConfig, check_positive
+
+# After `reward/`, where a function's mean is written under its name.
+_METRICS_OF_REWARDS = (
+    "score_mean",
+    "score_std",
+    "shaped_mean",
+    "normalization_mean",
+    "normalization_std",
+    "greedy_mean",
+    "model",
+    "failures",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSources:
+    """Where the reward of an answer comes from, in training and on held-out prompts."""
+
+    reward_model: str | None = None
+    """Hugging Face directory of a frozen reward model"""
+    reward_model_weight: float = 1.0
+    """of the reward model, or the ensemble, beside reward functions"""
+    ensemble: tuple[str, ...] = ()
+    """Hugging Face directories of further reward models, which judge with the first"""
+    ensemble_score: EnsembleScore = "worst"
+    """one score of several: the mean, the lowest, or the mean minus ensemble-penalty
+    standard deviations; models need a common zero (center-coef of rlhf-jax reward)"""
+    ensemble_penalty: float = 1.0
+    """standard deviations that mean-minus-std takes off"""
+    reward: tuple[str, ...] = ()
+    """reward functions, file.py:function or package.module:function, called as
+    function(prompts, responses, columns) and returning a number per row; columns holds
+    the other columns of the data. rlhf_jax.tasks.verifiable has exact_answer and
+    reasoning_format"""
+    reward_weights: tuple[float, ...] = ()
+    """of the reward functions in the sum; without them, 1 each"""
+    reward_columns: tuple[str, ...] = ()
+    """columns of the data that reward functions get, which every row must have; without
+    them, all that the first row has"""
+    reward_processes: int = 2
+    """worker processes that call reward functions"""
+    reward_time_limit: float = 5.0
+    """seconds after which a call of a reward function has failed"""
+    reward_on_failure: float | None = None
+    """score of an answer at which a reward function fails; None: the run stops"""
+    eval_reward: tuple[str, ...] = ()
+    """reward functions that are measured on held-out answers only"""
+    eval_samples: int = 1
+    """answers to each held-out prompt"""
+    eval_pass: float | None = 1.0
+    """a held-out answer passes with at least this score by the first function of
+    eval-reward, or else of reward; None: pass rates are left out"""
+    early_stop: str | None = None
+    """held-out metric that must go on rising, such as eval/score_mean or
+    eval/reward/exact_answer; the policy that is written is the best by it. None: the
+    last one is written"""
+    early_stop_patience: int = 3
+    """evaluations without a new best after which training ends"""
+
+    def validate_rewards(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check(
+            self.reward_model is not None or bool(self.reward),
+            "reward-model",
+            None,
+            "name what to learn from: reward-model (a directory) or reward "
+            "(functions, file.py:function)",
+        )
+        if self.reward_model is None:
+            why = "is for a reward-model, which there is none of"
+            self._require_defaults("reward_model_weight", "ensemble", why=why)
+        if not self.ensemble:
+            why = "is for an ensemble: name further reward models there"
+            self._require_defaults("ensemble_score", why=why)
+        if self.ensemble_score != "mean-minus-std":
+            why = "is for ensemble-score=mean-minus-std"
+            self._require_defaults("ensemble_penalty", why=why)
+        check(
+            self.ensemble_penalty >= 0,
+            "ensemble-penalty",
+            self.ensemble_penalty,
+            "must not be negative",
+        )
+        if not self.reward:
+            why = "is for functions of reward, and there are none"
+            self._require_defaults("reward_weights", "reward_on_failure", why=why)
+        check(
+            len(self.reward_weights) in (0, len(self.reward)),
+            "reward-weights",
+            self.reward_weights,
+            f"give one for each of the {len(self.reward)} functions of reward",
+        )
+        names = [spec.rpartition(":")[2] for spec in (*self.reward, *self.eval_reward)]
+        twice = [name for name in names if names.count(name) > 1]
+        check(
+            not twice,
+            "reward",
+            twice[:1],
+            "two functions of one name; metrics are called by it, so rename one",
+        )
+        taken = [name for name in names if name in _METRICS_OF_REWARDS]
+        check(
+            not taken,
+            "reward",
+            taken[:1],
+            "a metric of the run has this name already; rename the function",
+        )
+        check_positive(
+            reward_processes=self.reward_processes,
+            eval_samples=self.eval_samples,
+            early_stop_patience=self.early_stop_patience,
+        )
+        check(
+            self.reward_time_limit > 0,
+            "reward-time-limit",
+            self.reward_time_limit,
+            "must be above 0 seconds",
+        )
+        if self.early_stop is None:
+            why = "does nothing without early-stop"
+            self._require_defaults("early_stop_patience", why=why)
+
+    def _require_defaults(self, *names: str, why: str) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(RewardSources)}
+        for name in names:
+            value = vars(self)[name]
+            check(value == defaults[name], name.replace("_", "-"), value, why)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(RewardSources, RunConfig):
+    """What PPO and its relatives without a critic have in common."""
+
+    policy: str
+    """Hugging Face directory of the policy to improve, usually the supervised model"""
+    data: str
+    """prompts: rows with a prompt, or any of the forms the other commands read; reward
+    functions get the other columns"""
+    reference: str | None = None
+    """Hugging Face directory of the frozen reference; without it, the policy's start"""
+    eval_data: str | None = None
+    """held-out prompts; without it, eval-fraction of the prompts are held out"""
+    eval_fraction: float = 0.05
+    """share of prompts held out when there is no eval-data"""
+    eval_prompts: int = 64
+    """held-out prompts answered at each evaluation"""
+    prompt_column: str = "prompt"
+    """column of prompts"""
+    updates: int = 100
+    """updates: one rollout and one round of epochs each"""
+    batch_size: int = 64
+    """answers per update"""
+    microbatches: int = 1
+    """parts of a minibatch computed one after the other, to save memory; they change
+    what is learned only under policy-loss.mean-of-means"""
+    max_prompt_tokens: int = 64
+    """longest prompt, in tokens"""
+    overlong: Overlong = "drop"
+    """what happens to longer prompts; truncate keeps their end"""
+    max_new_tokens: int = 48
+    """longest answer, in tokens"""
+    stop: tuple[str, ...] = ()
+    """texts of single tokens that end an answer, besides the tokenizer's EOS; the
+    reward model reads the score at whichever came"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        RunConfig.validate(self)
+        self.validate_rewards()
+        check_positive(
+            updates=self.updates,
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            eval_prompts=self.eval_prompts,
+        )
+        check(
+            self.eval_data is not None or 0 < self.eval_fraction < 1,
+            "eval-fraction",
+            self.eval_fraction,
+            "must lie in (0, 1) when there is no eval-data",
+        )
+
+    def _check_method(self, method: PPOMethod | GRPOMethod) -> None:
+        """What depends on both the method and the sizes."""
+        devices = self.mesh.data * self.mesh.fsdp
+        parts = method.minibatches * self.microbatches * devices
+        check(
+            self.batch_size % parts == 0,
+            "batch-size",
+            self.batch_size,
+            f"must be a multiple of {parts} = minibatches {method.minibatches} × "
+            f"microbatches {self.microbatches} × devices {devices}",
+        )
+        buffer = method.scores.overlong_buffer
+        check(
+            buffer is None or buffer <= self.max_new_tokens,
+            "scores.overlong-buffer",
+            buffer,
+            f"must be at most max-new-tokens={self.max_new_tokens}",
+        )
+        check(
+            self.reference is None or method.kl.place != "none",
+            "reference",
+            self.reference,
+            "is not used under kl.place=none",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig(PPOMethod, PolicyConfig):
+    """PPO with a critic, against a reward model, reward functions or both.
+
+    --preset NAME takes every option of the method from a known implementation:
+    openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat (`rlhf-jax presets`
+    lists them). Options given beside it override it, and so does a file.
+    """
+
+    critic: str | None = None
+    """Hugging Face directory the critic starts from; without it the reward model, or
+    else the policy with a fresh head"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        PolicyConfig.validate(self)
+        PPOMethod.validate(self)
+        self._check_method(self)
+        check(
+            self.critic_warmup < self.updates,
+            "critic-warmup",
+            self.critic_warmup,
+            f"must be below updates={self.updates}, or the policy never learns",
+        )
+        check(
+            self.batch_size % self.advantages.whiten_shards == 0,
+            "advantages.whiten-shards",
+            self.advantages.whiten_shards,
+            f"must divide batch-size={self.batch_size}",
+        )
+        check(
+            self.critic is None or self.critic_trunk == "own",
+            "critic",
+            self.critic,
+            "is not used under critic-trunk=shared",
+        )
+        check(
+            self.scores.normalization != "reference" or self.kl.place != "none",
+            "scores.normalization",
+            self.scores.normalization,
+            "needs a reference; take running, or another kl.place than none",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig(GRPOMethod, PolicyConfig):
+    """GRPO and its relatives: several answers per prompt instead of a critic.
+
+    --preset NAME takes every option of the method from a paper: grpo, dr_grpo, rloo,
+    reinforce_pp, reinforce_pp_baseline, remax, dapo, gspo or cispo
+    (`rlhf-jax presets --command grpo` lists them). Options given beside it override
+    it, and so does a file.
+    """
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        PolicyConfig.validate(self)
+        GRPOMethod.validate(self)
+        self._check_method(self)
+        check(
+            self.batch_size % self.group_size == 0,
+            "batch-size",
+            self.batch_size,
+            f"must be a multiple of group-size={self.group_size}",
+        )

@@ -1,0 +1,132 @@
+"""Prompts of a run, with what reward functions are told of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.algo.types import Prompts
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.policy_configs import PolicyConfig
+from rlhf_jax.recipes.texts import read_split
+from rlhf_jax.runtime.batches import Batches, pad_prompts
+from rlhf_jax.runtime.encoding import encode_prompts
+from rlhf_jax.runtime.progress import heading
+from rlhf_jax.runtime.text_data import Columns, PromptRow, read_prompt_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """B prompts: as tokens for the policy, as text for reward functions."""
+
+    prompts: Prompts  # [B, P], NumPy arrays
+    rows: list[PromptRow]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as the data has them."""
+        return [row.prompt for row in self.rows]
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The other columns of the data, B values each."""
+        names = self.rows[0].columns
+        return {name: [row.columns[name] for row in self.rows] for name in names}
+
+    def take(self, index: Sequence[int] | np.ndarray) -> "PromptBatch":
+        """Some of the prompts, in any order and number."""
+        index = np.asarray(index)
+        return PromptBatch(
+            prompts=jax.tree.map(lambda x: x[index], self.prompts),
+            rows=[self.rows[int(i)] for i in index],
+        )
+
+    def join(self, other: "PromptBatch") -> "PromptBatch":
+        """The prompts of both, one after the other."""
+        return PromptBatch(
+            prompts=jax.tree.map(
+                lambda *x: np.concatenate(x), self.prompts, other.prompts
+            ),
+            rows=[*self.rows, *other.rows],
+        )
+
+    def repeat(self, times: int) -> "PromptBatch":
+        """Every prompt so many times, one after the other."""
+        return self.take(np.repeat(np.arange(len(self.rows)), times))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """Training and held-out prompts of one width."""
+
+    rows: list[tuple[PromptRow, np.ndarray]]  # and their tokens
+    held_out: PromptBatch
+    width: int
+    pad_id: int
+
+    def batches(self, *, batch_size: int, seed: int) -> Batches:
+        """Training batches, by number."""
+        return Batches(self.rows, self._collate, batch_size=batch_size, seed=seed)
+
+    def _collate(self, rows: Sequence[tuple[PromptRow, np.ndarray]]) -> PromptBatch:
+        return collate(rows, width=self.width, pad_id=self.pad_id)
+
+
+def collate(
+    rows: Sequence[tuple[PromptRow, np.ndarray]], *, width: int, pad_id: int
+) -> PromptBatch:
+    """Rows and their tokens as a batch."""
+    tokens = [tokens for _, tokens in rows]
+    return PromptBatch(
+        prompts=pad_prompts(tokens, width=width, pad_id=pad_id),
+        rows=[row for row, _ in rows],
+    )
+
+
+def read_prompt_data(
+    config: PolicyConfig, language: Language, *, stage: str
+) -> PromptData:
+    """Reads and encodes the prompts of a run; says how many there are.
+
+    Raises:
+        ValueError: one line that names the file, the line and what is wrong.
+    """
+    told = bool(config.reward or config.eval_reward)  # functions are told the columns
+    read = partial(
+        read_prompt_rows,
+        columns=Columns(prompt=config.prompt_column),
+        keep=(config.reward_columns or None) if told else (),
+        render_chat=language.render,
+    )
+    train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
+    held_out = held_out[: config.eval_prompts]
+
+    def encode(rows: list[PromptRow]):
+        encoded = encode_prompts(
+            [row.prompt for row in rows],
+            language.tokenizer,
+            max_prompt_tokens=config.max_prompt_tokens,
+            bos_id=language.bos_id,
+            overlong=config.overlong,
+        )
+        sources = [rows[source] for source in encoded.sources]
+        return encoded, list(zip(sources, encoded.rows, strict=True))
+
+    encoded, train_rows = encode(train)
+    encoded_held_out, held_out_rows = encode(held_out)
+    width = max(encoded.width, encoded_held_out.width)
+    heading(
+        f"{stage}: {len(train_rows)} training and {len(held_out_rows)} held-out "
+        f"prompts of at most {width} tokens; too long: {encoded.dropped} dropped, "
+        f"{encoded.truncated} truncated",
+        quiet=config.quiet,
+    )
+    return PromptData(
+        rows=train_rows,
+        held_out=collate(held_out_rows, width=width, pad_id=language.pad_id),
+        width=width,
+        pad_id=language.pad_id,
+    )

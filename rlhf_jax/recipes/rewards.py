@@ -1,0 +1,204 @@
+"""The reward of an answer: reward models and reward functions, weighed and added."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array, Params, Rollout
+from rlhf_jax.recipes.answers import Answers
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.policy_configs import PolicyConfig
+from rlhf_jax.recipes.policy_models import PolicyModels
+from rlhf_jax.recipes.prompt_batches import PromptBatch
+from rlhf_jax.rollout.scoring import mark_stops
+from rlhf_jax.runtime.mesh import put_batch
+from rlhf_jax.runtime.reward_functions import RewardScores, RewardWorkers
+
+NUM_PROBED = 2
+
+ScoreRollout = Callable[[Params | None, Rollout], tuple[Array, Array]]
+"""`(reward, rollout)` → the reward model's scores `[B]`, and how far it read `[B]`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """What B answers of a rollout earned."""
+
+    scores: Array  # [B] float32, on the devices
+    metrics: dict[str, float]
+
+
+def score_program(
+    models: PolicyModels, *, stop_ids: Sequence[int], cut: bool
+) -> ScoreRollout:
+    """The reward model over a rollout, compiled; scores of 0 where there is none.
+
+    Args:
+        models: for the reward model.
+        stop_ids: tokens that end an answer.
+        cut: whether answers end at them; if not, no more than that is read.
+    """
+
+    def score(reward: Params | None, rollout: Rollout) -> tuple[Array, Array]:
+        read = rollout.mask
+        if not cut:
+            _, read = mark_stops(rollout, stop_ids)
+        lengths = jnp.sum(read, axis=1, dtype=jnp.int32)
+        if models.score_fn is None:
+            return jnp.zeros(rollout.lengths.shape, jnp.float32), lengths
+        mask = jnp.concatenate([rollout.prompts.mask, read], axis=1)
+        scores = models.score_fn(reward, rollout.tokens, mask)
+        return scores.astype(jnp.float32), lengths
+
+    return jax.jit(score)
+
+
+class RewardFunctions(contextlib.ExitStack):
+    """The reward functions of a run, as a context manager that holds their processes.
+
+    Entering it imports and checks every function; enter it before any expensive work.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        RewardFunctionError: on entering, where a function cannot be used.
+    """
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        self.train = self.held_out = None
+        if config.reward:
+            self.train = _workers(config, config.reward, config.reward_weights)
+        if config.eval_reward:
+            self.held_out = _workers(config, config.eval_reward, ())
+
+    def __enter__(self) -> "RewardFunctions":
+        super().__enter__()
+        for workers in self._all():
+            self.enter_context(workers)
+        return self
+
+    def probe(self, batch: PromptBatch) -> None:
+        """Asks every function about empty answers to the first prompts.
+
+        A function that needs a column which the data does not have says so here,
+        before anything is compiled; and a policy may well answer nothing.
+
+        Raises:
+            RewardFunctionError: where a function fails and no score is stated for that.
+        """
+        batch = batch.take(range(min(NUM_PROBED, len(batch.rows))))
+        for workers in self._all():
+            workers.score(batch.texts, [""] * len(batch.rows), batch.columns)
+
+    def _all(self) -> list[RewardWorkers]:
+        return [x for x in (self.train, self.held_out) if x is not None]
+
+
+class Judge:
+    """Rewards of answers, in training and on held-out prompts.
+
+    Args:
+        config: of the run.
+        models: for the reward model and its parameters.
+        functions: entered.
+        language: to read answers with.
+        score: from `score_program`.
+        mesh: where scores go.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        models: PolicyModels,
+        functions: RewardFunctions,
+        language: Language,
+        score: ScoreRollout,
+        mesh: Mesh,
+    ):
+        self._weight = config.reward_model_weight
+        self._counts_failures = config.reward_on_failure is not None
+        self._models = models
+        self._functions = functions
+        self._language = language
+        self._score = score
+        self._mesh = mesh
+
+    def of_rollout(self, rollout: Rollout, batch: PromptBatch) -> Rewards:
+        """Rewards of B answers; `batch` has the prompt of each.
+
+        Raises:
+            RewardFunctionError: where a function fails and no score is stated for that.
+        """
+        scores, lengths = self._score(self._models.reward, rollout)
+        if self._weight != 1.0:
+            scores = self._weight * scores
+        functions = self._functions.train
+        if functions is None:
+            return Rewards(scores=scores, metrics={})
+        responses, lengths = jax.device_get((rollout.responses, lengths))
+        found = functions.score(
+            batch.texts, self._language.decode(responses, lengths), batch.columns
+        )
+        metrics = {
+            f"reward/{name}": float(np.mean(row))
+            for name, row in _by_name(functions, found).items()
+        }
+        if self._models.score_fn is not None:
+            metrics["reward/model"] = float(jnp.mean(scores))
+        if self._counts_failures:
+            metrics["reward/failures"] = float(found.failures.sum())
+        return Rewards(
+            scores=scores + put_batch(self._mesh, found.scores), metrics=metrics
+        )
+
+    def of_answers(
+        self, answers: Answers, texts: Sequence[str], batch: PromptBatch
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The reward of N held-out answers, and what every function says of them.
+
+        Args:
+            answers: with the scores of the reward model, if there is one.
+            texts: the answers.
+            batch: the prompt of each.
+
+        Returns:
+            `[N]` rewards as in training, and by function `[N]`, those of `eval_reward`
+            first.
+        """
+        total = np.zeros(len(texts), np.float32)
+        if answers.scores is not None:
+            total += self._weight * answers.scores
+        by_function = {}
+        if self._functions.held_out is not None:
+            found = self._functions.held_out.score(batch.texts, texts, batch.columns)
+            by_function |= _by_name(self._functions.held_out, found)
+        if self._functions.train is not None:
+            found = self._functions.train.score(batch.texts, texts, batch.columns)
+            total += found.scores
+            by_function |= _by_name(self._functions.train, found)
+        return total, by_function
+
+
+def _workers(
+    config: PolicyConfig, specs: Sequence[str], weights: Sequence[float]
+) -> RewardWorkers:
+    failing = config.reward_on_failure
+    return RewardWorkers(
+        specs,
+        weights=weights or None,
+        processes=config.reward_processes,
+        time_limit=config.reward_time_limit,
+        on_failure="stop" if failing is None else failing,
+    )
+
+
+def _by_name(workers: RewardWorkers, found: RewardScores) -> dict[str, np.ndarray]:
+    names = [spec.rpartition(":")[2] for spec in workers.specs]
+    return dict(zip(names, found.by_function, strict=True))

@@ -1,0 +1,167 @@
+"""A scored rollout to experience without a critic: GRPO and its relatives on arrays."""
+
+import jax.numpy as jnp
+
+from rlhf_jax.algo.critic_free import (
+    broadcast_over_tokens,
+    gpg_advantages,
+    opo_advantages,
+    passk_advantages,
+    rewards_to_go,
+)
+from rlhf_jax.algo.group_advantages import group_advantages, group_std
+from rlhf_jax.algo.masking import masked_whiten
+from rlhf_jax.algo.options import (
+    GroupOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+)
+from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
+from rlhf_jax.rollout.experience import (
+    actor_experience,
+    final_scores,
+    rollout_metrics,
+    token_rewards,
+    used_answers,
+)
+
+
+def make_group_experience(
+    scored: ScoredRollout,
+    *,
+    group_size: int,
+    kl_coef: Scalar,
+    kl: KLOptions = KLOptions(place="loss", estimator="k2"),
+    scores: ScoreOptions = ScoreOptions(),
+    groups: GroupOptions = GroupOptions(),
+    policy_loss: PolicyLossOptions = PolicyLossOptions(),
+    greedy: tuple[Rollout, Array] | None = None,
+) -> tuple[Experience, dict[str, Array]]:
+    """Advantages of answers against each other, or against the likeliest answer.
+
+    Order: scores (`final_scores`); score at the end minus β·KL at every token, where
+    the KL is in the reward; advantages by `token_advantages`. An answer that is left
+    out of the loss (`scores.missing_eos="mask"`) still counts in its group.
+
+    Args:
+        scored: the rollout with log-probabilities and scores; no values are read. Rows
+            g·G … g·G + G − 1 are the answers to one prompt.
+        group_size: G.
+        kl_coef: `[]`, β of this step; `kl.coef` is only where it starts.
+        kl: the penalty. With `place="loss"` the experience carries β to the loss.
+        scores: what happens to scores before they are compared.
+        groups: from scores to advantages.
+        policy_loss: read for `sampler_correction`.
+        greedy: for `groups.baseline="greedy"`: the likeliest answer to the prompt of
+            each row, and its `[B]` score.
+
+    Returns:
+        The experience, without old values and returns, and scalar float32 metrics over
+        the batch. `group/score_std` is the mean over groups of the standard deviation
+        of raw scores inside them, where answers are compared.
+
+    Raises:
+        ValueError: on options that contradict each other, a group size that does not
+            divide B, or greedy answers without their baseline and the other way round.
+    """
+    scores.validate_without_critic("scores")
+    for name, options in (
+        ("kl", kl),
+        ("groups", groups),
+        ("policy_loss", policy_loss),
+    ):
+        options.validate(name)
+    if (groups.baseline == "greedy") != (greedy is not None):
+        raise ValueError(
+            f"groups.baseline={groups.baseline!r}: greedy answers go with the baseline "
+            "'greedy', and it with them"
+        )
+    rollout = scored.rollout
+    rewards = token_rewards(scored, kl_coef=kl_coef, kl=kl, scores=scores)
+    advantages = token_advantages(
+        rewards,
+        rollout.mask,
+        group_size,
+        groups,
+        greedy_scores=None if greedy is None else final_scores(*greedy, scores),
+    )
+    experience = actor_experience(
+        scored,
+        advantages,
+        rollout.mask & used_answers(rollout, scores)[:, None],
+        kl_coef=kl_coef,
+        kl=kl,
+        policy_loss=policy_loss,
+    )
+    metrics = rollout_metrics(scored, rewards, kl_coef=kl_coef, kl=kl)
+    if groups.compares:
+        inside = group_std(scored.scores, group_size, ddof=0)
+        metrics["group/score_std"] = jnp.mean(inside)
+    return experience, metrics
+
+
+def token_advantages(
+    rewards: Array,
+    mask: Array,
+    group_size: int,
+    options: GroupOptions,
+    *,
+    greedy_scores: Array | None = None,
+) -> Array:
+    """Advantages of each token, from what it and the tokens after it earned.
+
+    Where answers are compared with each other, an answer is worth the sum of its
+    rewards, and every token gets the same advantage. With the baselines `"greedy"` and
+    `"none"` a token gets the rewards from it on, minus the baseline.
+
+    Args:
+        rewards: `[B, T]` float32, from `token_rewards`.
+        mask: `[B, T]` bool, True on response tokens.
+        group_size: G; rows g·G … g·G + G − 1 are the answers to one prompt.
+        options: baseline and scale.
+        greedy_scores: `[B]` float32, for the baseline `"greedy"`.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+    """
+    if options.compares:
+        worth = jnp.sum(jnp.where(mask, rewards, 0.0), axis=1)
+        advantages = broadcast_over_tokens(
+            _group_advantages(worth, mask, group_size, options), mask
+        )
+    else:
+        advantages = rewards_to_go(rewards, mask, gamma=options.gamma)
+    if greedy_scores is not None:
+        advantages -= broadcast_over_tokens(greedy_scores, mask)
+    if options.scale == "tokens":
+        advantages = masked_whiten(advantages, mask, ddof=options.ddof)
+    return advantages
+
+
+def _group_advantages(
+    worth: Array, mask: Array, group_size: int, options: GroupOptions
+) -> Array:
+    """`[B]`: each answer against its group."""
+    scale = "none" if options.scale in ("tokens", "signal") else options.scale
+    match options.baseline:
+        case "length-weighted":
+            lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+            return opo_advantages(worth, lengths, group_size)
+        case "best-of-others":
+            in_group = "std" if scale == "std" else "none"
+            return passk_advantages(
+                worth, group_size, scale=in_group, ddof=options.ddof
+            )
+        case "mean" if options.scale == "signal":
+            return gpg_advantages(worth, group_size)
+        case "mean":
+            baseline = "mean"
+        case _:
+            baseline = "leave-one-out"
+    return group_advantages(
+        worth, group_size, scale=scale, baseline=baseline, ddof=options.ddof
+    )
