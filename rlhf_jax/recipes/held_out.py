@@ -21,6 +21,18 @@ from rlhf_jax.recipes.session import Session
 NUM_LOGGED_SAMPLES = 8
 
 
+def pass_rates(passed: np.ndarray) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, … up to n; `passed` is `[N, n]` bool, by prompt."""
+    num_samples = passed.shape[1]
+    num_correct = jnp.asarray(passed.sum(axis=1))
+    return {
+        f"pass_at_{k}": float(
+            jnp.mean(pass_at_k(num_correct, num_samples=num_samples, k=k))
+        )
+        for k in (2**power for power in range(num_samples.bit_length()))
+    }
+
+
 class HeldOut:
     """Answers held-out prompts, logs a few of the answers, returns their metrics.
 
@@ -83,19 +95,12 @@ class HeldOut:
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def _pass_rates(self, by_function: dict[str, np.ndarray]) -> dict[str, float]:
-        """pass@k for k = 1, 2, 4, … up to the answers per prompt."""
-        threshold, samples = self._config.eval_pass, self._config.eval_samples
+        """By the first function, where the run has a threshold for it."""
+        threshold = self._config.eval_pass
         if threshold is None or not by_function:
             return {}
         passed = next(iter(by_function.values())) >= threshold
-        num_correct = jnp.asarray(passed.reshape(-1, samples).sum(axis=1))
-        ks = [2**power for power in range(samples.bit_length())]
-        return {
-            f"pass_at_{k}": float(
-                jnp.mean(pass_at_k(num_correct, num_samples=samples, k=k))
-            )
-            for k in ks
-        }
+        return pass_rates(passed.reshape(-1, self._config.eval_samples))
 
     def _log_samples(
         self,

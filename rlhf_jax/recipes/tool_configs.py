@@ -88,7 +88,8 @@ class EvaluateConfig:
     """Held-out figures of a model: a language model, a policy or a reward model.
 
     Texts (data) give loss and perplexity of a language model; pairs give the accuracy
-    of a reward model; prompts give reward, KL, length and stop rate of a policy.
+    of a reward model; prompts give rewards, pass rates, KL, length and stop rate of a
+    policy.
     """
 
     model: str | None = None
@@ -117,8 +118,18 @@ class EvaluateConfig:
     """longest sequence, in tokens; longer rows are dropped and counted"""
     max_new_tokens: int = 64
     """longest answer, in tokens"""
+    reward: tuple[str, ...] = ()
+    """reward functions for answers to prompts, as for rlhf-jax grpo: file.py:function
+    or package.module:function"""
+    reward_time_limit: float = 5.0
+    """seconds after which a call of a reward function has failed"""
+    samples: int = 1
+    """answers per prompt"""
+    pass_score: float | None = 1.0
+    """an answer passes with at least this score by the first reward function; None:
+    pass rates are left out"""
     temperature: float = 1.0
-    """of sampling"""
+    """of sampling; 0 takes the likeliest token"""
     stop: tuple[str, ...] = ()
     """texts of single tokens that end an answer, besides the tokenizer's EOS"""
     dtype: Dtype = "float32"
@@ -144,6 +155,12 @@ class EvaluateConfig:
                 self.reward_model is not None, "reward-model", None, "needed for pairs"
             )
         check(
+            not self.reward or self.prompts is not None,
+            "reward",
+            self.reward,
+            "judges answers to prompts; give prompts",
+        )
+        check(
             self.reference is None or self.prompts is not None,
             "reference",
             self.reference,
@@ -159,6 +176,7 @@ class EvaluateConfig:
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
             max_new_tokens=self.max_new_tokens,
+            samples=self.samples,
         )
 
 

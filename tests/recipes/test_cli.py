@@ -9,7 +9,8 @@ import tyro
 import yaml
 
 from rlhf_jax import cli
-from rlhf_jax.recipes.configs import PPOConfig, SFTConfig
+from rlhf_jax.recipes.configs import SFTConfig
+from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.runtime.config import to_dict
 
 
@@ -129,3 +130,28 @@ def test_evaluate_reports_all_three_kinds(stages, tmp_path):
     assert figures["texts/perplexity"] > 1
     assert abs(figures["prompts/kl_sequence"]) < 1e-4  # policy and reference are equal
     assert 0 < figures["prompts/length_mean"] <= 5
+
+
+def test_evaluate_asks_reward_functions(stages, tmp_path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "def every_other(prompts, responses, columns):\n    return columns['pays']\n"
+    )
+    lines = Path(stages.ppo.data).read_text("utf-8").splitlines()[:4]
+    data = tmp_path / "problems.jsonl"
+    rows = [json.loads(line) | {"pays": i % 2} for i, line in enumerate(lines)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    output = tmp_path / "figures.json"
+    cli.main(
+        [
+            *("evaluate", "--model", stages.ppo.policy, "--prompts", str(data)),
+            *("--reward", f"{rewards}:every_other", "--samples", "2"),
+            *("--max-tokens", "96", "--max-new-tokens", "5", "--batch-size", "4"),
+            *("--output", str(output)),
+        ]
+    )
+    figures = json.loads(output.read_text("utf-8"))
+    assert figures["prompts"] == 4
+    # The function pays for two of the four prompts, whatever is answered.
+    assert figures["prompts/reward/every_other"] == 0.5
+    assert figures["prompts/pass_at_1"] == figures["prompts/pass_at_2"] == 0.5
