@@ -10,6 +10,7 @@ from rlhf_jax.algo.advantages import (
     n_step_returns,
     td_errors,
 )
+from rlhf_jax.algo.best_of_n import best_of_n_kl, best_of_n_mean
 from rlhf_jax.algo.covariance_losses import clip_cov_loss, kl_cov_loss
 from rlhf_jax.algo.critic_free import (
     broadcast_over_tokens,
@@ -28,6 +29,7 @@ from rlhf_jax.algo.diagnostics import (
     mean_ratio,
     value_clip_fraction,
 )
+from rlhf_jax.algo.ensembles import combine_scores
 from rlhf_jax.algo.group_advantages import group_advantages
 from rlhf_jax.algo.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.algo.length_penalties import soft_overlong_penalty
@@ -56,11 +58,13 @@ from rlhf_jax.algo.minibatches import split_minibatches
 from rlhf_jax.algo.off_policy import sampler_weights
 from rlhf_jax.algo.options import (
     AdvantageOptions,
+    GroupOptions,
     KLOptions,
     PolicyLossOptions,
     ScoreOptions,
     ValueLossOptions,
 )
+from rlhf_jax.algo.pass_at_k import pass_at_k
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     geometric_mean_loss,
@@ -69,6 +73,7 @@ from rlhf_jax.algo.policy_losses import (
     sapo_loss,
 )
 from rlhf_jax.algo.preferences import preference_loss
+from rlhf_jax.algo.ranking import pairwise_ranking_loss, plackett_luce_loss
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
 from rlhf_jax.algo.sampling import sample_token, transform_logits
 from rlhf_jax.algo.score_moments import (
@@ -82,6 +87,7 @@ from rlhf_jax.algo.types import (
     Experience,
     Preferences,
     Prompts,
+    Rankings,
     Rollout,
     ScoredRollout,
     Sequences,
@@ -93,10 +99,12 @@ __all__ = [
     "AdvantageOptions",
     "Demonstrations",
     "Experience",
+    "GroupOptions",
     "KLOptions",
     "PolicyLossOptions",
     "Preferences",
     "Prompts",
+    "Rankings",
     "Rollout",
     "ScoreMoments",
     "ScoreOptions",
@@ -108,12 +116,15 @@ __all__ = [
     "aggregate",
     "approx_kl",
     "before_response",
+    "best_of_n_kl",
+    "best_of_n_mean",
     "broadcast_over_tokens",
     "cispo_loss",
     "clip_cov_loss",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "combine_scores",
     "critic_loss",
     "explained_variance",
     "fused_token_logprobs",
@@ -134,8 +145,11 @@ __all__ = [
     "n_step_returns",
     "normalize_scores",
     "opo_advantages",
+    "pairwise_ranking_loss",
+    "pass_at_k",
     "passk_advantages",
     "penalize_missing_eos",
+    "plackett_luce_loss",
     "ppo_loss",
     "preference_loss",
     "reinforce_loss",

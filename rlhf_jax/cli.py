@@ -11,8 +11,12 @@ from typing import Any
 
 import tyro
 
-from rlhf_jax.presets import PRESETS, PPOMethod, preset
-from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.grpo_presets import GRPO_PRESETS, GRPOMethod
+from rlhf_jax.presets import PRESETS, PPOMethod
+from rlhf_jax.recipes.annotate_config import AnnotateReadConfig, AnnotateWriteConfig
+from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.preset_table import find_preset
 from rlhf_jax.recipes.tool_configs import (
     EvaluateConfig,
     GenerateConfig,
@@ -28,13 +32,16 @@ Reinforcement learning from human feedback, from a Hugging Face directory to a H
 Face directory.
 
 commands, in the order in which they are used:
-  quickstart  all three stages on short reviews, from nothing, in minutes on a laptop
-  sft         stage 1: a language model learns to imitate texts or answers
-  reward      stage 2: a reward model learns from human preferences
-  ppo         stage 3: the language model learns to please the reward model
-  presets     how known implementations set the options of ppo
-  generate    answers of a model to prompts
-  evaluate    held-out figures of a language model, a policy or a reward model
+  quickstart      all three stages on short reviews, from nothing, in minutes
+  sft             stage 1: a language model learns to imitate texts or answers
+  annotate write  answers of a model, in a file in which people rank or rate them
+  annotate read   such files, filled in, as judgements to train a reward model on
+  reward          stage 2: a reward model learns from human preferences
+  ppo             stage 3: the language model learns to please the reward, by a critic
+  grpo            stage 3 without a critic: answers to a prompt against each other
+  presets         how known methods set the options of ppo and grpo
+  generate        answers of a model to prompts
+  evaluate        held-out figures of a language model, a policy or a reward model
 
 `rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
 `rlhf-jax ppo --config ppo.yaml --updates 200`; flags override the file.
@@ -62,11 +69,32 @@ def ppo(config: PPOConfig) -> None:
     recipe.run(config)
 
 
+def grpo(config: GRPOConfig) -> None:
+    """Runs stage 3 without a critic."""
+    from rlhf_jax.recipes import grpo as recipe
+
+    recipe.run(config)
+
+
 def generate(config: GenerateConfig) -> None:
     """Prints answers."""
     from rlhf_jax.recipes import generate as recipe
 
     recipe.run(config)
+
+
+def annotate_write(config: AnnotateWriteConfig) -> None:
+    """Writes a file to fill in."""
+    from rlhf_jax.recipes import annotate as recipe
+
+    recipe.write(config)
+
+
+def annotate_read(config: AnnotateReadConfig) -> None:
+    """Reads files that were filled in."""
+    from rlhf_jax.recipes import annotate as recipe
+
+    recipe.read(config)
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -93,8 +121,11 @@ def quickstart(config: QuickstartConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "quickstart": (QuickstartConfig, quickstart),
     "sft": (SFTConfig, sft),
+    "annotate write": (AnnotateWriteConfig, annotate_write),
+    "annotate read": (AnnotateReadConfig, annotate_read),
     "reward": (RewardConfig, reward),
     "ppo": (PPOConfig, ppo),
+    "grpo": (GRPOConfig, grpo),
     "presets": (PresetsConfig, presets),
     "generate": (GenerateConfig, generate),
     "evaluate": (EvaluateConfig, evaluate),
@@ -108,12 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     command, *flags = arguments
+    if flags and f"{command} {flags[0]}" in COMMANDS:  # such as `annotate write`
+        command, *flags = f"{command} {flags[0]}", *flags[1:]
     if command == "--version":
         from rlhf_jax import __version__
 
         print(__version__)
         return
     if command not in COMMANDS:
+        halves = [name for name in COMMANDS if name.startswith(f"{command} ")]
+        if halves:
+            _fail(f"{command!r} is one of the commands {', '.join(halves)}")
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
     config_type, run = COMMANDS[command]
     from rlhf_jax.learner.finite import NonFiniteError
@@ -123,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quieten_libraries()
         use_compilation_cache()
         run(config)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError, NonFiniteError) as error:
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
@@ -144,12 +183,13 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     flags, path = _take(list(flags), "--config", "the path of a YAML file")
     values = {} if path is None else load_yaml(path)
     preset_flags = []
-    if issubclass(config_type, PPOMethod):
-        flags, name = _take(flags, "--preset", f"one of {', '.join(PRESETS)}")
+    presets = _presets_of(config_type)
+    if presets:
+        flags, name = _take(flags, "--preset", f"one of {', '.join(presets)}")
         name_in_file = values.pop("preset", None)
         name = name or name_in_file
         if name is not None:
-            method = to_dict(preset(name))
+            method = to_dict(find_preset(name, presets))
             preset_flags = flags_from(config_type, method, where=f"preset {name}")
     if path is not None:
         flags = flags_from(config_type, values, where=path) + flags
@@ -161,6 +201,12 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
         description=f"{inspect.getdoc(config_type)}\n\n"
         "--config FILE reads options from YAML.",
     )
+
+
+def _presets_of(config_type: type) -> Mapping[str, Callable[[], Any]]:
+    if issubclass(config_type, PPOMethod):
+        return PRESETS
+    return GRPO_PRESETS if issubclass(config_type, GRPOMethod) else {}
 
 
 def _take(flags: list[str], option: str, needs: str) -> tuple[list[str], str | None]:

@@ -63,7 +63,7 @@ def example(containing):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES[LOOP]) == 19
+    assert len(EXAMPLES[LOOP]) == 20
 
 
 def test_every_function_is_called_on_the_page():
@@ -273,7 +273,12 @@ def test_whole_method():
     # TRL trains the critic in the state after the last token too.
     ends = np.minimum(mask.sum(axis=1) + 1, mask.shape[1])
     np.testing.assert_array_equal(experience.value_mask.sum(axis=1), ends)
-    for network in (names["grads"].actor, names["grads"].critic):
+    # REINFORCE++ whitens over the tokens of the batch, without the 1 of n − 1.
+    advantages = np.asarray(names["without_critic"].advantages)[mask]
+    np.testing.assert_allclose(advantages.mean(), 0.0, atol=1e-5)
+    np.testing.assert_allclose(advantages.std(), 1.0, rtol=1e-4)
+    of_actors = names["actor_grads"].actor
+    for network in (names["grads"].actor, names["grads"].critic, of_actors):
         assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(network))
 
 
@@ -300,7 +305,7 @@ def test_table_has_the_arguments_without_default(name):
     assert [argument for argument in ROWS[name][0].split(", ") if argument] == want
 
 
-SIZES = {"B": 4, "T": 6, "S": 8, "V": 5, "D": 3, "N": 7, "G": 2}
+SIZES = {"B": 4, "T": 6, "S": 8, "V": 5, "D": 3, "N": 7, "G": 2, "K": 9}
 DTYPES = {"": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}
 KEYWORDS = {
     "stop_ids": 0,
@@ -312,6 +317,9 @@ KEYWORDS = {
     "buffer": 2,
     "kl_coef": 0.1,
     "n": 2,
+    "num_samples": 8,
+    "k": 2,
+    "mask": jnp.ones((7, 9), bool),
     "key": jax.random.key(0),
     "num_minibatches": 2,
 }

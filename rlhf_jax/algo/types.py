@@ -81,7 +81,7 @@ class ScoredRollout:
     rollout: Rollout
     logprobs: Array  # [B, T] float32, of the policy that answered, frozen from here on
     ref_logprobs: Array | None  # [B, T] float32, of the frozen reference, if it is run
-    values: Array  # [B, T] float32, V(s_t) before response token t
+    values: Array | None  # [B, T] float32, V(s_t) before response token t, if any
     scores: Array  # [B] float32, one number per sequence
     target_values: Array | None = None  # [B, T] float32, of a slow copy of the critic
     end_values: Array | None = None  # [B] float32, value of the state after column T
@@ -96,9 +96,9 @@ class Experience:
     mask: Array  # [B, T] bool, True on response tokens
     old_logprobs: Array  # [B, T] float32
     ref_logprobs: Array | None  # [B, T] float32, if the reference was run
-    old_values: Array  # [B, T] float32
+    old_values: Array | None  # [B, T] float32; None: there is no critic
     advantages: Array  # [B, T] float32
-    returns: Array  # [B, T] float32, what the critic should have said
+    returns: Array | None  # [B, T] float32, what the critic should have said
     value_mask: Array | None = None  # [B, T] bool, the critic's tokens; None: `mask`
     weights: Array | None = None  # [B, T] float32, of policy terms; None: all 1
     kl_coef: Array | None = None  # [B] float32, β of a KL term in the loss; None: none
@@ -127,3 +127,13 @@ class Preferences:
 
     chosen: Sequences  # [N, S]
     rejected: Sequences  # [N, S]
+    margin: Array | None = None  # [N] float32, by how much scores should differ
+
+
+@record
+class Rankings:
+    """Whole sequences, up to K to each prompt, that a person put in an order."""
+
+    answers: Sequences  # [N, K, S], from best to worst
+    grades: Array  # [N, K] float32, higher is better, falling; equal ones are a tie
+    mask: Array  # [N, K] bool, True on real answers

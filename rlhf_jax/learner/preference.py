@@ -1,17 +1,24 @@
-"""The differentiated function of reward models."""
+"""The differentiated functions of reward models: of pairs, and of whole rankings."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from rlhf_jax.algo.preferences import preference_loss
-from rlhf_jax.algo.types import Array, Params, Preferences
+from rlhf_jax.algo.types import Array, Params, Preferences, Rankings
 from rlhf_jax.interfaces import ScoreFn
 from rlhf_jax.learner.gradients import Metrics, Objective
+
+RankingLossFn = Callable[[Array, Rankings], Array]
+"""`(scores [N, K], batch) -> losses [N]`."""
 
 
 def preference_objective(
     score_fn: ScoreFn, *, label_smoothing: float = 0.0, center_coef: float = 0.0
 ) -> Objective:
     """Bradley–Terry loss of a reward model; the divisor counts pairs.
+
+    Margins are those of the batch, if it has any.
 
     Args:
         score_fn: of the reward model.
@@ -27,7 +34,9 @@ def preference_objective(
         tokens = jnp.concatenate([batch.chosen.tokens, batch.rejected.tokens])
         mask = jnp.concatenate([batch.chosen.mask, batch.rejected.mask])
         chosen, rejected = jnp.split(score_fn(params, tokens, mask), 2)
-        losses = preference_loss(chosen, rejected, label_smoothing=label_smoothing)
+        losses = preference_loss(
+            chosen, rejected, margin=batch.margin, label_smoothing=label_smoothing
+        )
         losses = losses + center_coef * 0.5 * (chosen + rejected) ** 2
         loss = jnp.sum(losses) / num_pairs
         metrics = {
@@ -39,3 +48,56 @@ def preference_objective(
         return loss, metrics
 
     return objective
+
+
+def ranking_objective(
+    score_fn: ScoreFn, loss_fn: RankingLossFn, *, center_coef: float = 0.0
+) -> Objective:
+    """A loss of whole rankings; the divisor counts rankings, which all weigh the same.
+
+    The answers to a prompt are scored together, each once. Metrics are means over a
+    ranking's pairs, then over rankings: of two answers each they are those of
+    `preference_objective`.
+
+    Args:
+        score_fn: of the reward model.
+        loss_fn: `[N]` losses, of `[N, K]` scores and the batch they belong to.
+        center_coef: weight of 2·mean², of the mean score of a ranking's answers, which
+            only differences leave free; of two answers it is ½(chosen + rejected)².
+    """
+
+    def objective(
+        params: Params, batch: Rankings, num_rankings: Array
+    ) -> tuple[Array, Metrics]:
+        num_rows, num_answers, width = batch.answers.tokens.shape
+        # Answers that only fill a row up are scored, too. A sequence without a real
+        # token would make NaN there, and NaN · 0 in its gradient.
+        readable = batch.answers.mask | ~batch.mask[:, :, None]
+        scores = score_fn(
+            params,
+            batch.answers.tokens.reshape(-1, width),
+            readable.reshape(-1, width),
+        ).reshape(num_rows, num_answers)
+        mean = _mean(scores, batch.mask, axis=1)
+        losses = loss_fn(scores, batch) + center_coef * 2.0 * mean**2
+        loss = jnp.sum(losses) / num_rankings
+
+        gaps = scores[:, :, None] - scores[:, None, :]  # [N, K, K], row over column
+        is_pair = batch.mask[:, :, None] & batch.mask[:, None, :]
+        is_pair &= batch.grades[:, :, None] > batch.grades[:, None, :]
+        right = (gaps > 0.0).astype(jnp.float32)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.sum(_mean(right, is_pair, axis=(1, 2))) / num_rankings,
+            "margin": jnp.sum(_mean(gaps, is_pair, axis=(1, 2))) / num_rankings,
+            "score_mean": jnp.sum(mean) / num_rankings,
+        }
+        return loss, metrics
+
+    return objective
+
+
+def _mean(x: Array, where: Array, *, axis: int | tuple[int, ...]) -> Array:
+    """Mean of what `where` selects; 0 of nothing."""
+    count = jnp.sum(where, axis=axis, dtype=jnp.float32)
+    return jnp.sum(jnp.where(where, x, 0.0), axis=axis) / jnp.maximum(count, 1.0)

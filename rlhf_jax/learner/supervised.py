@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.algo.types import Array, Demonstrations, Preferences
+from rlhf_jax.algo.types import Array, Demonstrations, Preferences, Rankings
 from rlhf_jax.learner.finite import first_nonfinite
 from rlhf_jax.learner.gradients import (
     Metrics,
@@ -28,6 +28,11 @@ def count_targets(batch: Demonstrations) -> Array:
 def count_pairs(batch: Preferences) -> Array:
     """Divisor of `preference_objective`."""
     return jnp.asarray(batch.chosen.tokens.shape[0], jnp.float32)
+
+
+def count_rankings(batch: Rankings) -> Array:
+    """Divisor of `ranking_objective`."""
+    return jnp.asarray(batch.grades.shape[0], jnp.float32)
 
 
 def make_supervised_step(

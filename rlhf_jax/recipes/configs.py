@@ -4,10 +4,11 @@ The string below each field is its help on the command line.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from rlhf_jax.algo.options import check
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.runtime.comparisons import OnContradiction
 from rlhf_jax.runtime.config import (
     FreshModelConfig,
     OptimizerConfig,
@@ -15,6 +16,7 @@ from rlhf_jax.runtime.config import (
     RunConfig,
     check_positive,
 )
+from rlhf_jax.runtime.judgements import RatingScale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,29 +68,46 @@ class SFTConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(RunConfig):
-    """Reward model: learns from preference pairs which answer people like better."""
+    """Reward model: learns from human judgements which answers people like better."""
 
     data: str
     """preference pairs: rows with prompt, chosen, rejected, or two whole dialogues
-    chosen, rejected with a common beginning"""
+    chosen, rejected with a common beginning; or what feedback names"""
     model: str
     """Hugging Face directory to start from, usually the supervised model"""
+    feedback: Literal["pairs", "judgements", "annotations"] = "pairs"
+    """what data and eval-data hold: pairs; judgements, which are rows with a rating,
+    ratings or a ranking; or a filled-in file of `rlhf-jax annotate write`"""
+    loss: Literal["bradley-terry", "pairwise-ranking", "plackett-luce"] = (
+        "bradley-terry"
+    )
+    """of pairs; or of all answers to a prompt at once, each scored once: the mean over
+    their pairs, or the likelihood of the order, which knows no ties"""
+    scale: RatingScale = dataclasses.field(default_factory=RatingScale)
+    """ratings of judgements"""
+    margin_step: float = 0.0
+    """by how much scores should differ per unit of rating, or per place of a ranking"""
+    on_contradiction: OnContradiction = "fail"
+    """what happens to judgements that contradict each other"""
+    on_unfilled: Literal["fail", "drop"] = "fail"
+    """what happens to rows of annotations that are not filled in"""
     eval_data: str | None = None
-    """held-out pairs; without it, eval-fraction of the training rows are held out"""
+    """held-out feedback; without it, eval-fraction of the prompts are held out"""
     eval_fraction: float = 0.1
-    """share of training rows held out when there is no eval-data"""
+    """share of prompts held out when there is no eval-data"""
     unusable_pairs: Literal["fail", "drop"] = "fail"
-    """what happens to pairs of equal answers or without a common beginning"""
+    """what happens to pairs of equal answers or without a common beginning, and to
+    judgements of blank prompts"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 32
-    """pairs per step"""
+    """pairs per step; rankings, where the loss is of all answers to a prompt"""
     microbatches: int = 1
     """parts of a batch computed one after the other, to save memory"""
     max_tokens: int = 256
     """longest sequence, prompt and answer together, in tokens"""
     overlong: Overlong = "drop"
-    """what happens to pairs with a longer sequence"""
+    """what happens to pairs or rankings with a longer sequence"""
     label_smoothing: float = 0.0
     """assumed probability that a judgement is flipped"""
     center_coef: float = 0.01
@@ -114,111 +133,38 @@ class RewardConfig(RunConfig):
             self.center_coef,
             "must not be negative",
         )
+        check(
+            0 <= self.margin_step < math.inf,
+            "margin-step",
+            self.margin_step,
+            "must be 0 or a positive number",
+        )
+        check(
+            self.loss == "bradley-terry" or self.feedback != "pairs",
+            "loss",
+            self.loss,
+            "is of whole rankings; give feedback=judgements or annotations",
+        )
+        self._refuse_unused()
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(PPOMethod, RunConfig):
-    """PPO against a reward model, from a supervised model and a reward model.
-
-    --preset NAME takes every option of the method from a known implementation:
-    openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat (`rlhf-jax presets`
-    lists them). Options given beside it override it, and so does a file.
-    """
-
-    policy: str
-    """Hugging Face directory of the policy to improve, usually the supervised model"""
-    reward_model: str
-    """Hugging Face directory of the frozen reward model"""
-    data: str
-    """prompts: rows with a prompt, or any of the forms the other commands read"""
-    critic: str | None = None
-    """Hugging Face directory the critic starts from; without it, the reward model"""
-    reference: str | None = None
-    """Hugging Face directory of the frozen reference; without it, the policy's start"""
-    eval_data: str | None = None
-    """held-out prompts; without it, eval-fraction of the prompts are held out"""
-    eval_fraction: float = 0.05
-    """share of prompts held out when there is no eval-data"""
-    eval_prompts: int = 64
-    """held-out prompts answered at each evaluation"""
-    prompt_column: str = "prompt"
-    """column of prompts"""
-    updates: int = 100
-    """PPO updates: one rollout and one round of epochs each"""
-    batch_size: int = 64
-    """prompts answered per update"""
-    microbatches: int = 1
-    """parts of a minibatch computed one after the other, to save memory; they change
-    what is learned only under policy-loss.mean-of-means"""
-    max_prompt_tokens: int = 64
-    """longest prompt, in tokens"""
-    overlong: Overlong = "drop"
-    """what happens to longer prompts; truncate keeps their end"""
-    max_new_tokens: int = 48
-    """longest answer, in tokens"""
-    stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the tokenizer's EOS; the
-    reward model reads the score at whichever came"""
-
-    def validate(self) -> None:
-        """Raises ValueError naming the field that cannot work."""
-        RunConfig.validate(self)
-        PPOMethod.validate(self)
-        check_positive(
-            updates=self.updates,
-            batch_size=self.batch_size,
-            microbatches=self.microbatches,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_new_tokens=self.max_new_tokens,
-            eval_prompts=self.eval_prompts,
-        )
-        parts = self.minibatches * self.microbatches * self.mesh.data * self.mesh.fsdp
-        check(
-            self.batch_size % parts == 0,
-            "batch-size",
-            self.batch_size,
-            f"must be a multiple of {parts} = minibatches {self.minibatches} × "
-            f"microbatches {self.microbatches} × devices "
-            f"{self.mesh.data * self.mesh.fsdp}",
-        )
-        _check_fraction(self)
-        check(
-            self.critic_warmup < self.updates,
-            "critic-warmup",
-            self.critic_warmup,
-            f"must be below updates={self.updates}, or the policy never learns",
-        )
-        buffer = self.scores.overlong_buffer
-        check(
-            buffer is None or buffer <= self.max_new_tokens,
-            "scores.overlong-buffer",
-            buffer,
-            f"must be at most max-new-tokens={self.max_new_tokens}",
-        )
-        check(
-            self.batch_size % self.advantages.whiten_shards == 0,
-            "advantages.whiten-shards",
-            self.advantages.whiten_shards,
-            f"must divide batch-size={self.batch_size}",
-        )
-        check(
-            self.critic is None or self.critic_trunk == "own",
-            "critic",
-            self.critic,
-            "is not used under critic-trunk=shared",
-        )
-        check(
-            self.reference is None or self.kl.place != "none",
-            "reference",
-            self.reference,
-            "is not used under kl.place=none",
-        )
-        check(
-            self.scores.normalization != "reference" or self.kl.place != "none",
-            "scores.normalization",
-            self.scores.normalization,
-            "needs a reference; take running, or another kl.place than none",
-        )
+    def _refuse_unused(self) -> None:
+        """Raises ValueError for the first option that is set but would do nothing."""
+        feedback, loss = f"feedback={self.feedback}", f"loss={self.loss}"
+        judged = self.feedback != "pairs"
+        annotated = self.feedback == "annotations"
+        likelihood = self.loss == "plackett-luce"
+        given = self.feedback == "judgements"
+        for flag, value, default, is_used, where in (
+            ("scale", self.scale, RatingScale(), given, feedback),
+            ("margin-step", self.margin_step, 0.0, judged, feedback),
+            ("on-contradiction", self.on_contradiction, "fail", judged, feedback),
+            ("on-unfilled", self.on_unfilled, "fail", annotated, feedback),
+            ("unusable-pairs", self.unusable_pairs, "fail", not annotated, feedback),
+            ("margin-step", self.margin_step, 0.0, not likelihood, loss),
+            ("label-smoothing", self.label_smoothing, 0.0, not likelihood, loss),
+        ):
+            unused = f"does nothing under {where}; leave it out"
+            check(is_used or value == default, flag, value, unused)
 
 
 def _check_supervised(config: SFTConfig | RewardConfig) -> None:
@@ -241,7 +187,7 @@ def _check_supervised(config: SFTConfig | RewardConfig) -> None:
     config.optimizer.validate("optimizer")
 
 
-def _check_fraction(config: SFTConfig | RewardConfig | PPOConfig) -> None:
+def _check_fraction(config: SFTConfig | RewardConfig) -> None:
     check(
         config.eval_data is not None or 0 < config.eval_fraction < 1,
         "eval-fraction",

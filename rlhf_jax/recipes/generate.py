@@ -29,6 +29,17 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     config.validate()
     if config.output is not None:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    rows = answer(config)
+    _show(config, rows)
+    return rows
+
+
+def answer(config: GenerateConfig) -> list[dict[str, Any]]:
+    """A row for each answer, with `prompt`, `response` and its number, `sample`.
+
+    Raises:
+        ValueError: on bad input, before anything is compiled.
+    """
     mesh = make_mesh()
     language = Language.load(config.model)
     texts = _prompts(config, language)
@@ -82,7 +93,6 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
         answers = examiner.answers(jax.random.fold_in(key, number), params, prompts)
         pairs = zip(texts, answers.texts(language), strict=True)
         rows += [{"prompt": p, "response": r, "sample": number} for p, r in pairs]
-    _show(config, rows)
     return rows
 
 

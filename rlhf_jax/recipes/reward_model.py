@@ -1,31 +1,29 @@
-"""Stage 2: a reward model learns from pairs which answer people like better."""
+"""Stage 2: a reward model learns from judgements which answers people like better."""
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.preferences import preference_loss
-from rlhf_jax.algo.types import Params, Preferences
+from rlhf_jax.algo.ranking import pairwise_ranking_loss, plackett_luce_loss
+from rlhf_jax.algo.types import Array, Params, Preferences, Rankings
 from rlhf_jax.interfaces import ScoreFn
-from rlhf_jax.learner.preference import preference_objective
-from rlhf_jax.learner.supervised import count_pairs
+from rlhf_jax.learner.gradients import Objective
+from rlhf_jax.learner.preference import preference_objective, ranking_objective
+from rlhf_jax.learner.supervised import count_pairs, count_rankings
 from rlhf_jax.models.callables import reward_model
 from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import RewardConfig
+from rlhf_jax.recipes.feedback import read_feedback
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, trained_network
 from rlhf_jax.recipes.session import check_start
 from rlhf_jax.recipes.supervised import SupervisedStage, train
-from rlhf_jax.recipes.texts import read_split
-from rlhf_jax.runtime.batches import Batches, pad_pairs
-from rlhf_jax.runtime.encoding import encode_pairs
 from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
-from rlhf_jax.runtime.text_data import read_pairs
 
 
 def run(config: RewardConfig) -> RunDirectory:
@@ -41,30 +39,28 @@ def run(config: RewardConfig) -> RunDirectory:
 
     # ---- text ----
     language = Language.load(config.model)
-    batches, held_out, width = _read(config, language)
+    feedback = read_feedback(config, language)
 
     # ---- model ----
     head_key, run_key = jax.random.split(jax.random.key(config.seed))
     module, params = trained_network(
         config.model, config, head="reward", mesh=mesh, key=head_key
     )
+    width = feedback.width
     check_fits(module, language, needed=width, name="the model", why="max-tokens")
     score_fn = reward_model(module)
 
     # ---- train ----
+    objective, count = _objective(config, score_fn)
     stage = SupervisedStage(
         name="reward",
-        objective=preference_objective(
-            score_fn,
-            label_smoothing=config.label_smoothing,
-            center_coef=config.center_coef,
-        ),
-        count=count_pairs,
+        objective=objective,
+        count=count,
         evaluate=make_evaluation(
-            score_fn, held_out, batch_size=config.batch_size, mesh=mesh
+            score_fn, feedback.held_out, batch_size=config.batch_size, mesh=mesh
         ),
-        batches=batches,
-        tokens_per_step=2 * config.batch_size * width,
+        batches=feedback.batches,
+        tokens_per_step=feedback.num_answers * config.batch_size * width,
         shown={
             "loss": "train/loss",
             "accuracy": "train/accuracy",
@@ -79,7 +75,11 @@ def run(config: RewardConfig) -> RunDirectory:
 def make_evaluation(
     score_fn: ScoreFn, pairs: Preferences, *, batch_size: int, mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
-    """Loss and accuracy on held-out pairs, by parameters."""
+    """Loss and accuracy on held-out pairs, by parameters.
+
+    The loss is that of Bradley and Terry without margins or label smoothing, whatever
+    is trained: so runs on other forms of feedback and other losses compare.
+    """
     scores_of = jax.jit(
         lambda params, pairs: (
             score_fn(params, pairs.chosen.tokens, pairs.chosen.mask),
@@ -104,30 +104,28 @@ def make_evaluation(
     return evaluate
 
 
-def _read(config: RewardConfig, language: Language) -> tuple[Batches, Preferences, int]:
-    """Training batches, held-out pairs, and the width of both."""
-    read = partial(
-        read_pairs, render_chat=language.render, on_unusable=config.unusable_pairs
-    )
-    training, held_out = read_split(config, read, prompt_of=lambda pair: pair.prompt)
-    encode = partial(
-        encode_pairs,
-        tokenizer=language.tokenizer,
-        max_tokens=config.max_tokens,
-        eos_id=language.eos_id,
-        bos_id=language.bos_id,
-        overlong=config.overlong,
-    )
-    encoded, encoded_held_out = encode(training), encode(held_out)
-    width = max(encoded.width, encoded_held_out.width)
-    heading(
-        f"reward: {len(encoded.rows)} training and {len(encoded_held_out.rows)} "
-        f"held-out pairs of at most {width} tokens; too long: {encoded.dropped} "
-        f"dropped, {encoded.truncated} truncated",
-        quiet=config.quiet,
-    )
-    collate = partial(pad_pairs, width=width, pad_id=language.pad_id)
-    batches = Batches(
-        encoded.rows, collate, batch_size=config.batch_size, seed=config.seed
-    )
-    return batches, collate(encoded_held_out.rows), width
+def _objective(
+    config: RewardConfig, score_fn: ScoreFn
+) -> tuple[Objective, Callable[[Any], Array]]:
+    """What is minimised, and its divisor."""
+    if config.loss == "bradley-terry":
+        objective = preference_objective(
+            score_fn,
+            label_smoothing=config.label_smoothing,
+            center_coef=config.center_coef,
+        )
+        return objective, count_pairs
+
+    def loss_fn(scores: Array, batch: Rankings) -> Array:
+        if config.loss == "plackett-luce":
+            return plackett_luce_loss(scores, mask=batch.mask)
+        return pairwise_ranking_loss(
+            scores,
+            batch.grades,
+            mask=batch.mask,
+            margin_step=config.margin_step,
+            label_smoothing=config.label_smoothing,
+        )
+
+    objective = ranking_objective(score_fn, loss_fn, center_coef=config.center_coef)
+    return objective, count_rankings

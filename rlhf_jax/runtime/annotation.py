@@ -47,7 +47,9 @@ class _Task:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Key:
+class AnnotationKey:
+    """What an annotation file asked for, and the texts it showed."""
+
     kind: Kind
     scale: RatingScale
     tasks: dict[str, _Task]  # by id
@@ -96,7 +98,7 @@ def write_annotation_file(
             tasks[str(len(tasks) + 1)] = task
     if not tasks:
         raise ValueError(f"{file}: no prompt has {least} different answers to judge")
-    key = _Key(kind=kind, scale=scale or RatingScale(), tasks=tasks)
+    key = AnnotationKey(kind=kind, scale=scale or RatingScale(), tasks=tasks)
     width = max(len(task.order) for task in tasks.values())
     rows = [_cells(id_, task, key, width) for id_, task in tasks.items()]
     (_write_csv if file.suffix == ".csv" else _write_jsonl)(file, rows)
@@ -134,7 +136,7 @@ def read_annotation_file(
     if on_unfilled not in ("fail", "drop"):
         raise ValueError(f'on_unfilled={shown(on_unfilled)}: give "fail" or "drop"')
     file = Path(path)
-    known = _read_key(Path(key) if key is not None else key_path(file))
+    known = read_key(file, key)
     annotator = annotator if annotator is not None else str(file)
     judgements: list[Judgement] = []
     places: dict[str, str] = {}
@@ -163,6 +165,47 @@ def key_path(path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(path)}.key.json")
 
 
+def read_key(
+    path: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
+) -> AnnotationKey:
+    """The key of an annotation file.
+
+    Args:
+        path: the annotation file.
+        key: its key; None: the one beside it, as it was written.
+
+    Raises:
+        ValueError: for a file that is missing or no key.
+    """
+    file = key_path(path) if key is None else Path(key)
+    text = "".join(line for _, line in read_lines(file))
+    try:
+        values = json.loads(text)
+        scale = values["scale"]
+        return AnnotationKey(
+            kind=values["kind"],
+            scale=RatingScale(**{**scale, "labels": tuple(scale["labels"])}),
+            tasks={id_: _Task(**task) for id_, task in values["tasks"].items()},
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not the key of an annotation file; give the file that was "
+            "written with it, unchanged"
+        ) from error
+
+
+def check_new_file(path: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` where no annotation file can be written."""
+    file = Path(path)
+    if file.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{file}: the name must end in .csv or .jsonl")
+    for existing in (file, key_path(file)):
+        if existing.exists():
+            raise ValueError(
+                f"{existing}: exists already and may be filled in; choose another name"
+            )
+
+
 def _check_writing(
     file: Path,
     prompts: Sequence[str],
@@ -174,13 +217,7 @@ def _check_writing(
         raise ValueError(f'kind={shown(kind)}: give "ranking" or "rating"')
     if seed < 0:
         raise ValueError(f"seed={seed}: at least 0")
-    if file.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{file}: the name must end in .csv or .jsonl")
-    for existing in (file, key_path(file)):
-        if existing.exists():
-            raise ValueError(
-                f"{existing}: exists already and may be filled in; choose another name"
-            )
+    check_new_file(file)
     if len(prompts) != len(responses):
         raise ValueError(
             f"{len(prompts)} prompts and {len(responses)} lists of responses; give one "
@@ -199,7 +236,7 @@ def _check_writing(
             )
 
 
-def _cells(id_: str, task: _Task, key: _Key, width: int) -> dict[str, str]:
+def _cells(id_: str, task: _Task, key: AnnotationKey, width: int) -> dict[str, str]:
     shown_answers = [task.answers[index] for index in task.order]
     shown_answers += [""] * (width - len(shown_answers))
     cells = {"id": id_, "prompt": task.prompt}
@@ -213,7 +250,7 @@ def _cells(id_: str, task: _Task, key: _Key, width: int) -> dict[str, str]:
     return cells
 
 
-def _expected(key: _Key) -> str:
+def _expected(key: AnnotationKey) -> str:
     """What the columns to fill in may hold."""
     if key.kind == "ranking":
         return f"the ranking from best to worst, such as {EXAMPLE} (= for a tie)"
@@ -253,24 +290,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}: not a CSV file ({error})") from error
 
 
-def _read_key(file: Path) -> _Key:
-    text = "".join(line for _, line in read_lines(file))
-    try:
-        values = json.loads(text)
-        scale = values["scale"]
-        return _Key(
-            kind=values["kind"],
-            scale=RatingScale(**{**scale, "labels": tuple(scale["labels"])}),
-            tasks={id_: _Task(**task) for id_, task in values["tasks"].items()},
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: not the key of an annotation file; give the file that was "
-            "written with it, unchanged"
-        ) from error
-
-
-def _task_of(row: Row, key: _Key, places: dict[str, str]) -> tuple[str, _Task]:
+def _task_of(row: Row, key: AnnotationKey, places: dict[str, str]) -> tuple[str, _Task]:
     id_ = str(row["id"]).strip()
     if id_ not in key.tasks:
         raise row.error(
@@ -295,7 +315,7 @@ def _empty_columns(row: Row, task: _Task, kind: Kind) -> list[str]:
     ]
 
 
-def _judgement(row: Row, task: _Task, key: _Key, annotator: str) -> Judgement:
+def _judgement(row: Row, task: _Task, key: AnnotationKey, annotator: str) -> Judgement:
     if key.kind == "ranking":
         grades = _ranking(row, task.letters)
     else:

@@ -12,8 +12,15 @@ from typing import Generic, TypeVar, cast
 
 import numpy as np
 
-from rlhf_jax.algo.types import Array, Demonstrations, Preferences, Prompts, Sequences
-from rlhf_jax.runtime.encoding import EncodedExample, EncodedPair
+from rlhf_jax.algo.types import (
+    Array,
+    Demonstrations,
+    Preferences,
+    Prompts,
+    Rankings,
+    Sequences,
+)
+from rlhf_jax.runtime.encoding import EncodedExample, EncodedPair, EncodedRanking
 
 Row = TypeVar("Row")
 Batch = TypeVar("Batch")
@@ -169,6 +176,37 @@ def pad_pairs(rows: Sequence[EncodedPair], *, width: int, pad_id: int) -> Prefer
     return Preferences(
         chosen=_sequences([row.chosen for row in rows], width, pad_id),
         rejected=_sequences([row.rejected for row in rows], width, pad_id),
+        margin=_host(np.asarray([row.margin for row in rows], np.float32)),
+    )
+
+
+def pad_rankings(
+    rows: Sequence[EncodedRanking], *, width: int, num_answers: int, pad_id: int
+) -> Rankings:
+    """Rankings of a batch, K = `num_answers`, right-padded to `width`; NumPy arrays.
+
+    Raises:
+        ValueError: for an answer longer than `width` and for a ranking of more than
+            `num_answers` answers.
+    """
+    counts = np.asarray([len(row.answers) for row in rows], np.int32)
+    if counts.max() > num_answers:
+        raise ValueError(f"num_answers={num_answers}: a row has {counts.max()} answers")
+    shape = (len(rows), num_answers)
+    grades = np.zeros(shape, np.float32)
+    flat: list[np.ndarray] = []
+    for padded, row in zip(grades, rows, strict=True):
+        padded[: len(row.grades)] = row.grades
+        missing = num_answers - len(row.answers)
+        flat += [*row.answers, *[np.zeros(0, np.int32)] * missing]
+    answers = _sequences(flat, width, pad_id)
+    return Rankings(
+        answers=Sequences(
+            tokens=answers.tokens.reshape(*shape, width),
+            mask=answers.mask.reshape(*shape, width),
+        ),
+        grades=_host(grades),
+        mask=_host(np.arange(num_answers)[None, :] < counts[:, None]),
     )
 
 

@@ -31,13 +31,6 @@ MAX_ANSWERS = 256
 _NUM_EXAMPLES = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class GradedPair(PreferencePair):
-    """A preference, and by how much the scores of its answers should differ."""
-
-    margin: float = 0.0
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankedAnswers:
     """The answers of one judgement, all different, for losses of whole rankings."""
@@ -64,7 +57,7 @@ class Finding:
 class Comparisons:
     """What a reward model can learn from judgements."""
 
-    pairs: list[GradedPair]
+    pairs: list[PreferencePair]
     rankings: list[RankedAnswers]
     findings: dict[str, Finding]
 
@@ -124,7 +117,7 @@ def compare(
         )
     notes: dict[str, Finding] = defaultdict(Finding)
     groups = _by_prompt(_joined(_without_copies(judgements, notes)))
-    pairs: list[GradedPair] = []
+    pairs: list[PreferencePair] = []
     rankings: list[RankedAnswers] = []
     for group in groups:
         made = [list(_comparisons(judgement, notes)) for judgement in group]
@@ -132,7 +125,7 @@ def compare(
         unwanted = circular if on_contradiction == "drop" else set()
         for judgement, comparisons in zip(group, made, strict=True):
             pairs += [
-                GradedPair(judgement.prompt, c.better, c.worse, margin)
+                PreferencePair(judgement.prompt, c.better, c.worse, margin=margin)
                 for c in comparisons
                 if c.key not in unwanted
                 for margin in [margin_step * c.difference]

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from rlhf_jax.runtime.comparisons import RankedAnswers
 from rlhf_jax.runtime.row_files import shown
 from rlhf_jax.runtime.row_forms import Example, PreferencePair
 
@@ -44,6 +45,15 @@ class EncodedPair:
 
     chosen: np.ndarray  # [L] int32
     rejected: np.ndarray  # [L'] int32
+    margin: float = 0.0  # by how much their scores should differ
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRanking:
+    """One prompt with each of several answers, best first, each with EOS."""
+
+    answers: list[np.ndarray]  # K of [L] int32
+    grades: tuple[float, ...]  # K, falling; equal ones are a tie
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +190,52 @@ def encode_pairs(
     limit = _Limit("max_tokens", max_tokens, 2, overlong, bos_id)
     fitted = limit.fit(prompts, lengths, "pairs")
     rows = [
-        [] if prompt is None else [EncodedPair(_int32(prompt + a), _int32(prompt + b))]
-        for prompt, a, b in zip(fitted, chosen, rejected, strict=True)
+        []
+        if prompt is None
+        else [EncodedPair(_int32(prompt + a), _int32(prompt + b), pair.margin)]
+        for pair, prompt, a, b in zip(pairs, fitted, chosen, rejected, strict=True)
     ]
     longest = [max(len(row.chosen), len(row.rejected)) for row in _flat(rows)]
+    return _encoded(rows, longest, prompts, fitted, limit)
+
+
+def encode_rankings(
+    rankings: Sequence[RankedAnswers],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    eos_id: int,
+    bos_id: int | None = None,
+    overlong: Overlong = "drop",
+) -> Encoded[EncodedRanking]:
+    """Token ids of prompt, answer and EOS for every answer of each ranking.
+
+    Args:
+        rankings: texts.
+        tokenizer: called without special tokens.
+        max_tokens: the limit for the prompt, the longest answer and EOS together, at
+            least 2.
+        eos_id: ends every answer that does not end with it already.
+        bos_id: begins every prompt that does not begin with it already; None: no BOS.
+        overlong: as of `encode_pairs`, for a ranking as a whole.
+
+    Raises:
+        ValueError: for too long rankings under "fail", and where none is left.
+    """
+    prompts = _encode([ranking.prompt for ranking in rankings], tokenizer, bos_id)
+    texts = [answer for ranking in rankings for answer in ranking.answers]
+    encoded = iter(_encode_answers(texts, tokenizer, eos_id))
+    answers = [list(itertools.islice(encoded, len(r.answers))) for r in rankings]
+    lengths = [max(map(len, some)) for some in answers]
+    limit = _Limit("max_tokens", max_tokens, 2, overlong, bos_id)
+    fitted = limit.fit(prompts, lengths, "rankings")
+    rows = [
+        []
+        if prompt is None
+        else [EncodedRanking([_int32(prompt + a) for a in some], ranking.grades)]
+        for ranking, prompt, some in zip(rankings, fitted, answers, strict=True)
+    ]
+    longest = [max(map(len, row.answers)) for row in _flat(rows)]
     return _encoded(rows, longest, prompts, fitted, limit)
 
 

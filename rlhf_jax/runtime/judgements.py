@@ -47,9 +47,12 @@ class RatingScale:
             labels.
     """
 
-    labels: tuple[str, ...] = ()  # from worst to best; none: numbers are given
+    labels: tuple[str, ...] = ()
+    """what a rating may be, from worst to best; without it, ratings are numbers"""
     lowest: float = 1.0
+    """lowest number that may be given"""
     highest: float = 5.0
+    """highest number that may be given"""
 
     def __post_init__(self):
         known = {_folded(label) for label in self.labels}
@@ -83,6 +86,10 @@ class RatingScale:
         if grade is None:
             raise ValueError(f"{shown(rating)} is not {self.expected}")
         return grade
+
+    def rating(self, grade: float) -> str | float:
+        """The rating that has this grade."""
+        return self.labels[int(grade)] if self.labels else grade
 
     def _label_index(self, rating: Any) -> float | None:
         if not isinstance(rating, str | int) or isinstance(rating, bool):
@@ -174,6 +181,37 @@ def read_judgements(
     if not judgements:
         raise ValueError(f"{path}: every row has an {EMPTY_PROMPT}")
     return TextRows(judgements, {EMPTY_PROMPT: blank} if blank else {})
+
+
+def judgement_rows(
+    judgements: Sequence[Judgement], *, scale: RatingScale | None
+) -> list[dict[str, Any]]:
+    """Judgements as rows of a file that `read_judgements` reads.
+
+    Args:
+        judgements: all ratings, or all rankings.
+        scale: of the ratings, which they must be read with; None: they are rankings.
+    """
+    rows = []
+    for judgement in judgements:
+        row: dict[str, Any] = {
+            "prompt": judgement.prompt,
+            "responses": list(judgement.answers),
+        }
+        if scale is None:
+            row["ranking"] = ranking_of_grades(judgement.grades)
+        else:
+            row["ratings"] = [scale.rating(grade) for grade in judgement.grades]
+        if judgement.annotator is not None:
+            row["annotator"] = judgement.annotator
+        rows.append(row)
+    return rows
+
+
+def ranking_of_grades(grades: Sequence[float]) -> list[int]:
+    """The place of each answer, 1 for the best; equal grades share a place."""
+    from_best = sorted(set(grades), reverse=True)
+    return [1 + from_best.index(grade) for grade in grades]
 
 
 def grades_of_ranking(places: Sequence[float]) -> tuple[float, ...]:

@@ -41,6 +41,8 @@ class PreferencePair:
     prompt: str
     chosen: str
     rejected: str
+    # By how much the scores of the answers should differ.
+    margin: float = dataclasses.field(default=0.0, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

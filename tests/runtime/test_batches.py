@@ -12,8 +12,9 @@ from rlhf_jax.runtime.batches import (
     pad_examples,
     pad_pairs,
     pad_prompts,
+    pad_rankings,
 )
-from rlhf_jax.runtime.encoding import EncodedExample, EncodedPair
+from rlhf_jax.runtime.encoding import EncodedExample, EncodedPair, EncodedRanking
 
 
 def tokens(*ids):
@@ -48,7 +49,9 @@ def test_examples_are_padded_on_the_right():
 
 
 def test_pairs_are_padded_to_one_width():
-    batch = pad_pairs([EncodedPair(tokens(5, 6), tokens(5, 7, 8))], width=4, pad_id=0)
+    pair = EncodedPair(tokens(5, 6), tokens(5, 7, 8), 0.5)
+    batch = pad_pairs([pair], width=4, pad_id=0)
+    assert batch.margin is not None and batch.margin.tolist() == [0.5]
     assert batch.chosen.tokens.tolist() == [[5, 6, 0, 0]]
     assert batch.chosen.mask.tolist() == [[True, True, False, False]]
     assert batch.rejected.tokens.tolist() == [[5, 7, 8, 0]]
@@ -75,7 +78,8 @@ def test_batches_hold_host_arrays_of_the_declared_types():
     leaves = jax.tree.leaves((prompts, examples, pairs))
     assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
     dtypes = [str(leaf.dtype) for leaf in leaves]
-    assert dtypes == [*["int32"] * 3, *["bool"] * 2, *["int32", "bool"] * 2]
+    want = [*["int32"] * 3, *["bool"] * 2, *["int32", "bool"] * 2, "float32"]
+    assert dtypes == want
 
 
 def test_row_wider_than_the_batch():
@@ -223,3 +227,20 @@ def test_holdout_that_leaves_one_part_empty(fraction):
 def test_holdout_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match="at least 0 and less than 1"):
         holdout(range(10), fraction, seed=0)
+
+
+def test_rankings_of_fewer_answers_leave_places_empty():
+    rows = [
+        EncodedRanking([tokens(5, 6), tokens(7)], (1.0, 0.0)),
+        EncodedRanking([tokens(1), tokens(2, 3, 4), tokens(8)], (2.0, 1.0, 1.0)),
+    ]
+    batch = pad_rankings(rows, width=3, num_answers=3, pad_id=9)
+    assert batch.answers.tokens.tolist() == [
+        [[5, 6, 9], [7, 9, 9], [9, 9, 9]],
+        [[1, 9, 9], [2, 3, 4], [8, 9, 9]],
+    ]
+    assert batch.answers.mask.sum(axis=2).tolist() == [[2, 1, 0], [1, 3, 1]]
+    assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.grades.tolist() == [[1.0, 0.0, 0.0], [2.0, 1.0, 1.0]]
+    with pytest.raises(ValueError, match="num_answers=2: a row has 3 answers"):
+        pad_rankings(rows, width=3, num_answers=2, pad_id=9)

@@ -12,7 +12,6 @@ from rlhf_jax.runtime.comparisons import (
     REPEATED,
     REVERSED,
     TIE,
-    GradedPair,
     RankedAnswers,
     compare,
 )
@@ -55,7 +54,7 @@ def test_pairs_margins_and_the_ranking_of_grades():
 
 def test_no_margins_unless_asked_for():
     found = compare([judged(1, "xy", [1, 5])])
-    assert found.pairs == [GradedPair("p", "y", "x", 0.0)]
+    assert found.pairs == [PreferencePair("p", "y", "x", margin=0.0)]
 
 
 def test_ties_give_no_pair():

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.runtime.encoding import encode_examples, encode_pairs, encode_prompts
+from rlhf_jax.runtime.comparisons import RankedAnswers
+from rlhf_jax.runtime.encoding import (
+    encode_examples,
+    encode_pairs,
+    encode_prompts,
+    encode_rankings,
+)
 from rlhf_jax.runtime.text_data import Example, PreferencePair
 
 EOS, BOS = 1, 2
@@ -220,6 +226,35 @@ def test_pairs_too_long():
 
     with pytest.raises(ValueError, match=r"max_tokens=6: 2 of 3 pairs .* 10 tokens"):
         pairs_of(pairs, 6, overlong="fail")
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_rankings_are_as_long_as_their_longest_answer(overlong):
+    rankings = [
+        RankedAnswers(prompt="abc", answers=("d", "ef", ""), grades=(2.0, 1.0, 1.0)),
+        RankedAnswers(prompt="abc", answers=("d", "efg"), grades=(1.0, 0.0)),
+        RankedAnswers(prompt="a", answers=("b$", "c"), grades=(3.0, 0.0)),
+        RankedAnswers(prompt="a", answers=("b", "cdefgh"), grades=(1.0, 0.0)),
+    ]
+    encoded = encode_rankings(
+        rankings, characters, max_tokens=6, eos_id=EOS, overlong=overlong
+    )
+    kept = overlong == "truncate"
+    texts = [[text_of(answer) for answer in row.answers] for row in encoded.rows]
+    want = [["abcd$", "abcef$", "abc$"], ["bcd$", "bcefg$"], ["ab$", "ac$"]]
+    assert texts == [want[0], *([want[1]] if kept else []), want[2]]
+    assert encoded.sources == ([0, 1, 2] if kept else [0, 2])
+    assert encoded.rows[0].grades == (2.0, 1.0, 1.0)
+    assert (encoded.dropped, encoded.truncated) == ((1, 1) if kept else (2, 0))
+
+
+def test_margins_stay_with_their_pairs():
+    pairs = [
+        PreferencePair("abcdef", "g", "h", margin=0.5),
+        PreferencePair("a", "b", "c", margin=2),
+    ]
+    encoded = encode_pairs(pairs, characters, max_tokens=5, eos_id=EOS)
+    assert [row.margin for row in encoded.rows] == [2]
 
 
 def test_a_hugging_face_tokenizer_fits():
