@@ -100,16 +100,37 @@ class GRPOMethod:
             f"{self.groups.baseline} a group of equal scores has one",
         )
         check(
+            self.resample == 0 or self.kl.place != "reward",
+            "resample",
+            self.resample,
+            "is for groups of equal rewards, and with kl.place=reward no two are equal",
+        )
+        check(
             self.max_update_kl is None or self.max_update_kl > 0,
             "max-update-kl",
             self.max_update_kl,
             "must be above 0, or None",
         )
+        one_step = self.epochs * self.minibatches == 1
         check(
-            self.max_update_kl is None or self.epochs * self.minibatches > 1,
+            self.max_update_kl is None or not one_step or self.refresh_every > 1,
             "max-update-kl",
             self.max_update_kl,
             "has nothing to stop: an update is one step, epochs=1 × minibatches=1",
+        )
+        check(
+            self.policy_loss.surrogate != "reinforce"
+            or (self.refresh_every == 1 and self.epochs == 1),
+            "policy-loss.surrogate",
+            "reinforce",
+            "has no ratio that would notice old answers; with epochs or refresh-every "
+            "above 1 take another",
+        )
+        check(
+            self.kl.place != "reward" or self.groups.scale != "signal",
+            "groups.scale",
+            self.groups.scale,
+            "counts groups of equal rewards, and with kl.place=reward no two are equal",
         )
         check(
             self.policy_loss.sampler_correction == "none"
@@ -144,19 +165,24 @@ def grpo() -> GRPOMethod:
 def dr_grpo() -> GRPOMethod:
     """Dr. GRPO, "GRPO done right": s − μ, no division by σ or by lengths, no KL.
 
-    `token-mean` divides by the tokens of the minibatch, where the paper divides by a
-    constant: a change of step size that does not depend on the answer.
+    Losses are summed over an answer's tokens. The paper divides by a constant besides,
+    which Adam does not see.
 
     References:
         Liu et al., 2025, arXiv:2503.20783.
     """
-    return GRPOMethod(groups=GroupOptions(scale="none"), kl=NO_KL)
+    return GRPOMethod(
+        groups=GroupOptions(scale="none"),
+        kl=NO_KL,
+        policy_loss=PolicyLossOptions(aggregation="seq-mean-token-sum"),
+    )
 
 
 def rloo() -> GRPOMethod:
     """RLOO: s − the mean of the others, KL in the reward, one step per rollout.
 
-    On policy there is no ratio to clip, so that the gradient is exact.
+    On policy there is no ratio to clip, and losses are summed over an answer's tokens,
+    so that the gradient is exact.
 
     References:
         Ahmadian et al., 2024, arXiv:2402.14740.
@@ -164,7 +190,9 @@ def rloo() -> GRPOMethod:
     return GRPOMethod(
         groups=GroupOptions(baseline="leave-one-out", scale="none"),
         kl=KLOptions(coef=0.03),
-        policy_loss=PolicyLossOptions(surrogate="reinforce"),
+        policy_loss=PolicyLossOptions(
+            surrogate="reinforce", aggregation="seq-mean-token-sum"
+        ),
         minibatches=1,
     )
 
@@ -203,7 +231,9 @@ def remax() -> GRPOMethod:
         group_size=1,
         groups=GroupOptions(baseline="greedy", scale="none"),
         kl=KLOptions(coef=0.03),
-        policy_loss=PolicyLossOptions(surrogate="reinforce"),
+        policy_loss=PolicyLossOptions(
+            surrogate="reinforce", aggregation="seq-mean-token-sum"
+        ),
         minibatches=1,
     )
 
@@ -212,8 +242,9 @@ def dapo() -> GRPOMethod:
     """DAPO: clip higher above than below, mean over tokens, no KL, no idle groups.
 
     Groups without a signal are replaced, for up to four rounds; answers that never
-    stop are left out of the loss. Its ramp for long answers needs their limit:
-    `--scores.overlong-buffer`, a fifth of `--max-new-tokens` there. G = 16 there.
+    stop are left out of the loss, but count in their group. Its ramp for long answers
+    needs their limit: `--scores.overlong-buffer`, a fifth of `--max-new-tokens` there;
+    what it takes off then reaches only the mean of the group. G = 16 there.
 
     References:
         Yu et al., 2025, arXiv:2503.14476.
@@ -227,7 +258,7 @@ def dapo() -> GRPOMethod:
 
 
 def gspo() -> GRPOMethod:
-    """GSPO: GRPO with one ratio per answer, clipped within ±4e-4; four steps a rollout.
+    """GSPO: GRPO with one ratio per answer, within −3e-4 and +4e-4 of 1.
 
     References:
         Zheng et al., 2025, arXiv:2507.18071.

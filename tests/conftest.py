@@ -1,9 +1,17 @@
 """Strict settings for every test."""
 
+import os
 import tempfile
 
 import jax
 import pytest
+
+# Tests spend their time in compiling programs that run once, on tiny arrays: slower
+# code that is ready sooner. Flags of the user come last and win.
+_flags = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):  # later ones have lost this flag and stop at it
+    _flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # sharding tests need no accelerator

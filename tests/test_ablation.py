@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.presets import PPOMethod, trl
-from rlhf_jax.recipes.configs import PPOConfig
+from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.runtime.config import to_dict
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -173,7 +173,9 @@ def actor_loss(
     Returns:
         The `[]` float32 loss, with a gradient in `logprobs` and `entropy`, and the
         metrics `policy_loss`, `entropy`, `approx_kl`, `clip_fraction`, `ratio_mean`,
-        as in `ppo_loss`, and `kl_loss` where there is a KL term.
+        as in `ppo_loss`, and `kl_loss` where there is a KL term. Under a
+        `policy_loss_fn`, `clip_fraction` is the share of tokens with an advantage that
+        it gives no gradient.
 
     Raises:
         ValueError: on an unknown aggregation.
@@ -193,6 +195,7 @@ def actor_loss(
             num_sequences=num_sequences,
         )
 
+    ratios = (logprobs, old_logprobs)
     if policy_loss_fn is None:
         terms = clipped_policy_loss(
             logprobs,
@@ -202,19 +205,24 @@ def actor_loss(
             dual_clip=dual_clip,
             log_ratio_clamp=log_ratio_clamp,
         )
+        clip_fraction = diagnostics.clip_fraction(
+            *ratios, advantages, mask, clip_eps=clip_eps, num_tokens=num_tokens
+        )
     else:
         terms = policy_loss_fn(logprobs, old_logprobs, advantages, mask)
+        clip_fraction = aggregate(
+            _silenced(policy_loss_fn, logprobs, old_logprobs, advantages, mask),
+            mask,
+            num_tokens=num_tokens,
+        )
     if experience.weights is not None:
         terms = jax.lax.stop_gradient(experience.weights) * terms
     policy_loss = reduce(terms)
-    ratios = (logprobs, old_logprobs)
     metrics = {
         "policy_loss": policy_loss,
         "entropy": aggregate(entropy, mask, num_tokens=num_tokens),
         "approx_kl": diagnostics.approx_kl(*ratios, mask, num_tokens=num_tokens),
-        "clip_fraction": diagnostics.clip_fraction(
-            *ratios, advantages, mask, clip_eps=clip_eps, num_tokens=num_tokens
-        ),
+        "clip_fraction": clip_fraction,
         "ratio_mean": diagnostics.mean_ratio(*ratios, mask, num_tokens=num_tokens),
     }
     loss = policy_loss - entropy_coef * reduce(entropy)
@@ -371,6 +379,24 @@ def ppo_loss(
         num_sequences=num_sequences,
     )
     return for_actor + value_coef * for_critic, actor_metrics | critic_metrics
+
+
+def _silenced(
+    policy_loss_fn: PolicyLossFn,
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+) -> Array:
+    """`[B, T]` float32, 1 at tokens with an advantage and a gradient of exactly 0."""
+
+    def terms(logprobs: Array) -> Array:
+        return policy_loss_fn(logprobs, old_logprobs, advantages, mask)
+
+    # A term has a gradient in its own log-probability only.
+    _, pull_back = jax.vjp(terms, jax.lax.stop_gradient(logprobs))
+    (slope,) = pull_back(jnp.ones_like(logprobs))
+    return ((slope == 0.0) & (advantages != 0.0) & mask).astype(jnp.float32)
 
 
 def _mask_inputs(mask: Array, *arrays: Array) -> list[Array]:

@@ -1,8 +1,9 @@
-"""The details on which implementations of PPO differ, by name.
+"""The details on which implementations of PPO and its relatives differ, by name.
 
 Each field is a keyword of a function beside this file, where its formula, its source
-and advice are; the string below it is its help on the command line. These classes
-are what `make_experience` and `ppo_objective` take, and what presets are made of.
+and advice are; the string below it is its help on the command line. These classes are
+what `make_experience`, `make_group_experience` and the objectives take, and what
+presets are made of.
 """
 
 import dataclasses
@@ -73,10 +74,7 @@ class KLOptions(Options):
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        if self.place == "none":
-            set_here = [f for f in vars(self) if f != "place"]
-            why = f"does nothing under {name}.place=none, which leaves the KL out"
-            self.require_defaults(name, *set_here, why=why)
+        if self.place == "none":  # switches off whatever a preset had set
             return
         check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
         self.require_positive(name, "log_ratio_clamp", "clamp")
@@ -164,7 +162,7 @@ class ScoreOptions(Options):
         of_critics = ("position", "whiten_rewards")
         why = "is for PPO, which has a critic"
         self.require_defaults(name, *of_critics, why=why)
-        why = "does little where scores are compared, and would do it twice"
+        why = "is for PPO; without a critic groups.scale sets the scale"
         self.require_defaults(name, "normalization", why=why)
 
 
@@ -278,7 +276,8 @@ class PolicyLossOptions(Options):
     surrogate: Literal["ppo", "gspo", "gmpo", "cispo", "sapo", "reinforce"] = "ppo"
     """PPO's clip of each token's ratio; one clipped ratio per answer (gspo); the
     geometric mean of clipped ones (gmpo); bounded weights that silence no token
-    (cispo); a soft gate (sapo); no ratio at all (reinforce)"""
+    (cispo); a soft gate (sapo); no ratio at all (reinforce). gspo and gmpo want
+    aggregation seq-mean-token-mean and a clip-eps of their own: 3e-4 and 0.4"""
     ratio_bound: float = 5.0
     """largest weight of a token, for policy-loss.surrogate=cispo"""
     clip_eps: float = 0.2

@@ -7,7 +7,7 @@ from rlhf_jax.algo.types import Array, Experience, record
 
 @record
 class Counts:
-    """Divisors of PPO's objective; each at least 1."""
+    """Divisors of the objectives of policies; each at least 1."""
 
     tokens: Array  # [] float32, real tokens of the actor
     value_tokens: Array  # [] float32, of the critic

@@ -34,7 +34,7 @@ class TrainState:
     slow_critic: Params | None  # a copy of the critic that trails it, if there is one
     old_policy: Params | None  # the actor that answers, where that is an older one
     key: Array  # [] PRNG key of the run; folded with `step`, never replaced
-    step: Array  # [] int32, PPO updates completed
+    step: Array  # [] int32, updates completed
 
 
 @record

@@ -1,4 +1,4 @@
-"""A whole PPO update, epochs × minibatches × microbatches, as one compiled program."""
+"""A whole update, epochs × minibatches × microbatches, as one compiled program."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.algo.minibatches import split_minibatches
-from rlhf_jax.algo.types import Array, Experience
+from rlhf_jax.algo.types import Array, Experience, Params
 from rlhf_jax.interfaces import BATCH_AXES
 from rlhf_jax.learner.counts import count_experience
 from rlhf_jax.learner.finite import first_nonfinite
@@ -104,25 +104,12 @@ def make_update(
         if max_kl is not None:
             metrics["policy/steps"] = jnp.sum(taken).astype(jnp.float32)
         metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
-        slow_critic = state.slow_critic
-        if slow_critic is not None and slow_critic_decay is not None:
-            slow_critic = optax.incremental_update(
-                end.params.critic,
-                slow_critic,
-                jnp.where(end.healthy, 1.0 - slow_critic_decay, 0.0),
-            )
-        old_policy = state.old_policy
-        if old_policy is not None:
-            due = end.healthy & ((state.step + 1) % refresh_every == 0)
-            old_policy = jax.tree.map(
-                lambda new, old: jnp.where(due, new, old), end.params.actor, old_policy
-            )
         state = dataclasses.replace(
             state,
             params=end.params,
             opt_state=end.opt_state,
-            slow_critic=slow_critic,
-            old_policy=old_policy,
+            slow_critic=_slow_critic(state, end, slow_critic_decay),
+            old_policy=_old_policy(state, end, refresh_every),
             step=state.step + end.healthy,
         )
         return state, metrics
@@ -139,6 +126,22 @@ class _Carry(NamedTuple):
     opt_state: ActorCritic
     healthy: Array  # [] bool, every loss and gradient so far was finite
     going: Array  # [] bool, the policy is still near the one that answered
+
+
+def _slow_critic(state: TrainState, end: _Carry, decay: float | None) -> Params | None:
+    if state.slow_critic is None or decay is None:
+        return state.slow_critic
+    share = jnp.where(end.healthy, 1.0 - decay, 0.0)
+    return optax.incremental_update(end.params.critic, state.slow_critic, share)
+
+
+def _old_policy(state: TrainState, end: _Carry, refresh_every: int) -> Params | None:
+    if state.old_policy is None:
+        return None
+    due = end.healthy & ((state.step + 1) % refresh_every == 0)
+    return jax.tree.map(
+        lambda new, old: jnp.where(due, new, old), end.params.actor, state.old_policy
+    )
 
 
 def _minibatch_step(

@@ -32,7 +32,7 @@ def write(config: AnnotateWriteConfig) -> int:
     check_new_file(config.output)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     responses: dict[str, list[str]] = defaultdict(list)
-    for row in answer(config):
+    for row in answer(config, distinct=True):
         responses[row["prompt"]].append(row["response"])
     count = write_annotation_file(
         config.output,

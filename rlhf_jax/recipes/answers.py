@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from rlhf_jax.algo.types import Array, Params, Prompts, Rollout, record
 from rlhf_jax.interfaces import ScoreFn
@@ -47,15 +47,19 @@ class Answers:
         return metrics
 
 
-def make_sampler(policy: Policy, **options: Any) -> Sampler:
+def make_sampler(
+    policy: Policy, *, sharding: Sharding | None = None, **options: Any
+) -> Sampler:
     """`sample(key, params, prompts) -> Rollout`, compiled.
 
     Args:
         policy: callables of the language model.
+        sharding: of the rollout; None: as the compiler chooses.
         **options: keywords of `rlhf_jax.rollout.generate.generate`.
     """
     return jax.jit(
-        partial(generate, prefill=policy.prefill, decode=policy.decode, **options)
+        partial(generate, prefill=policy.prefill, decode=policy.decode, **options),
+        out_shardings=sharding,
     )
 
 

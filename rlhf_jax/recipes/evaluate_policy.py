@@ -16,11 +16,12 @@ from rlhf_jax.recipes.held_out import pass_rates
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.prompt_batches import PromptBatch, collate
+from rlhf_jax.recipes.rewards import probe
 from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.recipes.tool_configs import EvaluateConfig
 from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.progress import heading
-from rlhf_jax.runtime.reward_functions import RewardWorkers
+from rlhf_jax.runtime.reward_functions import RewardWorkers, function_name
 from rlhf_jax.runtime.text_data import Columns, read_prompt_rows
 
 
@@ -39,6 +40,7 @@ def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, f
     with RewardWorkers(
         config.reward, processes=2, time_limit=config.reward_time_limit
     ) as workers:
+        probe(workers, batch.take(range(min(config.samples + 1, len(batch.rows)))))
         return _measure(config, language, batch, mesh, workers)
 
 
@@ -53,7 +55,7 @@ def _read(config: EvaluateConfig, path: str, language: Language) -> PromptBatch:
     read = partial(
         read_prompt_rows,
         columns=Columns(prompt=config.prompt_column),
-        keep=None if config.reward else (),
+        keep=(config.reward_columns or None) if config.reward else (),
         render_chat=language.render,
     )
     rows = read_reported(path, read, quiet=False)[: config.limit]
@@ -106,7 +108,7 @@ def _measure(
     if workers is not None:
         found = workers.score(batch.texts, answers.texts(language), batch.columns)
         for spec, scores in zip(workers.specs, found.by_function, strict=True):
-            figures[f"reward/{spec.rpartition(':')[2]}"] = float(np.mean(scores))
+            figures[f"reward/{function_name(spec)}"] = float(np.mean(scores))
         if config.pass_score is not None:
             passed = found.by_function[0] >= config.pass_score
             figures |= pass_rates(passed.reshape(-1, config.samples))

@@ -112,6 +112,11 @@ def _compared(path: str, config: RewardConfig, language: Language) -> Comparison
     )
     for line in found.report():
         heading(f"{path}: {line}", quiet=config.quiet)
+    left = found.pairs if config.loss == "bradley-terry" else found.rankings
+    if not left:
+        raise ValueError(
+            f"{path}: no judgement is left that prefers one answer to another"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""The four models of PPO: actor and critic, reference and reward model."""
+"""The models of PPO: actor and critic, reference and reward model."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ from rlhf_jax.recipes.policy_models import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourModels(PolicyModels):
-    """How to call the four, and the parameters of the frozen two."""
+    """How to call them, and the parameters of the frozen ones."""
 
     forward: ActorCriticFn
     values_fn: ValuesFn  # over what `critic_of` gives

@@ -34,8 +34,10 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def answer(config: GenerateConfig) -> list[dict[str, Any]]:
+def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, Any]]:
     """A row for each answer, with `prompt`, `response` and its number, `sample`.
+
+    With `distinct`, a prompt that the data has several times is answered as if once.
 
     Raises:
         ValueError: on bad input, before anything is compiled.
@@ -43,6 +45,8 @@ def answer(config: GenerateConfig) -> list[dict[str, Any]]:
     mesh = make_mesh()
     language = Language.load(config.model)
     texts = _prompts(config, language)
+    if distinct:
+        texts = list(dict.fromkeys(texts))
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
     longest = module.config.max_positions - config.max_new_tokens
     if longest < 1:

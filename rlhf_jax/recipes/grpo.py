@@ -1,12 +1,12 @@
 """GRPO and its relatives: groups of answers in place of a critic."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
 import jax
 
-from rlhf_jax.learner.train_state import ActorCritic, init_train_state
+from rlhf_jax.algo.options import check
+from rlhf_jax.learner.train_state import ActorCritic, TrainState, init_train_state
 from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.recipes.grpo_programs import (
     grpo_step,
@@ -17,8 +17,9 @@ from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.policy_configs import GRPOConfig
+from rlhf_jax.recipes.policy_loop import train_policy
 from rlhf_jax.recipes.policy_models import load_policy_models
-from rlhf_jax.recipes.ppo_programs import learning_rates
+from rlhf_jax.recipes.ppo_programs import Carried, learning_rates
 from rlhf_jax.recipes.prompt_batches import (
     PromptBatch,
     PromptData,
@@ -51,7 +52,7 @@ def run(config: GRPOConfig) -> RunDirectory:
     language = Language.load(config.policy)
     data = read_prompt_data(config, language, stage="grpo")
     with RewardFunctions(config) as functions:
-        functions.probe(data.held_out)
+        functions.probe(data)
         return _train(config, language, data, functions)
 
 
@@ -100,14 +101,10 @@ def _train(
     with Session(config, stage="grpo", total_steps=config.updates) as session:
         state = session.restore(state)
         keeper = PolicyKeeper(config, session, save)
-        if session.start_step == 0:
-            metrics = evaluate(session, 0, state.params.actor)
-            keeper.see(metrics, state.params.actor)
-            session.log(0, metrics, shown=SHOWN)
-        tokens = sum(session.history("rollout/tokens")[-1:])
-        for step in session.steps():
-            if keeper.is_done:
-                break
+
+        def step_fn(
+            step: int, state: TrainState
+        ) -> tuple[TrainState, Carried, dict[str, float]]:
             rates = learning_rates(schedules, state.opt_state)
             state, carried, metrics = grpo_step(
                 state,
@@ -118,16 +115,11 @@ def _train(
                 judge.of_rollout,
                 partial(put_batch, mesh),
             )
-            metrics = session.check_finite(step, state, metrics)
-            state = dataclasses.replace(state, **carried)
-            tokens += metrics["rollout/tokens"]
-            metrics |= rates | {"rollout/tokens": tokens}
-            if session.is_eval_step(step):
-                metrics |= evaluate(session, step, state.params.actor)
-                keeper.see(metrics, state.params.actor)
-            session.log(step, metrics, shown=SHOWN)
-            session.checkpoint(step, state, last=keeper.is_done)
-    keeper.finish(state.params.actor)
+            return state, carried, metrics | rates
+
+        train_policy(
+            session, state, step_fn, evaluate=evaluate, keeper=keeper, shown=SHOWN
+        )
     session.report()
     return session.run
 
@@ -141,8 +133,15 @@ def _prompt_order(
     rounds is passed over, and a resumed run needs no count of what was resampled.
     """
     number = config.batch_size // config.group_size
+    check(
+        number <= len(data.rows),
+        "batch-size",
+        config.batch_size,
+        f"takes {number} prompts at group-size={config.group_size}; there are "
+        f"{len(data.rows)} to train on",
+    )
     first = data.batches(batch_size=number, seed=config.seed)
-    further = data.batches(batch_size=number, seed=config.seed + 1)
+    further = data.batches(batch_size=number, seed=config.seed, stream=1)
 
     def prompts_of(step: int, round_number: int) -> PromptBatch:
         if round_number == 0:

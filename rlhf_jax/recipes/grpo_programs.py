@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.algo.types import Array, Experience, Params, Prompts, Rollout, record
+from rlhf_jax.algo.types import Array, Experience, Params, Rollout, record
 from rlhf_jax.interfaces import BATCH_AXES
 from rlhf_jax.learner.objectives import critic_free_objective
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
@@ -23,6 +24,7 @@ from rlhf_jax.recipes.ppo_programs import Carried, next_kl_coef, recomputes_logp
 from rlhf_jax.recipes.prompt_batches import PromptBatch
 from rlhf_jax.recipes.rewards import Rewards, ScoreRollout, score_program
 from rlhf_jax.recipes.supervised import optimizer_of
+from rlhf_jax.rollout.experience import final_scores, used_answers
 from rlhf_jax.rollout.group_experience import make_group_experience
 from rlhf_jax.rollout.scoring import score_rollout
 
@@ -36,6 +38,9 @@ class Judged:
 
 
 RewardFn = Callable[[Rollout, PromptBatch], Rewards]
+Put = Callable[[Any], Any]
+"""Places arrays with a common leading axis on the devices."""
+
 ExperienceFn = Callable[
     [TrainState, Params | None, Judged, Judged | None],
     tuple[Experience, Carried, dict[str, Array]],
@@ -49,6 +54,7 @@ class GRPOPrograms:
     sample: Sampler
     greedy: Sampler | None  # the likeliest answers, where they are the baseline
     score: ScoreRollout
+    signal: Callable[[Judged], Array]  # [N] bool, which groups teach something
     replace: Callable[[Judged, Judged, Array], Judged]
     experience_of: ExperienceFn
     update: UpdateFn
@@ -75,12 +81,15 @@ def make_grpo_programs(
         mesh: over which answers are spread; None: one device.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
     """
+    spread = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     sampler = partial(
         make_sampler,
         models.policy,
         max_new_tokens=config.max_new_tokens,
         stop_ids=stop_ids,
         pad_id=pad_id,
+        # As replaced rows are placed: with another, what follows compiles twice.
+        sharding=spread,
     )
     update = make_update(
         critic_free_objective(
@@ -98,11 +107,11 @@ def make_grpo_programs(
         refresh_every=config.refresh_every,
         state_sharding=state_sharding,
     )
-    spread = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     return GRPOPrograms(
         sample=sampler(temperature=config.temperature),
         greedy=sampler(temperature=0) if config.groups.baseline == "greedy" else None,
         score=score_program(models, stop_ids=stop_ids, cut=True),
+        signal=jax.jit(partial(_has_signal, config=config)),
         replace=jax.jit(_replace_rows, out_shardings=spread),
         experience_of=_experience_program(config, models),
         update=update,
@@ -128,7 +137,7 @@ def grpo_step(
     models: PolicyModels,
     programs: GRPOPrograms,
     reward_of: RewardFn,
-    put: Callable[[Prompts], Prompts],
+    put: Put,
 ) -> tuple[TrainState, Carried, dict[str, float]]:
     """One update: groups of answers, rewards, advantages, epochs.
 
@@ -139,7 +148,7 @@ def grpo_step(
         models: how to call them.
         programs: compiled.
         reward_of: rewards of answers.
-        put: places prompts on the devices.
+        put: places a batch on the devices.
 
     Returns:
         The new state, what else the next update starts from (the state keeps the old
@@ -164,7 +173,7 @@ def grpo_step(
     seconds = time.perf_counter() - began
     metrics |= {
         "time/step_seconds": seconds,
-        "time/rollout_seconds": rolled_out - began,
+        "time/rollout_seconds": rolled_out - began - metrics["time/reward_seconds"],
         "time/tokens_per_second": metrics["rollout/tokens"] / seconds,
     }
     return state, carried, metrics
@@ -176,12 +185,13 @@ def sample_groups(
     config: GRPOConfig,
     programs: GRPOPrograms,
     reward_of: RewardFn,
-    put: Callable[[Prompts], Prompts],
+    put: Put,
 ) -> tuple[Judged, PromptBatch, dict[str, float]]:
     """Answers in groups; those without a signal replaced, as far as rounds allow.
 
-    A group has no signal where all its answers have the same reward. Replacing such
-    groups keeps the batch, and with it the step, of one size.
+    A group has no signal where all its answers end up with the same score, after
+    clipping and penalties (`config.scores`), or are all left out of the loss. Replacing
+    such groups keeps the batch, and with it the step, of one size.
 
     Args:
         state: the policy that answers.
@@ -189,36 +199,42 @@ def sample_groups(
         config: of the run.
         programs: compiled.
         reward_of: rewards of answers.
-        put: places prompts on the devices.
+        put: places a batch on the devices.
 
     Returns:
-        The answers, the prompt of each, and metrics of all that was sampled.
+        The answers, the prompt of each, and metrics: `reward/…`, `group/no_signal` and
+        `rollout/tokens` are of all that was sampled, where those of the experience
+        (`response/…`, `kl/…`, `group/score_std`) are of what was kept.
 
     References:
         Yu et al., 2025, arXiv:2503.14476, section 3.2, "dynamic sampling".
     """
     size = config.group_size
     rollout_key, _ = step_keys(state)
+    keys = jax.random.split(rollout_key, config.resample + 1)
     judged = batch = signal = None
     rounds: list[dict[str, float]] = []
-    for number in range(config.resample + 1):
+    for number, key in enumerate(keys):
         drawn_batch = batches(number).repeat(size)
-        key = rollout_key if number == 0 else jax.random.fold_in(rollout_key, number)
-        rollout = programs.sample(key, _answering(state), put(drawn_batch.prompts))
+        rollout = jax.block_until_ready(
+            programs.sample(key, _answering(state), put(drawn_batch.prompts))
+        )
+        began = time.perf_counter()
         rewards = reward_of(rollout, drawn_batch)
-        scores, lengths = jax.device_get((rewards.scores, rollout.lengths))
-        drawn_signal = np.ptp(scores.reshape(-1, size), axis=1) > 0
+        drawn = Judged(rollout=rollout, scores=put(rewards.scores))
+        drawn_signal = np.asarray(programs.signal(drawn))
+        scores, lengths = jax.device_get((drawn.scores, rollout.lengths))
         rounds.append(
             {
                 "rollout/tokens": float(lengths.sum()),
                 "reward/score_mean": float(scores.mean()),
                 "reward/score_std": float(scores.std()),
+                "time/reward_seconds": time.perf_counter() - began,
                 **rewards.metrics,
             }
         )
         if config.groups.compares:
             rounds[-1]["group/no_signal"] = float(1.0 - drawn_signal.mean())
-        drawn = Judged(rollout=rollout, scores=rewards.scores)
         if judged is None or batch is None or signal is None:
             judged, batch, signal = drawn, drawn_batch, drawn_signal
         else:
@@ -229,7 +245,7 @@ def sample_groups(
             break
     assert judged is not None and batch is not None and signal is not None
     metrics = {name: float(np.mean([r[name] for r in rounds])) for name in rounds[0]}
-    for name in ("rollout/tokens", "reward/failures"):
+    for name in ("rollout/tokens", "reward/failures", "time/reward_seconds"):
         if name in metrics:
             metrics[name] *= len(rounds)
     if config.resample:
@@ -260,6 +276,14 @@ def _fill(
     return (groups[:, None] * size + np.arange(size)).ravel(), signal
 
 
+def _has_signal(judged: Judged, *, config: GRPOConfig) -> Array:
+    """`[N]` bool: the scores of a group differ, and some of it is trained on."""
+    scores = final_scores(judged.rollout, judged.scores, config.scores)
+    groups = scores.reshape(-1, config.group_size)
+    used = used_answers(judged.rollout, config.scores).reshape(groups.shape)
+    return (jnp.max(groups, axis=1) > jnp.min(groups, axis=1)) & used.any(axis=1)
+
+
 def _replace_rows(kept: Judged, drawn: Judged, index: Array) -> Judged:
     """Rows `index` of the two, one after the other."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], kept, drawn)
@@ -276,14 +300,14 @@ def _greedy_answers(
     config: GRPOConfig,
     programs: GRPOPrograms,
     reward_of: RewardFn,
-    put: Callable[[Prompts], Prompts],
+    put: Put,
 ) -> Judged:
     """The likeliest answer to every prompt, once for each group."""
     assert programs.greedy is not None
     prompts = batch.take(range(0, len(batch.rows), config.group_size))
     unused_key, _ = step_keys(state)  # at temperature 0 nothing is drawn
     rollout = programs.greedy(unused_key, _answering(state), put(prompts.prompts))
-    return Judged(rollout=rollout, scores=reward_of(rollout, prompts).scores)
+    return Judged(rollout=rollout, scores=put(reward_of(rollout, prompts).scores))
 
 
 def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceFn:

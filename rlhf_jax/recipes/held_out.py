@@ -1,5 +1,6 @@
 """What a policy does on held-out prompts, and which policy that says to keep."""
 
+import json
 import math
 from collections.abc import Callable
 
@@ -15,10 +16,12 @@ from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch
-from rlhf_jax.recipes.rewards import Judge
+from rlhf_jax.recipes.rewards import HeldOutRewards, Judge
 from rlhf_jax.recipes.session import Session
+from rlhf_jax.runtime.run_directory import write_atomic
 
 NUM_LOGGED_SAMPLES = 8
+BEST_NOTE = "best.json"  # in the run directory: step and value of the policy kept
 
 
 def pass_rates(passed: np.ndarray) -> dict[str, float]:
@@ -84,14 +87,16 @@ class HeldOut:
             reward=self._models.reward,
         )
         texts = answers.texts(self._language)
-        scores, by_function = self._judge.of_answers(answers, texts, self._batch)
-        self._log_samples(session, step, answers, texts, scores, by_function)
+        rewards = self._judge.of_answers(answers, texts, self._batch)
+        self._log_samples(session, step, answers, texts, rewards)
         metrics = answers.metrics()
-        metrics["score_mean"] = float(np.mean(scores))
-        metrics["score_std"] = float(np.std(scores))
-        for name, row in by_function.items():
+        metrics["score_mean"] = float(np.mean(rewards.scores))
+        metrics["score_std"] = float(np.std(rewards.scores))
+        for name, row in rewards.by_function.items():
             metrics[f"reward/{name}"] = float(np.mean(row))
-        metrics |= self._pass_rates(by_function)
+        if rewards.failures is not None:
+            metrics["failures"] = float(rewards.failures)
+        metrics |= self._pass_rates(rewards.by_function)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def _pass_rates(self, by_function: dict[str, np.ndarray]) -> dict[str, float]:
@@ -108,15 +113,14 @@ class HeldOut:
         step: int,
         answers: Answers,
         texts: list[str],
-        scores: np.ndarray,
-        by_function: dict[str, np.ndarray],
+        rewards: HeldOutRewards,
     ) -> None:
         """The first answer to each of the first prompts."""
         columns = {
             "prompt": self._language.decode_prompts(self._batch.prompts),
             "response": texts,
-            "score": scores,
-            **by_function,
+            "score": rewards.scores,
+            **rewards.by_function,
         }
         if answers.kl is not None:
             columns["kl"] = answers.kl
@@ -130,11 +134,13 @@ class PolicyKeeper:
     """Writes the policy that a run is for: its last, or its best on held-out prompts.
 
     With `early_stop`, every policy that is the best so far is written at once, and the
-    run is done when patience runs out. A resumed run knows what was seen before.
+    run is done when patience runs out. A resumed run knows what was seen before; where
+    an interrupted one had got further and written a policy from there, which is none of
+    this run, the next evaluation is the first of a new count.
 
     Args:
         config: of the run.
-        session: entered and restored.
+        session: entered.
         save: `(path, params=…)` writes a policy.
     """
 
@@ -147,29 +153,20 @@ class PolicyKeeper:
         self._metric = config.early_stop
         self._patience = config.early_stop_patience
         self._path = session.run.model
+        self._note = session.run.path / BEST_NOTE
         self._save = save
         self._best = -math.inf
         self._waited = 0
-        if self._metric is not None:
+        if self._metric is not None and self._saved_step() <= session.start_step:
             for value in session.history(self._metric):
                 self._is_best(value)
 
-    def see(self, metrics: dict[str, float], actor: Params) -> None:
-        """Takes note of an evaluation of `actor`.
-
-        Raises:
-            ValueError: when the metric to watch is none of its metrics.
-        """
-        if self._metric is None:
-            return
-        if self._metric not in metrics:
-            names = ", ".join(name for name in metrics if name.startswith("eval/"))
-            raise ValueError(
-                f"early-stop={self._metric!r}: the held-out metrics of this run are "
-                f"{names}"
-            )
-        if self._is_best(metrics[self._metric]):
+    def see(self, step: int, metrics: dict[str, float], actor: Params) -> None:
+        """Takes note of an evaluation of `actor` after `step`."""
+        if self._metric is not None and self._is_best(metrics[self._metric]):
             self._save(self._path, params=actor)
+            note = {"step": step, self._metric: metrics[self._metric]}
+            write_atomic(self._note, json.dumps(note) + "\n")
 
     @property
     def is_done(self) -> bool:
@@ -180,6 +177,11 @@ class PolicyKeeper:
         """Writes the last policy, unless the best one is written already."""
         if self._metric is None:
             self._save(self._path, params=actor)
+
+    def _saved_step(self) -> int:
+        if not self._note.exists():
+            return 0
+        return json.loads(self._note.read_text("utf-8"))["step"]
 
     def _is_best(self, value: float) -> bool:
         better = value > self._best

@@ -4,15 +4,23 @@ The string below each field is its help on the command line.
 """
 
 import dataclasses
+import math
 
 from rlhf_jax.algo.ensembles import EnsembleScore
 from rlhf_jax.algo.options import check
 from rlhf_jax.grpo_presets import GRPOMethod
 from rlhf_jax.presets import PPOMethod
 from rlhf_jax.runtime.config import Overlong, RunConfig, check_positive
+from rlhf_jax.runtime.reward_functions import function_name
 
-# After `reward/`, where a function's mean is written under its name.
-_METRICS_OF_REWARDS = (
+# Columns of the samples, and metrics after `reward/`: the places where what a function
+# says is written under its name.
+_TAKEN_NAMES = (
+    "step",
+    "prompt",
+    "response",
+    "score",
+    "kl",
     "score_mean",
     "score_std",
     "shaped_mean",
@@ -48,7 +56,7 @@ class RewardSources:
     """of the reward functions in the sum; without them, 1 each"""
     reward_columns: tuple[str, ...] = ()
     """columns of the data that reward functions get, which every row must have; without
-    them, all that the first row has"""
+    them, those that the first row has and that are not null there"""
     reward_processes: int = 2
     """worker processes that call reward functions"""
     reward_time_limit: float = 5.0
@@ -78,6 +86,12 @@ class RewardSources:
             "name what to learn from: reward-model (a directory) or reward "
             "(functions, file.py:function)",
         )
+        check(
+            math.isfinite(self.reward_model_weight) and self.reward_model_weight != 0,
+            "reward-model-weight",
+            self.reward_model_weight,
+            "must be a finite number other than 0; leave the model out instead",
+        )
         if self.reward_model is None:
             why = "is for a reward-model, which there is none of"
             self._require_defaults("reward_model_weight", "ensemble", why=why)
@@ -93,16 +107,28 @@ class RewardSources:
             self.ensemble_penalty,
             "must not be negative",
         )
-        if not self.reward:
-            why = "is for functions of reward, and there are none"
-            self._require_defaults("reward_weights", "reward_on_failure", why=why)
+        self._check_functions()
+        check_positive(
+            eval_samples=self.eval_samples,
+            early_stop_patience=self.early_stop_patience,
+        )
+        if self.early_stop is None:
+            why = "does nothing without early-stop"
+            self._require_defaults("early_stop_patience", why=why)
+
+    def _check_functions(self) -> None:
+        if not self.reward and not self.eval_reward:
+            why = "is for reward functions, and there are none"
+            of_functions = ("columns", "processes", "time_limit", "on_failure")
+            of_functions = [f"reward_{name}" for name in of_functions]
+            self._require_defaults(*of_functions, "eval_pass", why=why)
         check(
             len(self.reward_weights) in (0, len(self.reward)),
             "reward-weights",
             self.reward_weights,
             f"give one for each of the {len(self.reward)} functions of reward",
         )
-        names = [spec.rpartition(":")[2] for spec in (*self.reward, *self.eval_reward)]
+        names = [function_name(spec) for spec in (*self.reward, *self.eval_reward)]
         twice = [name for name in names if names.count(name) > 1]
         check(
             not twice,
@@ -110,27 +136,33 @@ class RewardSources:
             twice[:1],
             "two functions of one name; metrics are called by it, so rename one",
         )
-        taken = [name for name in names if name in _METRICS_OF_REWARDS]
+        taken = [name for name in names if name in _TAKEN_NAMES]
         check(
             not taken,
             "reward",
             taken[:1],
-            "a metric of the run has this name already; rename the function",
+            "a metric, or a column of the samples, has this name already; rename the "
+            "function",
         )
-        check_positive(
-            reward_processes=self.reward_processes,
-            eval_samples=self.eval_samples,
-            early_stop_patience=self.early_stop_patience,
-        )
+        check_positive(reward_processes=self.reward_processes)
         check(
-            self.reward_time_limit > 0,
+            0 < self.reward_time_limit < math.inf,
             "reward-time-limit",
             self.reward_time_limit,
-            "must be above 0 seconds",
+            "must be above 0 seconds, and finite",
         )
-        if self.early_stop is None:
-            why = "does nothing without early-stop"
-            self._require_defaults("early_stop_patience", why=why)
+        check(
+            all(map(math.isfinite, self.reward_weights)),
+            "reward-weights",
+            self.reward_weights,
+            "must be finite numbers",
+        )
+        check(
+            self.reward_on_failure is None or math.isfinite(self.reward_on_failure),
+            "reward-on-failure",
+            self.reward_on_failure,
+            "must be a finite number, or None",
+        )
 
     def _require_defaults(self, *names: str, why: str) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(RewardSources)}
@@ -196,6 +228,13 @@ class PolicyConfig(RewardSources, RunConfig):
 
     def _check_method(self, method: PPOMethod | GRPOMethod) -> None:
         """What depends on both the method and the sizes."""
+        measured = self._held_out_metrics(method)
+        check(
+            self.early_stop is None or self.early_stop in measured,
+            "early-stop",
+            self.early_stop,
+            f"the held-out metrics of this run are {', '.join(measured)}",
+        )
         devices = self.mesh.data * self.mesh.fsdp
         parts = method.minibatches * self.microbatches * devices
         check(
@@ -218,6 +257,18 @@ class PolicyConfig(RewardSources, RunConfig):
             self.reference,
             "is not used under kl.place=none",
         )
+
+    def _held_out_metrics(self, method: PPOMethod | GRPOMethod) -> list[str]:
+        """What `HeldOut` measures."""
+        names = ["score_mean", "score_std", "length_mean", "stop_rate"]
+        if method.kl.place != "none":
+            names.append("kl_sequence")
+        functions = [*self.eval_reward, *self.reward]
+        names += [f"reward/{function_name(spec)}" for spec in functions]
+        if functions and self.eval_pass is not None:
+            powers = range(self.eval_samples.bit_length())
+            names += [f"pass_at_{2**power}" for power in powers]
+        return [f"eval/{name}" for name in names]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,4 +335,20 @@ class GRPOConfig(GRPOMethod, PolicyConfig):
             "batch-size",
             self.batch_size,
             f"must be a multiple of group-size={self.group_size}",
+        )
+        devices = self.mesh.data * self.mesh.fsdp
+        num_prompts = self.batch_size // self.group_size
+        check(
+            self.groups.baseline != "greedy" or num_prompts % devices == 0,
+            "batch-size",
+            self.batch_size,
+            f"makes {num_prompts} prompts at group-size={self.group_size}, whose "
+            f"likeliest answers cannot be split over {devices} devices",
+        )
+        check(
+            self.refresh_every <= self.updates,
+            "refresh-every",
+            self.refresh_every,
+            f"must be at most updates={self.updates}, or the policy that answers never "
+            "changes",
         )

@@ -5,14 +5,16 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.learner.train_state import init_train_state
+from rlhf_jax.learner.train_state import TrainState, init_train_state
 from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.recipes.four_models import load_four_models
 from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.policy_configs import PPOConfig
+from rlhf_jax.recipes.policy_loop import train_policy
 from rlhf_jax.recipes.ppo_programs import (
+    Carried,
     learning_rates,
     make_optimizers,
     make_programs,
@@ -46,7 +48,7 @@ def run(config: PPOConfig) -> RunDirectory:
     language = Language.load(config.policy)
     data = read_prompt_data(config, language, stage="ppo")
     with RewardFunctions(config) as functions:
-        functions.probe(data.held_out)
+        functions.probe(data)
         return _train(config, language, data, functions)
 
 
@@ -105,14 +107,10 @@ def _train(
                 sharding.score_moments,
             )
             state = dataclasses.replace(state, score_moments=moments)
-        if session.start_step == 0:
-            metrics = evaluate(session, 0, state.params.actor)
-            keeper.see(metrics, state.params.actor)
-            session.log(0, metrics, shown=SHOWN)
-        tokens = sum(session.history("rollout/tokens")[-1:])
-        for step in session.steps():
-            if keeper.is_done:
-                break
+
+        def step_fn(
+            step: int, state: TrainState
+        ) -> tuple[TrainState, Carried, dict[str, float]]:
             batch = batches[step - 1]
             rates = learning_rates(schedules, state.opt_state)
             state, carried, metrics = ppo_step(
@@ -122,15 +120,10 @@ def _train(
                 programs,
                 partial(judge.of_rollout, batch=batch),
             )
-            metrics = session.check_finite(step, state, metrics)
-            state = dataclasses.replace(state, **carried)
-            tokens += metrics["rollout/tokens"]
-            metrics |= rates | {"rollout/tokens": tokens}
-            if session.is_eval_step(step):
-                metrics |= evaluate(session, step, state.params.actor)
-                keeper.see(metrics, state.params.actor)
-            session.log(step, metrics, shown=SHOWN)
-            session.checkpoint(step, state, last=keeper.is_done)
-    keeper.finish(state.params.actor)
+            return state, carried, metrics | rates
+
+        train_policy(
+            session, state, step_fn, evaluate=evaluate, keeper=keeper, shown=SHOWN
+        )
     session.report()
     return session.run

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -141,7 +142,7 @@ def ppo_step(
     state, updated = programs.update(state, experience)
     metrics = jax.device_get(scored | updated) | rewards.metrics
     seconds = time.perf_counter() - began
-    num_tokens = float(metrics["response/length_mean"]) * prompts.lengths.shape[0]
+    num_tokens = float(jnp.sum(rollout.lengths))
     metrics |= {
         "rollout/tokens": num_tokens,
         "time/step_seconds": seconds,

@@ -67,9 +67,15 @@ class PromptData:
     width: int
     pad_id: int
 
-    def batches(self, *, batch_size: int, seed: int) -> Batches:
-        """Training batches, by number."""
-        return Batches(self.rows, self._collate, batch_size=batch_size, seed=seed)
+    def batches(self, *, batch_size: int, seed: int, stream: int = 0) -> Batches:
+        """Training batches, by number; streams of a seed have orders of their own."""
+        return Batches(
+            self.rows, self._collate, batch_size=batch_size, seed=seed, stream=stream
+        )
+
+    def first(self, number: int) -> PromptBatch:
+        """The first training prompts."""
+        return self._collate(self.rows[:number])
 
     def _collate(self, rows: Sequence[tuple[PromptRow, np.ndarray]]) -> PromptBatch:
         return collate(rows, width=self.width, pad_id=self.pad_id)

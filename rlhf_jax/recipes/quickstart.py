@@ -17,7 +17,8 @@ from rich.table import Table
 from rlhf_jax.algo.options import KLOptions
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
-from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.review_panel import MAX_NEW_TOKENS, MAX_POSITIONS, ReviewPanel
 from rlhf_jax.recipes.session import Interrupted
 from rlhf_jax.recipes.tool_configs import QuickstartConfig

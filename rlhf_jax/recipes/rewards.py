@@ -14,10 +14,15 @@ from rlhf_jax.recipes.answers import Answers
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.policy_configs import PolicyConfig
 from rlhf_jax.recipes.policy_models import PolicyModels
-from rlhf_jax.recipes.prompt_batches import PromptBatch
+from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.runtime.mesh import put_batch
-from rlhf_jax.runtime.reward_functions import RewardScores, RewardWorkers
+from rlhf_jax.runtime.progress import heading
+from rlhf_jax.runtime.reward_functions import (
+    RewardScores,
+    RewardWorkers,
+    function_name,
+)
 
 NUM_PROBED = 2
 
@@ -58,6 +63,15 @@ def score_program(
     return jax.jit(score)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutRewards:
+    """What N held-out answers earned."""
+
+    scores: np.ndarray  # [N] float32, as in training
+    by_function: dict[str, np.ndarray]  # [N] float32 each, those of `eval_reward` first
+    failures: int | None  # answers with a stated score, where there is one to state
+
+
 class RewardFunctions(contextlib.ExitStack):
     """The reward functions of a run, as a context manager that holds their processes.
 
@@ -80,12 +94,14 @@ class RewardFunctions(contextlib.ExitStack):
 
     def __enter__(self) -> "RewardFunctions":
         super().__enter__()
-        for workers in self._all():
-            self.enter_context(workers)
+        with contextlib.ExitStack() as entered:  # ends those before one that fails
+            for workers in self._all():
+                entered.enter_context(workers)
+            self.push(entered.pop_all())
         return self
 
-    def probe(self, batch: PromptBatch) -> None:
-        """Asks every function about empty answers to the first prompts.
+    def probe(self, data: PromptData) -> None:
+        """Asks every function about empty answers to the first prompts of its files.
 
         A function that needs a column which the data does not have says so here,
         before anything is compiled; and a policy may well answer nothing.
@@ -93,12 +109,24 @@ class RewardFunctions(contextlib.ExitStack):
         Raises:
             RewardFunctionError: where a function fails and no score is stated for that.
         """
-        batch = batch.take(range(min(NUM_PROBED, len(batch.rows))))
+        number = min(NUM_PROBED, len(data.held_out.rows))
+        held_out = data.held_out.take(range(number))
         for workers in self._all():
-            workers.score(batch.texts, [""] * len(batch.rows), batch.columns)
+            probe(workers, held_out)
+        if self.train is not None:  # its columns may be others
+            probe(self.train, data.first(NUM_PROBED))
 
     def _all(self) -> list[RewardWorkers]:
         return [x for x in (self.train, self.held_out) if x is not None]
+
+
+def probe(workers: RewardWorkers, batch: PromptBatch) -> None:
+    """Asks functions about empty answers to some prompts.
+
+    Raises:
+        RewardFunctionError: where a function fails and no score is stated for that.
+    """
+    workers.score(batch.texts, [""] * len(batch.rows), batch.columns)
 
 
 class Judge:
@@ -123,7 +151,9 @@ class Judge:
         mesh: Mesh,
     ):
         self._weight = config.reward_model_weight
-        self._counts_failures = config.reward_on_failure is not None
+        self._states_failures = config.reward_on_failure is not None
+        self._has_complained = False
+        self._quiet = config.quiet
         self._models = models
         self._functions = functions
         self._language = language
@@ -136,23 +166,20 @@ class Judge:
         Raises:
             RewardFunctionError: where a function fails and no score is stated for that.
         """
-        scores, lengths = self._score(self._models.reward, rollout)
-        if self._weight != 1.0:
-            scores = self._weight * scores
+        by_model, lengths = self._score(self._models.reward, rollout)
+        scores = by_model if self._weight == 1.0 else self._weight * by_model
         functions = self._functions.train
         if functions is None:
             return Rewards(scores=scores, metrics={})
         responses, lengths = jax.device_get((rollout.responses, lengths))
-        found = functions.score(
-            batch.texts, self._language.decode(responses, lengths), batch.columns
-        )
+        found = self._ask(functions, self._language.decode(responses, lengths), batch)
         metrics = {
             f"reward/{name}": float(np.mean(row))
             for name, row in _by_name(functions, found).items()
         }
         if self._models.score_fn is not None:
-            metrics["reward/model"] = float(jnp.mean(scores))
-        if self._counts_failures:
+            metrics["reward/model"] = float(jnp.mean(by_model))
+        if self._states_failures:
             metrics["reward/failures"] = float(found.failures.sum())
         return Rewards(
             scores=scores + put_batch(self._mesh, found.scores), metrics=metrics
@@ -160,30 +187,48 @@ class Judge:
 
     def of_answers(
         self, answers: Answers, texts: Sequence[str], batch: PromptBatch
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The reward of N held-out answers, and what every function says of them.
+    ) -> HeldOutRewards:
+        """Rewards of N held-out answers, and what every function says of them.
 
         Args:
             answers: with the scores of the reward model, if there is one.
             texts: the answers.
             batch: the prompt of each.
 
-        Returns:
-            `[N]` rewards as in training, and by function `[N]`, those of `eval_reward`
-            first.
+        Raises:
+            RewardFunctionError: where a function fails and no score is stated for that.
         """
-        total = np.zeros(len(texts), np.float32)
+        scores = np.zeros(len(texts), np.float32)
         if answers.scores is not None:
-            total += self._weight * answers.scores
-        by_function = {}
-        if self._functions.held_out is not None:
-            found = self._functions.held_out.score(batch.texts, texts, batch.columns)
-            by_function |= _by_name(self._functions.held_out, found)
-        if self._functions.train is not None:
-            found = self._functions.train.score(batch.texts, texts, batch.columns)
-            total += found.scores
-            by_function |= _by_name(self._functions.train, found)
-        return total, by_function
+            scores += self._weight * answers.scores
+        by_function, failures = {}, 0
+        for workers in (self._functions.held_out, self._functions.train):
+            if workers is None:
+                continue
+            found = self._ask(workers, texts, batch)
+            by_function |= _by_name(workers, found)
+            failures += int(found.failures.sum())
+            if workers is self._functions.train:
+                scores += found.scores
+        return HeldOutRewards(
+            scores=scores,
+            by_function=by_function,
+            failures=failures if self._states_failures else None,
+        )
+
+    def _ask(
+        self, workers: RewardWorkers, texts: Sequence[str], batch: PromptBatch
+    ) -> RewardScores:
+        """What functions say; the first failure of all is told."""
+        found = workers.score(batch.texts, texts, batch.columns)
+        if found.complaints and not self._has_complained:
+            self._has_complained = True
+            heading(
+                f"a reward function fails, and the row gets a stated score: "
+                f"{found.complaints[0]}",
+                quiet=self._quiet,
+            )
+        return found
 
 
 def _workers(
@@ -200,5 +245,5 @@ def _workers(
 
 
 def _by_name(workers: RewardWorkers, found: RewardScores) -> dict[str, np.ndarray]:
-    names = [spec.rpartition(":")[2] for spec in workers.specs]
+    names = map(function_name, workers.specs)
     return dict(zip(names, found.by_function, strict=True))

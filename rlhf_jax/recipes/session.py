@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
@@ -32,6 +32,10 @@ _MAY_DIFFER = (
     "optimizer.learning_rate",
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
+    # The remedy for reward functions that fail.
+    "reward_processes",
+    "reward_time_limit",
+    "reward_on_failure",
     # They change memory and time, and what is learnt by rounding only.
     "remat",
     "scan_layers",
@@ -197,6 +201,22 @@ class Session(contextlib.ExitStack):
                 "from it with --resume and a lower learning rate"
             ) from None
 
+    def save_and_raise(self, step: int, state: Any, error: ValueError) -> NoReturn:
+        """Saves the state after `step` and raises the error, saying how to go on."""
+        if step == 0:
+            raise error
+        if (self._checkpointer.latest_step() or 0) < step:
+            self._checkpointer.save(step, state, {"step": step})
+            self._checkpointer.wait()
+        raise type(error)(
+            f"{error}. The run is saved after step {step}; when that is repaired, go "
+            f"on with: {self._resume_command()}"
+        ) from None
+
+    def _resume_command(self) -> str:
+        config = shlex.quote(str(self.run.config))
+        return f"rlhf-jax {self.stage} --config {config} --resume"
+
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Writes prompts with answers."""
         self._samples.write(step, samples)
@@ -221,8 +241,8 @@ class Session(contextlib.ExitStack):
             self._checkpointer.wait()
             raise Interrupted(
                 f"{self.stage} stopped after step {step} of {self.total_steps}; its "
-                f"checkpoint is in {self.run.checkpoints}. Go on with: rlhf-jax "
-                f"{self.stage} --config {shlex.quote(str(self.run.config))} --resume"
+                f"checkpoint is in {self.run.checkpoints}. Go on with: "
+                f"{self._resume_command()}"
             )
 
     def report(self, **options: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.runtime.config import Dtype, check_positive
+from rlhf_jax.runtime.reward_functions import function_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,9 @@ class EvaluateConfig:
     reward: tuple[str, ...] = ()
     """reward functions for answers to prompts, as for rlhf-jax grpo: file.py:function
     or package.module:function"""
+    reward_columns: tuple[str, ...] = ()
+    """columns that reward functions get, which every row must have; without them, those
+    that the first row has and that are not null there"""
     reward_time_limit: float = 5.0
     """seconds after which a call of a reward function has failed"""
     samples: int = 1
@@ -159,6 +163,33 @@ class EvaluateConfig:
             "reward",
             self.reward,
             "judges answers to prompts; give prompts",
+        )
+        check(
+            self.samples == 1 or self.prompts is not None,
+            "samples",
+            self.samples,
+            "are answers to prompts; give prompts",
+        )
+        for name in ("reward_columns", "reward_time_limit", "pass_score"):
+            value = vars(self)[name]
+            check(
+                bool(self.reward) or value == vars(type(self))[name],
+                name.replace("_", "-"),
+                value,
+                "is for reward functions; name some with reward",
+            )
+        check(
+            self.reward_time_limit > 0,
+            "reward-time-limit",
+            self.reward_time_limit,
+            "must be above 0 seconds",
+        )
+        names = [function_name(spec) for spec in self.reward]
+        check(
+            len(set(names)) == len(names),
+            "reward",
+            self.reward,
+            "two functions of one name; figures are called by it, so rename one",
         )
         check(
             self.reference is None or self.prompts is not None,

@@ -1,4 +1,4 @@
-"""A scored rollout to experience: the PPO-RLHF recipe on arrays, in one screen."""
+"""A scored rollout to experience: the PPO-RLHF recipe on arrays."""
 
 import dataclasses
 
@@ -137,6 +137,8 @@ def actor_experience(
             level=policy_loss.sampler_level,
             mode=policy_loss.sampler_correction,
         )
+    if kl.place == "loss" and scored.ref_logprobs is None:
+        raise ValueError('kl.place="loss" needs the reference\'s ref_logprobs')
     if kl.place == "loss":
         loss_kl_coef = jnp.full(rollout.lengths.shape, kl_coef, jnp.float32)
 

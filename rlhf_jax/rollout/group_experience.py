@@ -32,7 +32,7 @@ def make_group_experience(
     *,
     group_size: int,
     kl_coef: Scalar,
-    kl: KLOptions = KLOptions(place="loss", estimator="k2"),
+    kl: KLOptions = KLOptions(),
     scores: ScoreOptions = ScoreOptions(),
     groups: GroupOptions = GroupOptions(),
     policy_loss: PolicyLossOptions = PolicyLossOptions(),
@@ -63,7 +63,8 @@ def make_group_experience(
 
     Raises:
         ValueError: on options that contradict each other, a group size that does not
-            divide B, or greedy answers without their baseline and the other way round.
+            divide B where answers are compared, or greedy answers without their
+            baseline and the other way round.
     """
     scores.validate_without_critic("scores")
     for name, options in (
@@ -79,17 +80,19 @@ def make_group_experience(
         )
     rollout = scored.rollout
     rewards = token_rewards(scored, kl_coef=kl_coef, kl=kl, scores=scores)
+    trained = rollout.mask & used_answers(rollout, scores)[:, None]
     advantages = token_advantages(
         rewards,
         rollout.mask,
         group_size,
         groups,
+        trained=trained,
         greedy_scores=None if greedy is None else final_scores(*greedy, scores),
     )
     experience = actor_experience(
         scored,
         advantages,
-        rollout.mask & used_answers(rollout, scores)[:, None],
+        trained,
         kl_coef=kl_coef,
         kl=kl,
         policy_loss=policy_loss,
@@ -107,6 +110,7 @@ def token_advantages(
     group_size: int,
     options: GroupOptions,
     *,
+    trained: Array | None = None,
     greedy_scores: Array | None = None,
 ) -> Array:
     """Advantages of each token, from what it and the tokens after it earned.
@@ -120,6 +124,8 @@ def token_advantages(
         mask: `[B, T]` bool, True on response tokens.
         group_size: G; rows g·G … g·G + G − 1 are the answers to one prompt.
         options: baseline and scale.
+        trained: `[B, T]` bool, those of answers that are not left out of the loss, over
+            which the scale `"tokens"` is; `mask` by default.
         greedy_scores: `[B]` float32, for the baseline `"greedy"`.
 
     Returns:
@@ -138,7 +144,9 @@ def token_advantages(
     if greedy_scores is not None:
         advantages -= broadcast_over_tokens(greedy_scores, mask)
     if options.scale == "tokens":
-        advantages = masked_whiten(advantages, mask, ddof=options.ddof)
+        advantages = masked_whiten(
+            advantages, mask if trained is None else trained, ddof=options.ddof
+        )
     return advantages
 
 

@@ -45,6 +45,7 @@ class Batches(Generic[Row, Batch]):
         *,
         batch_size: int,
         seed: int | None,
+        stream: int = 0,
     ):
         """Prepares the order; no row is read yet.
 
@@ -53,6 +54,7 @@ class Batches(Generic[Row, Batch]):
             collate: makes one batch of `batch_size` rows.
             batch_size: rows per batch.
             seed: of the order, at least 0; None keeps the order of `rows`.
+            stream: orders of one seed that have nothing to do with each other.
 
         Raises:
             ValueError: where the rows do not fill one batch, or the seed is negative.
@@ -67,6 +69,7 @@ class Batches(Generic[Row, Batch]):
         self._collate = collate
         self._batch_size = batch_size
         self._seed = seed
+        self._stream = stream
         self.steps_per_epoch, self.left_out = divmod(len(rows), batch_size)
 
     def indices(self, step: int) -> np.ndarray:
@@ -78,7 +81,7 @@ class Batches(Generic[Row, Batch]):
         begin = batch * self._batch_size
         if self._seed is None:
             return np.arange(begin, begin + self._batch_size)
-        order = _order(len(self._rows), self._seed, epoch)
+        order = _order(len(self._rows), self._seed, epoch, self._stream)
         return order[begin : begin + self._batch_size]
 
     def __getitem__(self, step: int) -> Batch:
@@ -121,12 +124,13 @@ def holdout(
     return train, [rows[i] for i in sorted(held_out)]
 
 
-@functools.lru_cache(maxsize=2)  # as many data sets as take turns: train and held out
-def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+@functools.lru_cache(maxsize=2)  # as many orders as take turns
+def _order(num_rows: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     # A spawn key makes the streams of all seeds and epochs differ; with seed + epoch
     # one run would see the orders of another, an epoch later.
-    stream = np.random.SeedSequence(seed, spawn_key=(epoch,))
-    order = np.random.default_rng(stream).permutation(num_rows)
+    key = (epoch, stream) if stream else (epoch,)
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    order = np.random.default_rng(sequence).permutation(num_rows)
     order.setflags(write=False)
     return order
 

@@ -27,10 +27,16 @@ __all__ = [
     "RewardFunctionError",
     "RewardScores",
     "RewardWorkers",
+    "function_name",
     "load_reward_function",
 ]
 
 OnFailure = Literal["stop"] | float
+
+
+def function_name(spec: str) -> str:
+    """What metrics call the function of a spec: `exact_answer`."""
+    return spec.rpartition(":")[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -198,7 +198,8 @@ def read_prompt_rows(
             for name in kept:
                 if row[name] is None:
                     raise row.error(
-                        f"column {shown(name)} is null; reward functions get it"
+                        f"column {shown(name)} is null; fill it in, or name the "
+                        "columns that reward functions need: reward-columns"
                     )
             return PromptRow(prompt, {name: row[name] for name in kept}), reason
 

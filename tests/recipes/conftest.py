@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
+from rlhf_jax import cli
 from rlhf_jax.recipes import ppo, reward_model, sft
-from rlhf_jax.recipes.configs import PPOConfig, RewardConfig, SFTConfig
-from rlhf_jax.runtime.config import FreshModelConfig
+from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
 from rlhf_jax.tasks import reviews
 
 TINY = FreshModelConfig(
     vocab_size=300, width=32, num_layers=2, num_heads=2, max_positions=96
 )
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+LETTER_REWARDS = Path(__file__).with_name("letter_rewards.py")
 
 
 def write_rows(path, rows):
@@ -93,3 +99,72 @@ def stages(tmp_path_factory) -> Stages:
 @pytest.fixture(scope="session")
 def ppo_run(stages):
     return ppo.run(stages.ppo)
+
+
+@pytest.fixture(scope="session")
+def grpo_config(stages, tmp_path_factory) -> GRPOConfig:
+    """Learns to write e's, which shows within a few updates of milliseconds."""
+    root = tmp_path_factory.mktemp("grpo")
+    prompts = reviews.make_prompts(2, 40)
+    return GRPOConfig(
+        run_dir=str(root / "run"),
+        policy=stages.ppo.policy,
+        data=write_rows(
+            root / "problems.jsonl", [{"prompt": x, "copy": x} for x in prompts]
+        ),
+        reward=(f"{LETTER_REWARDS}:letters",),
+        reward_processes=1,
+        eval_fraction=0.2,
+        eval_prompts=8,
+        eval_every=1,
+        updates=2,
+        group_size=2,
+        batch_size=16,
+        max_new_tokens=12,
+        optimizer=OptimizerConfig(
+            learning_rate=0.03, schedule="constant", warmup_fraction=0.0
+        ),
+        quiet=True,
+    )
+
+
+@pytest.fixture
+def compilations():
+    """Durations of all compilations while the test runs."""
+    found = []
+
+    def listen(event: str, duration: float, **_):
+        if event == COMPILE_EVENT:
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Runs a command that must end as user errors do; returns its one line."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("rlhf-jax: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def refused(complaint, compilations):
+    """`complaint`, of a command that is refused before anything is compiled."""
+
+    def run(*arguments: object) -> str:
+        line = complaint(*arguments)
+        assert compilations == []
+        return line
+
+    return run

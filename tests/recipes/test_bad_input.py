@@ -15,39 +15,6 @@ from rlhf_jax import cli
 from rlhf_jax.recipes import generate, ppo, sft
 from rlhf_jax.recipes.tool_configs import GenerateConfig
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def compilations():
-    """Durations of all compilations while the test runs."""
-    found = []
-
-    def listen(event: str, duration: float, **_):
-        if event == COMPILE_EVENT:
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.fixture
-def refused(capsys, compilations):
-    """Runs a command that must be refused; returns its one line of complaint."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("rlhf-jax: error: ")
-        assert compilations == []
-        return lines[0]
-
-    return run
-
 
 def rows(path: Path, *values: object) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")

@@ -13,9 +13,9 @@ from rlhf_jax.algo.options import ScoreOptions
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.presets import PRESETS
 from rlhf_jax.recipes import ppo
-from rlhf_jax.recipes.configs import PPOConfig
 from rlhf_jax.recipes.four_models import load_four_models
 from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.runtime.mesh import make_mesh
 from rlhf_jax.runtime.metrics import read_metrics
 
