@@ -14,7 +14,9 @@ import tyro
 from rlhf_jax.grpo_presets import GRPO_PRESETS, GRPOMethod
 from rlhf_jax.presets import PRESETS, PPOMethod
 from rlhf_jax.recipes.annotate_config import AnnotateReadConfig, AnnotateWriteConfig
+from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.preset_table import find_preset
 from rlhf_jax.recipes.tool_configs import (
@@ -31,17 +33,23 @@ usage: rlhf-jax COMMAND [options]
 Reinforcement learning from human feedback, from a Hugging Face directory to a Hugging
 Face directory.
 
-commands, in the order in which they are used:
-  quickstart      all three stages on short reviews, from nothing, in minutes
-  sft             stage 1: a language model learns to imitate texts or answers
-  annotate write  answers of a model, in a file in which people rank or rate them
-  annotate read   such files, filled in, as judgements to train a reward model on
-  reward          stage 2: a reward model learns from human preferences
-  ppo             stage 3: the language model learns to please the reward, by a critic
-  grpo            stage 3 without a critic: answers to a prompt against each other
-  presets         how known methods set the options of ppo and grpo
-  generate        answers of a model to prompts
-  evaluate        held-out figures of a language model, a policy or a reward model
+to see it work, from nothing, in minutes:
+  quickstart        all three stages on short reviews
+  arithmetic        verifiable rewards: imitation, then GRPO or PPO on problems
+  overoptimization  what pressing a reward model too hard does: a figure
+
+stages, in the order in which they are used:
+  sft               stage 1: a language model learns to imitate texts or answers
+  annotate write    answers of a model, in a file in which people rank or rate them
+  annotate read     such files, filled in, as judgements for a reward model
+  reward            stage 2: a reward model learns from human preferences
+  ppo               stage 3: the language model learns to be rewarded, by a critic
+  grpo              stage 3 without a critic: answers to a prompt against each other
+
+tools:
+  generate          answers of a model to prompts
+  evaluate          held-out figures of a language model, a policy or a reward model
+  presets           how known methods set the options of ppo and grpo
 
 `rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
 `rlhf-jax ppo --config ppo.yaml --updates 200`; flags override the file.
@@ -118,8 +126,23 @@ def quickstart(config: QuickstartConfig) -> None:
     recipe.run(config)
 
 
+def arithmetic(config: ArithmeticConfig) -> None:
+    """Runs imitation and reinforcement learning on problems with right answers."""
+    from rlhf_jax.recipes import arithmetic as recipe
+
+    recipe.run(config)
+
+
+def overoptimization(config: OveroptimizationConfig) -> None:
+    """Draws proxy and true reward over √KL."""
+    from rlhf_jax.recipes import overoptimization as recipe
+
+    recipe.run(config)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "quickstart": (QuickstartConfig, quickstart),
+    "arithmetic": (ArithmeticConfig, arithmetic),
     "sft": (SFTConfig, sft),
     "annotate write": (AnnotateWriteConfig, annotate_write),
     "annotate read": (AnnotateReadConfig, annotate_read),
@@ -129,6 +152,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "presets": (PresetsConfig, presets),
     "generate": (GenerateConfig, generate),
     "evaluate": (EvaluateConfig, evaluate),
+    "overoptimization": (OveroptimizationConfig, overoptimization),
 }
 
 

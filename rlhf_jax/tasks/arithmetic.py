@@ -14,6 +14,7 @@ problems there are: `count_problems`, and the table in the docstring of `make_pr
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -94,8 +95,13 @@ def make_demonstrations(
     digits: int = 2,
     operations: str = "+-",
     carries: int | None = None,
+    slips: float = 0.0,
 ) -> list[Demonstration]:
     """The same problems as of `make_problems`, with completions to imitate.
+
+    Slips make the demonstrations those of a careless pupil, who goes on with what came
+    out: `2+9=12;1+3+1=5` and 52. `answer` stays right. Who imitates them is right about
+    as often as they are, and can find out which answer is right by trying.
 
     Args:
         seed: as there, like all the others.
@@ -105,16 +111,23 @@ def make_demonstrations(
         digits: of each operand, or of the first factor of a product.
         operations: one or several of `+-*`.
         carries: columns that carry or borrow; None for any number of them.
+        slips: share of columns that come out one too many or too few, in [0, 1].
 
     Raises:
         ValueError: for options out of range, or more problems than there are.
     """
+    if not 0 <= slips <= 1:
+        raise ValueError(f"slips={slips}: expected a share in [0, 1]")
+    generator = np.random.default_rng(seed)
     problems = make_problems(
-        seed, number, split, digits=digits, operations=operations, carries=carries
+        generator, number, split, digits=digits, operations=operations, carries=carries
+    )
+    errors = generator.choice(
+        [-1, 0, 1], (number, digits), p=[slips / 2, 1 - slips, slips / 2]
     )
     return [
-        demonstrate(p.prompt, p.answer, steps(p.prompt) if reasoning else None)
-        for p in problems
+        _demonstrate(problem, row, reasoning)
+        for problem, row in zip(problems, errors.tolist(), strict=True)
     ]
 
 
@@ -139,7 +152,7 @@ def steps(prompt: str) -> str:
     Raises:
         ValueError: for a prompt that is no such problem.
     """
-    return ";".join(_columns(*_parse(prompt)))
+    return ";".join(line for line, _ in _columns(*_parse(prompt)))
 
 
 def is_correct(prompt: str, response: str) -> bool:
@@ -224,22 +237,45 @@ def _result(operation: str, left: int, right: int) -> int:
     return left - right if operation == "-" else left * right
 
 
-def _columns(operation: str, left: int, right: int) -> list[str]:
-    """One equation per column; of the last one, the result is written out whole."""
-    lines, carry = [], 0
+def _demonstrate(problem: Problem, errors: list[int], reasoning: bool) -> Demonstration:
+    """How somebody solves a problem who errs so much in each column."""
+    columns = _columns(*_parse(problem.prompt), errors)
+    *lower, last = [result for _, result in columns]
+    given = str(last) + "".join(str(result % 10) for result in reversed(lower))
+    lines = ";".join(line for line, _ in columns) if reasoning else None
+    found = demonstrate(problem.prompt, str(int(given)), lines)
+    return dataclasses.replace(found, answer=problem.answer)
+
+
+def _columns(
+    operation: str, left: int, right: int, errors: Sequence[int] = ()
+) -> list[tuple[str, int]]:
+    """One equation per column, and its result; the last one's is written out whole.
+
+    An error is added to its column's result, or taken from it where it would be
+    negative or, in a difference, no digit.
+    """
+    columns, carry = [], 0
     for i, top in enumerate(_digits(left)):
         bottom = right if operation == "*" else _digits(right)[i]
         if operation == "-":
             borrow = int(top - carry < bottom)
             top += 10 * borrow
             terms = f"{top}-{carry}-{bottom}" if carry else f"{top}-{bottom}"
-            result, carry = top - carry - bottom, borrow
+            result, most = top - carry - bottom, 9
         else:
             terms = f"{top}{operation}{bottom}" + (f"+{carry}" if carry else "")
-            result = _result(operation, top, bottom) + carry
-            carry = result // 10
-        lines.append(f"{terms}={result}")
-    return lines
+            result, most = _result(operation, top, bottom) + carry, None
+        if errors:
+            result = _erred(result, errors[i], most)
+        carry = borrow if operation == "-" else result // 10
+        columns.append((f"{terms}={result}", result))
+    return columns
+
+
+def _erred(result: int, error: int, most: int | None) -> int:
+    wrong = result + error
+    return wrong if 0 <= wrong and (most is None or wrong <= most) else result - error
 
 
 def _digits(number: int) -> list[int]:

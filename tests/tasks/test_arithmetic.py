@@ -200,6 +200,59 @@ def test_demonstrations_get_every_reward_and_wrong_answers_none(digits, reasonin
     assert not any(map(is_correct, prompts, wrong))
 
 
+def errors_of(completion, operation):
+    """By how much each column is off, its own carry or borrow taken as it is."""
+    steps_taken, answer = re.fullmatch(
+        "<think>(.*)</think><answer>(.*)</answer>", completion
+    ).groups()
+    sign, errors, results = (-1 if operation == "-" else 1), [], []
+    for line in steps_taken.split(";"):
+        a, b, *carried, result = whole_numbers(line)
+        right = (a * b if operation == "*" else a + sign * b) + sign * sum(carried)
+        errors.append(result - right)
+        if results and operation != "-":  # who erred goes on with what came out
+            assert sum(carried) == results[-1] // 10
+        results.append(result)
+    written = str(results[-1]) + "".join(str(r)[-1] for r in reversed(results[:-1]))
+    assert int(answer) == int(written) and answer == str(int(answer))
+    if operation == "-":
+        assert all(0 <= result <= 9 for result in results)
+    return errors
+
+
+@pytest.mark.parametrize("operation", ["+", "-", "*"])
+def test_slips_are_one_too_many_or_too_few_in_their_share_of_columns(operation):
+    options = {"digits": 3, "operations": operation, "reasoning": True}
+    always = make_demonstrations(5, 300, slips=1.0, **options)
+    for row in always:
+        errors = errors_of(row.completion, operation)
+        assert {abs(error) for error in errors} == {1} and len(errors) == 3
+        assert is_correct(row.prompt, row.answer)
+    rows = make_demonstrations(5, 2_000, slips=0.2, **options)
+    errors = [e for row in rows for e in errors_of(row.completion, operation)]
+    # 6,000 columns: a standard error of 0.0052, and four of them.
+    assert np.mean(np.abs(errors)) == pytest.approx(0.2, abs=0.021)
+    assert {-1, 1} <= set(errors) <= {-1, 0, 1}
+
+
+def test_slips_show_in_the_answer_alone_as_they_do_with_steps():
+    with_steps = make_demonstrations(6, 200, reasoning=True, slips=0.5)
+    alone = make_demonstrations(6, 200, reasoning=False, slips=0.5)
+    for row, short in zip(with_steps, alone, strict=True):
+        assert row.prompt == short.prompt and row.answer == short.answer
+        assert row.completion.endswith(f"<answer>{short.completion}</answer>")
+    assert any(row.completion != row.answer for row in alone)
+
+
+def test_problems_do_not_depend_on_slips():
+    rows = make_demonstrations(7, 50, reasoning=False)
+    careless = make_demonstrations(7, 50, reasoning=False, slips=0.9)
+    assert [row.prompt for row in rows] == [row.prompt for row in careless]
+    assert [row.answer for row in rows] == [row.completion for row in rows]
+    with pytest.raises(ValueError, match=r"slips=1.5: expected a share in \[0, 1\]"):
+        make_demonstrations(7, 50, reasoning=False, slips=1.5)
+
+
 def test_only_the_number_itself_is_correct():
     for response in ("51", " 51\n", "<think>2</think><answer>51</answer>"):
         assert is_correct("12+39=", response)

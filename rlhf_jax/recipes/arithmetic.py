@@ -1,0 +1,282 @@
+"""Imitation, then reinforcement learning from verifiable rewards, on arithmetic."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.algo.options import KLOptions
+from rlhf_jax.grpo_presets import GRPO_PRESETS
+from rlhf_jax.recipes import grpo, ppo, sft
+from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
+from rlhf_jax.recipes.arithmetic_data import (
+    PROBLEMS,
+    TEXTS,
+    TEXTS_HELD_OUT,
+    write_data,
+)
+from rlhf_jax.recipes.arithmetic_panel import ArithmeticPanel
+from rlhf_jax.recipes.configs import SFTConfig
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.session import Interrupted
+from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
+from rlhf_jax.runtime.progress import heading
+from rlhf_jax.runtime.report import write_report
+from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
+
+EXACT = "rlhf_jax.tasks.verifiable:exact_answer"
+FORMAT = "rlhf_jax.tasks.verifiable:reasoning_format"
+EVAL_PROMPTS = 128  # during training; the table has all of eval_problems
+EVAL_SAMPLES = 4
+# As DeepSeek-AI, 2025, arXiv:2501.12948. More would hold on to the pupil's slips.
+KL_COEF = 0.001
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a form of the task needs."""
+
+    vocab_size: int
+    num_layers: int
+    sft_steps: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+
+SCALES = {
+    "plain": Scale(
+        vocab_size=258,  # bytes: every digit is a token
+        num_layers=2,
+        sft_steps=1_500,
+        max_prompt_tokens=8,
+        max_new_tokens=8,
+    ),
+    # The merges are those inside the tags. Pairs of digits are rarer, and stay two.
+    "reasoning": Scale(
+        vocab_size=269,
+        num_layers=2,
+        sft_steps=800,
+        max_prompt_tokens=8,
+        max_new_tokens=48,
+    ),
+    "r1-zero": Scale(
+        vocab_size=258,  # tags are made of letters, and can be spelt if not known
+        num_layers=3,
+        sft_steps=1_400,
+        max_prompt_tokens=40,
+        max_new_tokens=64,
+    ),
+}
+
+
+def run(config: ArithmeticConfig) -> dict[str, Any]:
+    """Runs all, or goes on with it; prints a table and returns the summary.
+
+    Raises:
+        ValueError: on bad input, before anything is written, and where the run
+            directory holds something else.
+        Interrupted: after a checkpoint, when asked to stop; run it again to go on.
+    """
+    began = time.perf_counter()
+    config.validate()
+    root = Path(config.run_dir)
+    policy_config(config, root).validate()
+    _check_directory(config, root)
+    try:
+        imitated, trained = _train(config, root)
+    except Interrupted as error:
+        raise Interrupted(
+            f"{str(error).split('. Go on')[0]}. Run the same command again to go on"
+        ) from None
+
+    heading("held-out problems, answered by both", quiet=config.quiet)
+    table = _compare(config, root, imitated, trained)
+    summary = {
+        "config": _stored(config),
+        "policies": table,
+        "gain_in_points": 100 * (table[1]["pass@1"] - table[0]["pass@1"]),
+        "seconds_since_last_start": time.perf_counter() - began,
+    }
+    write_atomic(root / "summary.json", json.dumps(summary, indent=2) + "\n")
+    notes = _notes(config, summary)
+    write_report(trained.path, title="Arithmetic", table=table, notes=notes)
+    _print_table(table, notes)
+    if not config.quiet:
+        heading(f"\nLook at {trained.report} and {imitated.report}.")
+    return summary
+
+
+def _train(config: ArithmeticConfig, root: Path) -> tuple[RunDirectory, RunDirectory]:
+    """Both stages; what is there already is kept."""
+    what = "read plain text" if config.form == "r1-zero" else "imitate demonstrations"
+    heading(f"1/2  supervised: {what}", quiet=config.quiet)
+    if not (root / "sft" / "config.yaml").exists():
+        write_data(config, root)
+    imitated = sft.run(sft_config(config, root))
+    heading(f"2/2  {config.method}: right answers are rewarded", quiet=config.quiet)
+    stage = policy_config(config, root)
+    trained = ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
+    return imitated, trained
+
+
+def _check_directory(config: ArithmeticConfig, root: Path) -> None:
+    """Enters a new directory, or one that the same command began."""
+    marker = root / "arithmetic.json"
+    wanted = _stored(config)
+    if marker.exists():
+        found = json.loads(marker.read_text("utf-8"))
+        other = [name for name in wanted if found.get(name) != wanted[name]]
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"--run-dir {root} was begun with {name.replace('_', '-')}="
+                f"{found.get(name)!r}, not {wanted[name]!r}; give that to go on with "
+                "it, or another --run-dir"
+            )
+        return
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(marker, json.dumps(wanted) + "\n")
+
+
+def _stored(config: ArithmeticConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in values if name not in ("run_dir", "quiet")}
+
+
+def sft_config(config: ArithmeticConfig, root: Path) -> SFTConfig:
+    """Stage 1, from nothing."""
+    scale, run_dir = SCALES[config.form], root / "sft"
+    steps = config.sft_steps or scale.sft_steps
+    return SFTConfig(
+        run_dir=str(run_dir),
+        resume=(run_dir / "config.yaml").exists(),
+        data=str(root / TEXTS),
+        eval_data=str(root / TEXTS_HELD_OUT),
+        fresh=FreshModelConfig(
+            family="llama",
+            vocab_size=scale.vocab_size,
+            width=64,
+            num_layers=scale.num_layers,
+            max_positions=128,
+        ),
+        max_tokens=128,
+        steps=steps,
+        batch_size=64,
+        eval_every=max(1, steps // 5),
+        checkpoint_every=max(1, steps // 2),
+        optimizer=OptimizerConfig(learning_rate=4e-3),
+        seed=config.seed,
+        quiet=config.quiet,
+    )
+
+
+def policy_config(config: ArithmeticConfig, root: Path) -> PPOConfig | GRPOConfig:
+    """Stage 2, from the model of stage 1."""
+    scale, run_dir = SCALES[config.form], root / config.method
+    common: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "resume": (run_dir / "config.yaml").exists(),
+        "policy": str(root / "sft" / "model"),
+        "reward": (EXACT,) if config.form == "plain" else (EXACT, FORMAT),
+        "data": str(root / PROBLEMS["train"]),
+        "eval_data": str(root / PROBLEMS["heldout"]),
+        "eval_prompts": min(EVAL_PROMPTS, config.eval_problems),
+        "eval_samples": EVAL_SAMPLES,
+        "max_prompt_tokens": scale.max_prompt_tokens,
+        "max_new_tokens": scale.max_new_tokens,
+        "overlong": "fail",
+        "updates": config.updates,
+        "batch_size": config.batch_size,
+        "eval_every": max(1, config.updates // 12),
+        "checkpoint_every": max(1, config.updates // 3),
+        "seed": config.seed,
+        "quiet": config.quiet,
+    }
+    optimizer = OptimizerConfig(
+        learning_rate=config.learning_rate,
+        schedule="linear",
+        warmup_fraction=0.1,
+        end_fraction=0.0,
+        b2=0.999,
+    )
+    if config.method == "ppo":
+        return PPOConfig(
+            **common,
+            epochs=1,
+            minibatches=1,
+            kl=KLOptions(coef=KL_COEF),
+            actor_optimizer=optimizer,
+            critic_optimizer=optimizer,
+        )
+    method = GRPO_PRESETS[config.method]()
+    if method.kl.place != "none":
+        kl = dataclasses.replace(method.kl, coef=KL_COEF)
+        method = dataclasses.replace(method, kl=kl)
+    method = dataclasses.replace(method, optimizer=optimizer)
+    return GRPOConfig(**common, **vars(method))
+
+
+def _compare(
+    config: ArithmeticConfig, root: Path, imitated: RunDirectory, trained: RunDirectory
+) -> list[dict[str, Any]]:
+    """The table: one row per model."""
+    scale = SCALES[config.form]
+    panel = ArithmeticPanel(
+        imitated.model,
+        max_prompt_tokens=scale.max_prompt_tokens,
+        max_new_tokens=scale.max_new_tokens,
+    )
+    harder = root / PROBLEMS["harder"]
+    names = ("base" if config.form == "r1-zero" else "SFT", config.method)
+    return [
+        panel.row(
+            name,
+            run.model,
+            root / PROBLEMS["heldout"],
+            harder if harder.exists() else None,
+            config.eval_problems,
+        )
+        for name, run in zip(names, (imitated, trained), strict=True)
+    ]
+
+
+def _notes(config: ArithmeticConfig, summary: dict[str, Any]) -> list[str]:
+    before, after = summary["policies"]
+    notes = [
+        f"{config.method} raised pass@1 on held-out problems from "
+        f"{before['pass@1']:.1%} to {after['pass@1']:.1%}, by "
+        f"{summary['gain_in_points']:.1f} points."
+    ]
+    if "harder pass@1" in after:
+        notes.append(
+            "Harder problems carry or borrow in every column, which neither "
+            "demonstrations nor training problems do."
+        )
+    return notes
+
+
+def _print_table(rows: list[dict[str, Any]], notes: list[str]) -> None:
+    table = Table()
+    for column in rows[0]:
+        is_name = column == "policy"
+        table.add_column(
+            column, justify="left" if is_name else "right", no_wrap=is_name
+        )
+    for row in rows:
+        table.add_row(*(_shown(name, value) for name, value in row.items()))
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+
+
+def _shown(name: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.1f}" if "tokens" in name else f"{value:.1%}"

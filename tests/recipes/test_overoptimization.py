@@ -1,0 +1,187 @@
+"""`rlhf-jax overoptimization` in small: every file, kept stages, bad input."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.models import save_pretrained, train_tokenizer
+from rlhf_jax.recipes import overoptimization, ppo, quickstart, sft
+from rlhf_jax.recipes.networks import fresh_network
+from rlhf_jax.recipes.overoptimization_best_of_n import best_of_n_curves
+from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
+from rlhf_jax.runtime.config import FreshModelConfig
+from rlhf_jax.runtime.run_directory import RunDirectory
+from rlhf_jax.tasks import reviews
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+SMALL = {
+    "pairs": 64,
+    "models": 2,
+    "reward_steps": 1,
+    "betas": (0.0,),
+    "ensembles": ("worst",),
+    "updates": 2,
+    "batch_size": 16,
+    "eval_every": 1,
+    "eval_prompts": 16,
+    "best_of_prompts": 8,
+    "best_of_samples": 16,
+    "quiet": True,
+}
+
+
+def write_model(run_dir):
+    """An SFT model that has learnt nothing, with a tokenizer that knows reviews."""
+    rows = reviews.make_demonstrations(0, 300)
+    texts = [row.prompt + row.response for row in rows]
+    tokenizer = train_tokenizer(texts, vocab_size=768)
+    shape = FreshModelConfig(
+        family="llama", width=32, num_layers=1, num_heads=2, max_positions=96
+    )
+    module, params = fresh_network(
+        shape, vocab_size=len(tokenizer), key=jax.random.key(0)
+    )
+    run = RunDirectory(Path(run_dir))
+    run.path.mkdir(parents=True)
+    save_pretrained(run.model, module, params, tokenizer=tokenizer)
+    return run
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    monkeypatch.setattr(quickstart, "NUM_DEMONSTRATIONS", 4)
+    monkeypatch.setattr(quickstart, "NUM_GRAMMAR_PAIRS", 150)
+    monkeypatch.setattr(quickstart, "NUM_SAMPLED_PAIRS", 8)
+    monkeypatch.setattr(quickstart, "NUM_PROMPTS", 64)
+    monkeypatch.setattr(quickstart, "NUM_HELD_OUT", 32)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The models and rows of a small quickstart, and a configuration that uses them."""
+    root = tmp_path_factory.mktemp("overoptimization")
+    source = root / "quickstart"
+    write_model(source / "sft")
+    for name, count, split in (("", 150, "train"), ("_held_out", 64, "heldout")):
+        pairs = map(dataclasses.asdict, reviews.make_preferences(1, count, split))
+        write_rows(source / f"pairs{name}.jsonl", pairs)
+        prompts = [{"prompt": p} for p in reviews.make_prompts(2, 64, split)]
+        write_rows(source / f"prompts{name}.jsonl", prompts)
+    return OveroptimizationConfig(
+        run_dir=str(root / "run"), quickstart=str(source), **SMALL
+    )
+
+
+@pytest.fixture(scope="module")
+def summary(config):
+    return overoptimization.run(config)
+
+
+def test_every_method_has_a_curve_and_the_files_are_there(config, summary, tmp_path):
+    names = [curve["name"] for curve in summary["curves"]]
+    assert names == [
+        "PPO, β = 0",
+        "PPO, β = 0, worst",
+        "best of n, single",
+        "best of n, worst",
+    ]
+    for curve in summary["curves"]:
+        is_ppo = curve["method"] == "ppo"
+        assert curve["at"] == ([0, 1, 2] if is_ppo else [1, 2, 4, 8])
+        assert curve["kl"][0] == pytest.approx(0.0, abs=1e-3)
+        assert np.isfinite([curve["proxy"], curve["true"], curve["kl"]]).all()
+    root = Path(config.run_dir)
+    assert json.loads((root / "overoptimization.json").read_text("utf-8")) == summary
+    with (root / "overoptimization.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 + 2 * 4
+    assert float(rows[1]["true"]) == summary["curves"][0]["true"][1]
+    assert (root / "overoptimization.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| PPO, β = 0, worst |" in (root / "report.md").read_text("utf-8")
+
+
+def test_runs_start_at_the_same_answers(summary):
+    curves = {curve["name"]: curve for curve in summary["curves"]}
+    single, worst = curves["PPO, β = 0"], curves["PPO, β = 0, worst"]
+    assert single["true"][0] == worst["true"][0]
+    assert single["others"][0] == worst["others"][0]
+    # The worst of two is at most either, on the very same answers.
+    assert worst["proxy"][0] <= min(single["proxy"][0], single["others"][0]) + 1e-5
+
+
+def test_what_is_there_is_kept(config, summary, monkeypatch):
+    def refuse(config):
+        raise AssertionError(f"{config.run_dir} ran again")
+
+    monkeypatch.setattr(ppo, "run", refuse)
+    assert overoptimization.run(config) == summary
+
+
+def test_without_a_quickstart_its_parts_are_made(
+    config, few_rows, tmp_path, monkeypatch
+):
+    class Enough(Exception):
+        """All that this test is about is there."""
+
+    def stop(reward_config):
+        raise Enough(reward_config.model)
+
+    monkeypatch.setattr(sft, "run", lambda config: write_model(config.run_dir))
+    monkeypatch.setattr(overoptimization.reward_stage, "run", stop)
+    alone = dataclasses.replace(config, run_dir=str(tmp_path), quickstart=None)
+    with pytest.raises(Enough, match="quickstart/sft/model"):
+        overoptimization.run(alone)
+    made = tmp_path / "quickstart"
+    assert all((made / name).exists() for name in overoptimization.NEEDED)
+    assert len((tmp_path / "pairs-0.jsonl").read_text("utf-8").splitlines()) == 64
+
+
+def test_other_options_in_the_same_directory_are_refused(config, summary):
+    other = dataclasses.replace(config, updates=3)
+    with pytest.raises(ValueError, match="updates was 2 and is now 3"):
+        overoptimization.run(other)
+
+
+def test_best_of_n_by_hand():
+    # Two models of two prompts with four answers. The second says nothing.
+    scores = np.zeros((2, 2, 4), np.float32)
+    scores[0] = [[0.5, 1.5, 2.5, 3.5], [3.5, 2.5, 1.5, 0.5]]
+    true = np.array([[1.0, 2.0, 3.0, -6.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    single, worst = best_of_n_curves(scores, true, ensembles=["worst"], penalty=1.0)
+    assert single.at == [1, 2]
+    # Of the six pairs, the fourth answer wins three, the third two, the second one.
+    first = (3 * -6 + 2 * 3 + 1 * 2) / 6
+    np.testing.assert_allclose(single.true, [0.0, first / 2], atol=1e-6)
+    np.testing.assert_allclose(single.true_error, [0.0, abs(first) / 2], atol=1e-6)
+    np.testing.assert_allclose(worst.proxy, [0.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(worst.true, [0.0, 0.0], atol=1e-6)  # all are equal
+    np.testing.assert_allclose(single.kl, [0.0, np.log(2) - 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": ()}, r"betas=\(\): give one or more"),
+        ({"betas": (0.1, 0.1)}, "betas=.*different"),
+        ({"ensemble_beta": 0.2}, r"ensemble-beta=0\.2: must be one of betas"),
+        ({"models": 1}, "models=1: an ensemble needs 2"),
+        ({"best_of_samples": 3}, "best-of-samples=3: must be at least 4"),
+        ({"quickstart": "nowhere"}, "quickstart='nowhere': it has no sft/model"),
+        ({"pairs": 63}, "pairs=63: must be at least 64"),
+        ({"pairs": 10_000}, r"pairs=10000: 2 × 10000 are more than the 150"),
+    ],
+)
+def test_bad_input_is_one_line(config, tmp_path, options, message):
+    wrong = dataclasses.replace(config, run_dir=str(tmp_path / "new"), **options)
+    with pytest.raises(ValueError, match=message) as error:
+        overoptimization.run(wrong)
+    assert "\n" not in str(error.value)
