@@ -143,6 +143,7 @@ def fixed_point_critic(
 
     def regress(_: Any, critic: Array) -> Array:
         experience = experience_of(language, logits, critic, method, beta)
+        assert experience.returns is not None
         mask = experience.mask
         if experience.value_mask is not None:
             mask = experience.value_mask

@@ -154,6 +154,7 @@ class JaxSide:
             policy_loss=method.policy_loss,
         )
         assert scored.ref_logprobs is not None and experience.ref_logprobs is not None
+        assert experience.old_values is not None and experience.returns is not None
         scores = final_scores(scored.rollout, scored.scores, method.scores)
         rewards, kl = shape_rewards(  # which the experience does not keep
             scores,

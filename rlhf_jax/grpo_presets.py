@@ -84,6 +84,14 @@ class GRPOMethod:
             refresh_every=self.refresh_every,
         )
         self.groups.validate("groups")
+        self.kl.validate("kl")
+        self.scores.validate_without_critic("scores")
+        self.policy_loss.validate("policy-loss")
+        self.optimizer.validate("optimizer")
+        self._check_groups()
+        self._check_steps()
+
+    def _check_groups(self) -> None:
         check(
             self.group_size > 1 or not self.groups.compares,
             "group-size",
@@ -106,6 +114,14 @@ class GRPOMethod:
             "is for groups of equal rewards, and with kl.place=reward no two are equal",
         )
         check(
+            self.kl.place != "reward" or self.groups.scale != "signal",
+            "groups.scale",
+            self.groups.scale,
+            "counts groups of equal rewards, and with kl.place=reward no two are equal",
+        )
+
+    def _check_steps(self) -> None:
+        check(
             self.max_update_kl is None or self.max_update_kl > 0,
             "max-update-kl",
             self.max_update_kl,
@@ -127,22 +143,12 @@ class GRPOMethod:
             "above 1 take another",
         )
         check(
-            self.kl.place != "reward" or self.groups.scale != "signal",
-            "groups.scale",
-            self.groups.scale,
-            "counts groups of equal rewards, and with kl.place=reward no two are equal",
-        )
-        check(
             self.policy_loss.sampler_correction == "none"
             or self.old_logprobs != "sampler",
             "policy-loss.sampler-correction",
             self.policy_loss.sampler_correction,
             "needs old-logprobs=recomputed: the sampler's own need no correction",
         )
-        self.kl.validate("kl")
-        self.scores.validate_without_critic("scores")
-        self.policy_loss.validate("policy-loss")
-        self.optimizer.validate("optimizer")
 
 
 def grpo() -> GRPOMethod:

@@ -4,6 +4,8 @@ A minibatch that is read in several microbatches hands its own number of real to
 to each of them as `num_tokens`: then the results add up to those of the minibatch.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ from rlhf_jax.algo.masking import aggregate, masked_mean
 from rlhf_jax.algo.types import Array, Scalar
 
 ClipEps = Scalar | tuple[Scalar, Scalar]
+
+PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
+"""`(logprobs, old_logprobs, advantages, mask) -> [B, T]` unreduced."""
 
 
 def ratio_range(clip_eps: ClipEps) -> tuple[Scalar, Scalar]:
@@ -120,6 +125,41 @@ def clip_fraction(
     log_ratio = kl_estimate(logprobs, old_logprobs, estimator="k1")
     clipped = is_clipped(jnp.exp(log_ratio), advantages, clip_eps=clip_eps)
     share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
+    return jax.lax.stop_gradient(share)
+
+
+def silenced_fraction(
+    policy_loss_fn: PolicyLossFn,
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    num_tokens: Scalar | None = None,
+) -> Array:
+    """Share of tokens with an advantage to which a loss gives no gradient.
+
+    `clip_fraction` of any loss: PPO's range says nothing of one that clips otherwise.
+
+    Args:
+        policy_loss_fn: a term of it has a gradient in its own log-probability only.
+        logprobs: `[B, T]` float, log π(a_t | s_t), 0 where `mask` is False.
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t), likewise.
+        advantages: `[B, T]` float, A, likewise.
+        mask: `[B, T]` bool, True on real tokens.
+        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
+
+    Returns:
+        `[]` float32, in [0, 1].
+    """
+
+    def terms(logprobs: Array) -> Array:
+        return policy_loss_fn(logprobs, old_logprobs, advantages, mask)
+
+    _, pull_back = jax.vjp(terms, jax.lax.stop_gradient(logprobs))
+    (slope,) = pull_back(jnp.ones_like(logprobs))
+    silenced = (slope == 0.0) & (advantages != 0.0) & mask
+    share = aggregate(silenced.astype(jnp.float32), mask, num_tokens=num_tokens)
     return jax.lax.stop_gradient(share)
 
 

@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo import diagnostics
-from rlhf_jax.algo.diagnostics import ClipEps
+from rlhf_jax.algo.diagnostics import ClipEps, PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import Aggregation, aggregate
 from rlhf_jax.algo.policy_losses import clipped_surrogate
 from rlhf_jax.algo.types import Array, Experience, Scalar
-
-PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
-"""`(logprobs, old_logprobs, advantages, mask) -> [B, T]` unreduced."""
 
 KLFn = Callable[[Array, Array], Array]
 """`(logprobs, ref_logprobs) -> [B, T]` unreduced."""
@@ -210,10 +207,8 @@ def actor_loss(
         )
     else:
         terms = policy_loss_fn(logprobs, old_logprobs, advantages, mask)
-        clip_fraction = aggregate(
-            _silenced(policy_loss_fn, logprobs, old_logprobs, advantages, mask),
-            mask,
-            num_tokens=num_tokens,
+        clip_fraction = diagnostics.silenced_fraction(
+            policy_loss_fn, *ratios, advantages, mask, num_tokens=num_tokens
         )
     if experience.weights is not None:
         terms = jax.lax.stop_gradient(experience.weights) * terms
@@ -379,24 +374,6 @@ def ppo_loss(
         num_sequences=num_sequences,
     )
     return for_actor + value_coef * for_critic, actor_metrics | critic_metrics
-
-
-def _silenced(
-    policy_loss_fn: PolicyLossFn,
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    mask: Array,
-) -> Array:
-    """`[B, T]` float32, 1 at tokens with an advantage and a gradient of exactly 0."""
-
-    def terms(logprobs: Array) -> Array:
-        return policy_loss_fn(logprobs, old_logprobs, advantages, mask)
-
-    # A term has a gradient in its own log-probability only.
-    _, pull_back = jax.vjp(terms, jax.lax.stop_gradient(logprobs))
-    (slope,) = pull_back(jnp.ones_like(logprobs))
-    return ((slope == 0.0) & (advantages != 0.0) & mask).astype(jnp.float32)
 
 
 def _mask_inputs(mask: Array, *arrays: Array) -> list[Array]:

@@ -9,9 +9,9 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.algo.diagnostics import ClipEps
+from rlhf_jax.algo.diagnostics import ClipEps, PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
-from rlhf_jax.algo.losses import PolicyLossFn, actor_loss, critic_loss
+from rlhf_jax.algo.losses import actor_loss, critic_loss
 from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,

@@ -7,17 +7,15 @@ import jax
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, init_train_state
-from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.recipes.grpo_programs import (
     grpo_step,
     make_grpo_optimizers,
     make_grpo_programs,
 )
-from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.policy_configs import GRPOConfig
-from rlhf_jax.recipes.policy_loop import train_policy
+from rlhf_jax.recipes.policy_loop import PolicyStage, train_policy
 from rlhf_jax.recipes.policy_models import load_policy_models
 from rlhf_jax.recipes.ppo_programs import Carried, learning_rates
 from rlhf_jax.recipes.prompt_batches import (
@@ -26,7 +24,7 @@ from rlhf_jax.recipes.prompt_batches import (
     read_prompt_data,
 )
 from rlhf_jax.recipes.rewards import Judge, RewardFunctions
-from rlhf_jax.recipes.session import Session, check_start
+from rlhf_jax.recipes.session import check_start
 from rlhf_jax.runtime.mesh import make_mesh, put_batch
 from rlhf_jax.runtime.run_directory import RunDirectory
 
@@ -84,44 +82,41 @@ def _train(
         mesh=mesh,
         state_sharding=sharding,
     )
-    judge = Judge(config, models, functions, language, programs.score, mesh)
-    evaluate = HeldOut(
-        config,
-        data.held_out,
-        models=models,
-        sample=programs.sample,
-        judge=judge,
-        language=language,
-        mesh=mesh,
-        key=eval_key,
-    )
-    save = partial(save_pretrained, module=models.module, tokenizer=language.tokenizer)
 
     # ---- train ----
-    with Session(config, stage="grpo", total_steps=config.updates) as session:
-        state = session.restore(state)
-        keeper = PolicyKeeper(config, session, save)
-
-        def step_fn(
-            step: int, state: TrainState
-        ) -> tuple[TrainState, Carried, dict[str, float]]:
-            rates = learning_rates(schedules, state.opt_state)
-            state, carried, metrics = grpo_step(
-                state,
-                partial(prompts_of, step),
-                config,
-                models,
-                programs,
-                judge.of_rollout,
-                partial(put_batch, mesh),
-            )
-            return state, carried, metrics | rates
-
-        train_policy(
-            session, state, step_fn, evaluate=evaluate, keeper=keeper, shown=SHOWN
+    def step(
+        judge: Judge, number: int, state: TrainState
+    ) -> tuple[TrainState, Carried, dict[str, float]]:
+        rates = learning_rates(schedules, state.opt_state)
+        state, carried, metrics = grpo_step(
+            state,
+            partial(prompts_of, number),
+            config,
+            models,
+            programs,
+            judge.of_rollout,
+            partial(put_batch, mesh),
         )
-    session.report()
-    return session.run
+        return state, carried, metrics | rates
+
+    stage = PolicyStage(
+        name="grpo",
+        shown=SHOWN,
+        models=models,
+        answer=programs.sample,
+        score=programs.score,
+        step=step,
+    )
+    return train_policy(
+        config,
+        stage,
+        state,
+        data=data,
+        functions=functions,
+        language=language,
+        mesh=mesh,
+        eval_key=eval_key,
+    )
 
 
 def _prompt_order(

@@ -1,49 +1,112 @@
-"""The loop that PPO and its relatives without a critic share."""
+"""What PPO and its relatives without a critic share: the loop around their step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array
 from rlhf_jax.learner.train_state import TrainState
+from rlhf_jax.models.hf_weights import save_pretrained
+from rlhf_jax.recipes.answers import Sampler
 from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.ppo_programs import Carried
+from rlhf_jax.recipes.prompt_batches import PromptData
+from rlhf_jax.recipes.rewards import Judge, RewardFunctions, ScoreRollout
 from rlhf_jax.recipes.session import Session
 from rlhf_jax.runtime.reward_functions import RewardFunctionError
+from rlhf_jax.runtime.run_directory import RunDirectory
 
-StepFn = Callable[[int, TrainState], tuple[TrainState, Carried, dict[str, float]]]
-"""`(step, state)` → the new state, what else the next step starts from, metrics."""
+StepFn = Callable[
+    [Judge, int, TrainState], tuple[TrainState, Carried, dict[str, float]]
+]
+"""`(judge, step, state)` → the new state, what else the next starts from, metrics."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyStage:
+    """What a stage brings to the loop."""
+
+    name: str  # the command
+    shown: Mapping[str, str]  # label → metric, for the terminal
+    models: PolicyModels
+    answer: Sampler  # for held-out prompts
+    score: ScoreRollout
+    step: StepFn  # one update, numbered from 1
+    begin: Callable[[Judge, TrainState], TrainState] = lambda judge, state: state
+    """changes the state of a fresh run before its first step"""
 
 
 def train_policy(
-    session: Session,
+    config: PPOConfig | GRPOConfig,
+    stage: PolicyStage,
     state: TrainState,
-    step_fn: StepFn,
     *,
-    evaluate: HeldOut,
-    keeper: PolicyKeeper,
-    shown: Mapping[str, str],
-) -> TrainState:
-    """Steps, held-out evaluations, log lines and checkpoints, from first to last.
+    data: PromptData,
+    functions: RewardFunctions,
+    language: Language,
+    mesh: Mesh,
+    eval_key: Array,
+) -> RunDirectory:
+    """Steps, held-out evaluations and checkpoints; then the policy and the report.
 
     Args:
-        session: entered; `state` is restored.
-        state: given up to the steps.
-        step_fn: one update, numbered from 1.
-        evaluate: held-out metrics.
-        keeper: decides which policy is written, and when to stop.
-        shown: label → metric, for the terminal.
-
-    Returns:
-        The last state.
+        config: of the run.
+        stage: what is done at each step.
+        state: on its mesh; given up to the steps.
+        data: for the held-out prompts.
+        functions: entered.
+        language: of the policy, and written with it.
+        mesh: where everything lives.
+        eval_key: root of the held-out sampling.
 
     Raises:
         RewardFunctionError: after a checkpoint, saying how to go on.
         Interrupted: after a checkpoint, when asked to stop.
         NonFiniteError: on a loss or gradient that is no number.
     """
-    if session.start_step == 0:
-        metrics = evaluate(session, 0, state.params.actor)
-        keeper.see(0, metrics, state.params.actor)
-        session.log(0, metrics, shown=shown)
+    judge = Judge(config, stage.models, functions, language, stage.score, mesh)
+    evaluate = HeldOut(
+        config,
+        data.held_out,
+        models=stage.models,
+        sample=stage.answer,
+        judge=judge,
+        language=language,
+        mesh=mesh,
+        key=eval_key,
+    )
+    save = partial(
+        save_pretrained, module=stage.models.module, tokenizer=language.tokenizer
+    )
+    with Session(config, stage=stage.name, total_steps=config.updates) as session:
+        state = session.restore(state)
+        keeper = PolicyKeeper(config, session, save)
+        if session.start_step == 0:
+            state = stage.begin(judge, state)
+            metrics = evaluate(session, 0, state.params.actor)
+            keeper.see(0, metrics, state.params.actor)
+            session.log(0, metrics, shown=stage.shown)
+        step_fn = partial(stage.step, judge)
+        state = _steps(session, state, step_fn, evaluate, keeper, stage.shown)
+        keeper.finish(state.params.actor)
+    session.report()
+    return session.run
+
+
+def _steps(
+    session: Session,
+    state: TrainState,
+    step_fn: Callable,
+    evaluate: HeldOut,
+    keeper: PolicyKeeper,
+    shown: Mapping[str, str],
+) -> TrainState:
+    """All that are left, up to the last or to where patience runs out."""
     tokens = sum(session.history("rollout/tokens")[-1:])
     for step in session.steps():
         if keeper.is_done:
@@ -65,5 +128,4 @@ def train_policy(
             keeper.see(step, metrics, state.params.actor)
         session.log(step, metrics, shown=shown)
         session.checkpoint(step, state, last=keeper.is_done)
-    keeper.finish(state.params.actor)
     return state

@@ -6,13 +6,11 @@ from functools import partial
 import jax
 
 from rlhf_jax.learner.train_state import TrainState, init_train_state
-from rlhf_jax.models.hf_weights import save_pretrained
 from rlhf_jax.recipes.four_models import load_four_models
-from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.policy_loop import train_policy
+from rlhf_jax.recipes.policy_loop import PolicyStage, train_policy
 from rlhf_jax.recipes.ppo_programs import (
     Carried,
     learning_rates,
@@ -23,7 +21,7 @@ from rlhf_jax.recipes.ppo_programs import (
 )
 from rlhf_jax.recipes.prompt_batches import PromptData, read_prompt_data
 from rlhf_jax.recipes.rewards import Judge, RewardFunctions
-from rlhf_jax.recipes.session import Session, check_start
+from rlhf_jax.recipes.session import check_start
 from rlhf_jax.runtime.mesh import make_mesh, put_batch
 from rlhf_jax.runtime.run_directory import RunDirectory
 
@@ -79,51 +77,47 @@ def _train(
         pad_id=language.pad_id,
         state_sharding=sharding,
     )
-    judge = Judge(config, models, functions, language, programs.score, mesh)
-    evaluate = HeldOut(
-        config,
-        data.held_out,
-        models=models,
-        sample=programs.answer,
-        judge=judge,
-        language=language,
-        mesh=mesh,
-        key=eval_key,
-    )
-    save = partial(save_pretrained, module=models.module, tokenizer=language.tokenizer)
 
     # ---- train ----
-    with Session(config, stage="ppo", total_steps=config.updates) as session:
-        state = session.restore(state)
-        keeper = PolicyKeeper(config, session, save)
-        if session.start_step == 0 and config.scores.normalization == "reference":
-            moments = reference_moments(
-                moments_key,
-                batches,
-                models,
-                programs,
-                judge,
-                mesh,
-                sharding.score_moments,
-            )
-            state = dataclasses.replace(state, score_moments=moments)
-
-        def step_fn(
-            step: int, state: TrainState
-        ) -> tuple[TrainState, Carried, dict[str, float]]:
-            batch = batches[step - 1]
-            rates = learning_rates(schedules, state.opt_state)
-            state, carried, metrics = ppo_step(
-                state,
-                put_batch(mesh, batch.prompts),
-                models,
-                programs,
-                partial(judge.of_rollout, batch=batch),
-            )
-            return state, carried, metrics | rates
-
-        train_policy(
-            session, state, step_fn, evaluate=evaluate, keeper=keeper, shown=SHOWN
+    def step(
+        judge: Judge, number: int, state: TrainState
+    ) -> tuple[TrainState, Carried, dict[str, float]]:
+        batch = batches[number - 1]
+        rates = learning_rates(schedules, state.opt_state)
+        state, carried, metrics = ppo_step(
+            state,
+            put_batch(mesh, batch.prompts),
+            models,
+            programs,
+            partial(judge.of_rollout, batch=batch),
         )
-    session.report()
-    return session.run
+        return state, carried, metrics | rates
+
+    def begin(judge: Judge, state: TrainState) -> TrainState:
+        if config.scores.normalization != "reference":
+            return state
+        like = sharding.score_moments
+        moments = reference_moments(
+            moments_key, batches, models, programs, judge, mesh, like
+        )
+        return dataclasses.replace(state, score_moments=moments)
+
+    stage = PolicyStage(
+        name="ppo",
+        shown=SHOWN,
+        models=models,
+        answer=programs.answer,
+        score=programs.score,
+        step=step,
+        begin=begin,
+    )
+    return train_policy(
+        config,
+        stage,
+        state,
+        data=data,
+        functions=functions,
+        language=language,
+        mesh=mesh,
+        eval_key=eval_key,
+    )

@@ -173,7 +173,7 @@ def test_again_does_nothing_twice(finished, monkeypatch):
 
 def test_other_options_in_the_same_directory_are_refused(finished):
     root, _ = finished
-    with pytest.raises(ValueError, match=r"begun with slips=0\.3, not 0\.1"):
+    with pytest.raises(ValueError, match=r"begun with slips=0\.35, not 0\.1"):
         arithmetic.run(tiny(root, slips=0.1))
 
 
