@@ -27,7 +27,7 @@ from critic_free_report import Curve, draw, markdown, summarize
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
 from rlhf_jax.recipes import arithmetic, grpo, ppo, sft
-from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig, Form, Method
+from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig, Method
 from rlhf_jax.recipes.arithmetic_data import write_data
 from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.session import Interrupted
@@ -36,6 +36,7 @@ from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
 
 NAME = "critic_free"
+FORMS = ("reasoning", "r1-zero")  # of which the curves tell how well they are kept
 SMOKE: dict[str, Any] = {
     "demonstrations": 200,
     "sft_steps": 5,
@@ -123,7 +124,7 @@ def read_curve(config: ArithmeticConfig, run: RunDirectory) -> Curve:
         tokens=[row.get("rollout/tokens", 0) for row in points],
         pass_at_1=[row["eval/pass_at_1"] for row in points],
         pass_at_4=[row["eval/pass_at_4"] for row in points],
-        form_kept=[row.get("eval/reward/reasoning_format", 0.0) for row in points],
+        form_kept=[row["eval/reward/reasoning_format"] for row in points],
         length=[row["eval/length_mean"] for row in points],
         seconds=sum(seconds),
     )
@@ -174,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"some of {', '.join(get_args(Method))}; default: ppo grpo rloo",
     )
-    add("--form", choices=get_args(Form), default="reasoning", help="of the task")
+    add("--form", choices=FORMS, default="reasoning", help="of the task")
     add("--seeds", type=int, default=3, metavar="N", help="0 to N − 1; default 3")
     add("--updates", type=int, metavar="N", help="per run; default: the command's")
     add(

@@ -36,7 +36,7 @@ class Curve:
         pass_at_4: share of problems that one of four answers solves.
         form_kept: share of answers in the reasoning form.
         length: of answers, in tokens.
-        seconds: in updates and evaluations, over the whole run.
+        seconds: in updates, with compilation and without evaluations.
     """
 
     method: str
@@ -124,7 +124,7 @@ def markdown(
         "pass@4 after",
         "form kept",
         "length (tokens)",
-        "wall (s)",
+        "updates (s)",
     )
     rows = [_row(summary) for summary in summaries]
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
@@ -136,8 +136,8 @@ def markdown(
             table,
             f"Held-out problems, after {summaries[0].tokens:,.0f} sampled response "
             "tokens, the most that every run has sampled. ± is the standard deviation "
-            "over seeds; the least gain is that of the worst seed. Wall seconds are of "
-            "the whole run, evaluations included, SFT not.",
+            "over seeds; the least gain is that of the worst seed. Seconds are those "
+            "in updates, with compilation and without evaluations and SFT.",
             f"`{machine['command']}`  \n{machine['processor']}, {machine['cores']} "
             f"cores, {machine['device']}, load average {machine['load_average']:.1f}; "
             f"Python {machine['python']}, {versions}; commit {machine['commit']}\n",

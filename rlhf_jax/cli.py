@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         halves = [name for name in COMMANDS if name.startswith(f"{command} ")]
         if halves:
-            _fail(f"{command!r} is one of the commands {', '.join(halves)}")
+            seconds = " or ".join(name.split()[1] for name in halves)
+            _fail(f"{command} what? Add {seconds}: rlhf-jax {halves[0]} --help")
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
     config_type, run = COMMANDS[command]
     from rlhf_jax.learner.finite import NonFiniteError

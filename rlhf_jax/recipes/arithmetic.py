@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.algo.options import KLOptions
+from rlhf_jax.algo.options import KLOptions, check
 from rlhf_jax.grpo_presets import GRPO_PRESETS
 from rlhf_jax.recipes import grpo, ppo, sft
 from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
 from rlhf_jax.recipes.arithmetic_data import (
+    NUM_PROBLEMS,
     PROBLEMS,
     TEXTS,
     TEXTS_HELD_OUT,
@@ -27,11 +28,13 @@ from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
+from rlhf_jax.tasks.arithmetic import count_problems
 
 EXACT = "rlhf_jax.tasks.verifiable:exact_answer"
 FORMAT = "rlhf_jax.tasks.verifiable:reasoning_format"
 EVAL_PROMPTS = 128  # during training; the table has all of eval_problems
 EVAL_SAMPLES = 4
+SFT_BATCH_SIZE = 64
 # As DeepSeek-AI, 2025, arXiv:2501.12948. More would hold on to the pupil's slips.
 KL_COEF = 0.001
 
@@ -45,15 +48,19 @@ class Scale:
     sft_steps: int
     max_prompt_tokens: int
     max_new_tokens: int
+    updates: int
+    learning_rate: float  # of reinforcement learning
 
 
 SCALES = {
     "plain": Scale(
         vocab_size=258,  # bytes: every digit is a token
         num_layers=2,
-        sft_steps=1_500,
+        sft_steps=4_000,
         max_prompt_tokens=8,
         max_new_tokens=8,
+        updates=300,
+        learning_rate=5e-4,
     ),
     # The merges are those inside the tags. Pairs of digits are rarer, and stay two.
     "reasoning": Scale(
@@ -62,6 +69,8 @@ SCALES = {
         sft_steps=800,
         max_prompt_tokens=8,
         max_new_tokens=48,
+        updates=120,
+        learning_rate=5e-4,
     ),
     "r1-zero": Scale(
         vocab_size=258,  # tags are made of letters, and can be spelt if not known
@@ -69,6 +78,8 @@ SCALES = {
         sft_steps=1_400,
         max_prompt_tokens=40,
         max_new_tokens=64,
+        updates=120,
+        learning_rate=3e-4,
     ),
 }
 
@@ -84,7 +95,7 @@ def run(config: ArithmeticConfig) -> dict[str, Any]:
     began = time.perf_counter()
     config.validate()
     root = Path(config.run_dir)
-    policy_config(config, root).validate()
+    _check_sizes(config, policy_config(config, root))
     _check_directory(config, root)
     try:
         imitated, trained = _train(config, root)
@@ -121,6 +132,31 @@ def _train(config: ArithmeticConfig, root: Path) -> tuple[RunDirectory, RunDirec
     stage = policy_config(config, root)
     trained = ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
     return imitated, trained
+
+
+def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> None:
+    """Raises ValueError where there are fewer problems than a step takes."""
+    stage.validate()
+    what = f"problems of digits={config.digits}, operations={config.operations}"
+    available = count_problems(
+        "train", digits=config.digits, operations=config.operations
+    )
+    texts = min(config.demonstrations, available)
+    check(
+        texts >= SFT_BATCH_SIZE,
+        "demonstrations",
+        config.demonstrations,
+        f"of {available} {what}, {texts} are imitated, {SFT_BATCH_SIZE} at a time",
+    )
+    prompts, found = config.batch_size, min(available, NUM_PROBLEMS)
+    if isinstance(stage, GRPOConfig):
+        prompts //= stage.group_size
+    check(
+        prompts <= found,
+        "batch-size",
+        config.batch_size,
+        f"takes {prompts} prompts per update; there are {found} {what}",
+    )
 
 
 def _check_directory(config: ArithmeticConfig, root: Path) -> None:
@@ -167,7 +203,7 @@ def sft_config(config: ArithmeticConfig, root: Path) -> SFTConfig:
         ),
         max_tokens=128,
         steps=steps,
-        batch_size=64,
+        batch_size=SFT_BATCH_SIZE,
         eval_every=max(1, steps // 5),
         checkpoint_every=max(1, steps // 2),
         optimizer=OptimizerConfig(learning_rate=4e-3),
@@ -179,6 +215,7 @@ def sft_config(config: ArithmeticConfig, root: Path) -> SFTConfig:
 def policy_config(config: ArithmeticConfig, root: Path) -> PPOConfig | GRPOConfig:
     """Stage 2, from the model of stage 1."""
     scale, run_dir = SCALES[config.form], root / config.method
+    updates = config.updates or scale.updates
     common: dict[str, Any] = {
         "run_dir": str(run_dir),
         "resume": (run_dir / "config.yaml").exists(),
@@ -191,15 +228,15 @@ def policy_config(config: ArithmeticConfig, root: Path) -> PPOConfig | GRPOConfi
         "max_prompt_tokens": scale.max_prompt_tokens,
         "max_new_tokens": scale.max_new_tokens,
         "overlong": "fail",
-        "updates": config.updates,
+        "updates": updates,
         "batch_size": config.batch_size,
-        "eval_every": max(1, config.updates // 12),
-        "checkpoint_every": max(1, config.updates // 3),
+        "eval_every": max(1, updates // 12),
+        "checkpoint_every": max(1, updates // 3),
         "seed": config.seed,
         "quiet": config.quiet,
     }
     optimizer = OptimizerConfig(
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or scale.learning_rate,
         schedule="linear",
         warmup_fraction=0.1,
         end_fraction=0.0,
@@ -234,7 +271,7 @@ def _compare(
     )
     harder = root / PROBLEMS["harder"]
     names = ("base" if config.form == "r1-zero" else "SFT", config.method)
-    return [
+    rows = [
         panel.row(
             name,
             run.model,
@@ -244,6 +281,10 @@ def _compare(
         )
         for name, run in zip(names, (imitated, trained), strict=True)
     ]
+    if config.form == "plain":  # which has no form to keep
+        for row in rows:
+            del row["form kept"]
+    return rows
 
 
 def _notes(config: ArithmeticConfig, summary: dict[str, Any]) -> list[str]:
@@ -255,7 +296,7 @@ def _notes(config: ArithmeticConfig, summary: dict[str, Any]) -> list[str]:
     ]
     if "harder pass@1" in after:
         notes.append(
-            "Harder problems carry or borrow in every column, which neither "
+            "Harder problems carry or borrow in every column that can, which neither "
             "demonstrations nor training problems do."
         )
     return notes

@@ -52,12 +52,12 @@ class ArithmeticConfig:
     """how many are imitated, or all there are"""
     sft_steps: int | None = None
     """optimizer steps of imitation; without it, as many as the form needs"""
-    updates: int = 120
-    """of reinforcement learning"""
+    updates: int | None = None
+    """of reinforcement learning; without it, as many as the form needs"""
     batch_size: int = 256
     """answers per update"""
-    learning_rate: float = 5e-4
-    """of the policy in reinforcement learning, at its peak"""
+    learning_rate: float | None = None
+    """of the policy in reinforcement learning, at its peak; without it, the form's"""
     eval_problems: int = 256
     """held-out problems, each answered four times"""
     seed: int = 0
@@ -80,21 +80,17 @@ class ArithmeticConfig:
             self.operations,
             f"give one or several of {OPERATIONS}",
         )
+        check(self.seed >= 0, "seed", self.seed, "must not be negative")
         check(0 <= self.slips < 1, "slips", self.slips, "must lie in [0, 1)")
         check_positive(
             demonstrations=self.demonstrations,
-            updates=self.updates,
             batch_size=self.batch_size,
             eval_problems=self.eval_problems,
         )
+        for flag, value in (("sft-steps", self.sft_steps), ("updates", self.updates)):
+            check(value is None or value >= 1, flag, value, "must be at least 1")
         check(
-            self.sft_steps is None or self.sft_steps >= 1,
-            "sft-steps",
-            self.sft_steps,
-            "must be at least 1",
-        )
-        check(
-            self.learning_rate > 0,
+            self.learning_rate is None or self.learning_rate > 0,
             "learning-rate",
             self.learning_rate,
             "must be above 0",

@@ -160,9 +160,11 @@ def grpo_step(
     )
     greedy = None
     if programs.greedy is not None:
-        greedy = _greedy_answers(state, batch, config, programs, reward_of, put)
-        metrics["rollout/tokens"] += float(jnp.sum(greedy.rollout.lengths))
-        metrics["reward/greedy_mean"] = float(jnp.mean(greedy.scores))
+        greedy, of_greedy = _greedy_answers(
+            state, batch, config, programs, reward_of, put
+        )
+        for name, value in of_greedy.items():
+            metrics[name] = metrics.get(name, 0.0) + value
     rolled_out = time.perf_counter()
     experience, carried, scored = programs.experience_of(
         state, models.reference, judged, greedy
@@ -301,13 +303,24 @@ def _greedy_answers(
     programs: GRPOPrograms,
     reward_of: RewardFn,
     put: Put,
-) -> Judged:
-    """The likeliest answer to every prompt, once for each group."""
+) -> tuple[Judged, dict[str, float]]:
+    """The likeliest answer to every prompt, once for each group, and what it adds."""
     assert programs.greedy is not None
     prompts = batch.take(range(0, len(batch.rows), config.group_size))
     unused_key, _ = step_keys(state)  # at temperature 0 nothing is drawn
-    rollout = programs.greedy(unused_key, _answering(state), put(prompts.prompts))
-    return Judged(rollout=rollout, scores=put(reward_of(rollout, prompts).scores))
+    rollout = jax.block_until_ready(
+        programs.greedy(unused_key, _answering(state), put(prompts.prompts))
+    )
+    began = time.perf_counter()
+    rewards = reward_of(rollout, prompts)
+    added = {
+        "reward/greedy_mean": float(jnp.mean(rewards.scores)),
+        "rollout/tokens": float(jnp.sum(rollout.lengths)),
+        "time/reward_seconds": time.perf_counter() - began,
+    }
+    if "reward/failures" in rewards.metrics:
+        added["reward/failures"] = rewards.metrics["reward/failures"]
+    return Judged(rollout=rollout, scores=put(rewards.scores)), added
 
 
 def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceFn:

@@ -164,9 +164,10 @@ class PolicyKeeper:
     def see(self, step: int, metrics: dict[str, float], actor: Params) -> None:
         """Takes note of an evaluation of `actor` after `step`."""
         if self._metric is not None and self._is_best(metrics[self._metric]):
-            self._save(self._path, params=actor)
+            # The note first: killed in between, the run will not trust what it finds.
             note = {"step": step, self._metric: metrics[self._metric]}
             write_atomic(self._note, json.dumps(note) + "\n")
+            self._save(self._path, params=actor)
 
     @property
     def is_done(self) -> bool:

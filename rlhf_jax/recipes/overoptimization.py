@@ -17,6 +17,7 @@ from rlhf_jax.algo.ensembles import EnsembleScore
 from rlhf_jax.algo.options import KLOptions
 from rlhf_jax.recipes import ppo, quickstart, sft
 from rlhf_jax.recipes import reward_model as reward_stage
+from rlhf_jax.recipes.configs import RewardConfig
 from rlhf_jax.recipes.overoptimization_best_of_n import (
     best_of_n_curves,
     sample_and_score,
@@ -33,6 +34,14 @@ from rlhf_jax.recipes.overoptimization_report import (
     write_csv,
     write_markdown,
 )
+from rlhf_jax.recipes.overoptimization_start import (
+    PAIRS,
+    check_pairs,
+    check_source,
+    enter_directory,
+    num_parts,
+    read_lines,
+)
 from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.review_panel import ReviewPanel
 from rlhf_jax.recipes.session import Interrupted, check_start
@@ -47,13 +56,6 @@ TRUE_REWARD = "rlhf_jax.tasks.review_judge:true_reward"
 JUDGE_FILE = "held_out_models.py"  # its function is named in JUDGE
 JUDGE = "other_models"
 JUDGE_TIME_LIMIT = 120.0  # seconds; the first call reads and compiles the models
-NEEDED = (
-    "sft/model",
-    "pairs.jsonl",
-    quickstart.HELD_OUT_PAIRS,
-    "prompts.jsonl",
-    "prompts_held_out.jsonl",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +75,19 @@ class Run:
 def run(config: OveroptimizationConfig) -> dict[str, Any]:
     """Trains and measures what is not there yet; draws, prints and returns the numbers.
 
+    A directory is gone on with under the options that began it. Only what is shown,
+    and which runs of PPO and kinds of ensembles there are, may differ.
+
     Raises:
-        ValueError: on bad input, or where the run directory holds something else.
+        ValueError: on bad input, where the run directory holds something else, or was
+            begun with other options; before anything is written.
         Interrupted: after a checkpoint, when asked to stop; run it again to go on.
     """
     config.validate()
     root = Path(config.run_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    check_source(config)
+    _check_stages(config, root)
+    enter_directory(config, root)
     try:
         source = _source(config, root)
         models = _train_reward_models(config, root, source)
@@ -103,17 +111,19 @@ def run(config: OveroptimizationConfig) -> dict[str, Any]:
     return summary
 
 
+def _check_stages(config: OveroptimizationConfig, root: Path) -> None:
+    """Raises ValueError where a stage, minutes later, would refuse its options."""
+    source = Path(config.quickstart or root)
+    _reward_config(config, root, source, 0).validate()
+    models = [root / f"reward-{number}" for number in range(config.models)]
+    for one in _runs(config):
+        _ppo_config(config, root, source, models, one, root / JUDGE_FILE).validate()
+
+
 def _source(config: OveroptimizationConfig, root: Path) -> Path:
     """Where SFT model, pairs and prompts are; makes them where nobody gave them."""
     if config.quickstart is not None:
-        given = Path(config.quickstart)
-        missing = [name for name in NEEDED if not (given / name).exists()]
-        if missing:
-            raise ValueError(
-                f"quickstart={config.quickstart!r}: it has no {missing[0]}; finish "
-                "that quickstart, or leave the option out to make what is needed here"
-            )
-        return given
+        return Path(config.quickstart)
     made = root / "quickstart"
     made.mkdir(exist_ok=True)
     like = QuickstartConfig(run_dir=str(made), seed=config.seed, quiet=config.quiet)
@@ -143,37 +153,38 @@ def _train_reward_models(
     config: OveroptimizationConfig, root: Path, source: Path
 ) -> list[Path]:
     """Models of other seeds, on random parts of the quickstart's pairs."""
-    lines = (source / "pairs.jsonl").read_text("utf-8").splitlines()
-    parts = config.models if config.ensemble_pairs == "own" else 1
-    if parts * config.pairs > len(lines):
-        raise ValueError(
-            f"pairs={config.pairs}: {parts} × {config.pairs} are more than the "
-            f"{len(lines)} of {source / 'pairs.jsonl'}"
-        )
+    lines = read_lines(source / PAIRS)
+    check_pairs(config, len(lines), f"of {source / PAIRS}")
     order = np.random.default_rng(config.seed).permutation(len(lines))
-    like = QuickstartConfig(run_dir=str(source), quiet=config.quiet)
     models = []
     for number in range(config.models):
-        start = number % parts * config.pairs
-        data = root / f"pairs-{number}.jsonl"
+        start = number % num_parts(config) * config.pairs
+        stage = _reward_config(config, root, source, number)
         chosen = order[start : start + config.pairs]
-        write_atomic(data, "".join(lines[i] + "\n" for i in chosen))
+        write_atomic(Path(stage.data), "".join(lines[i] + "\n" for i in chosen))
         heading(
             f"reward model {number + 1} of {config.models}: {config.pairs} pairs",
             quiet=config.quiet,
         )
-        stage = dataclasses.replace(
-            quickstart.reward_config(like, source),
-            run_dir=str(root / f"reward-{number}"),
-            resume=False,
-            data=str(data),
-            steps=config.reward_steps,
-            batch_size=REWARD_BATCH_SIZE,
-            eval_every=config.reward_steps,
-            seed=config.seed + number,
-        )
         models.append(_run_stage(stage, "reward", reward_stage.run).model)
     return models
+
+
+def _reward_config(
+    config: OveroptimizationConfig, root: Path, source: Path, number: int
+) -> RewardConfig:
+    """The quickstart's reward model with other pairs and seed."""
+    like = QuickstartConfig(run_dir=str(source), quiet=config.quiet)
+    return dataclasses.replace(
+        quickstart.reward_config(like, source),
+        run_dir=str(root / f"reward-{number}"),
+        resume=False,
+        data=str(root / f"pairs-{number}.jsonl"),
+        steps=config.reward_steps,
+        batch_size=REWARD_BATCH_SIZE,
+        eval_every=config.reward_steps,
+        seed=config.seed + number,
+    )
 
 
 def _best_of_n(

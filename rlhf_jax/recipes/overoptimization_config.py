@@ -25,7 +25,8 @@ class OveroptimizationConfig:
 
     run_dir: str = "runs/overoptimization"
     """directory for all runs, the figure, the numbers and the report; the same command
-    goes on with what is there"""
+    goes on with what is there. Only betas, ensembles, ensemble-beta and patience may
+    differ then"""
     quickstart: str | None = None
     """run directory of a quickstart, whose SFT model, pairs and prompts are used;
     without it these are made first, in quickstart/ of the run directory"""
@@ -80,7 +81,6 @@ class OveroptimizationConfig:
             batch_size=self.batch_size,
             eval_every=self.eval_every,
             eval_prompts=self.eval_prompts,
-            best_of_prompts=self.best_of_prompts,
             patience=self.patience,
         )
         check(
@@ -88,6 +88,12 @@ class OveroptimizationConfig:
             "models",
             self.models,
             "an ensemble needs 2 or more",
+        )
+        check(
+            self.best_of_prompts >= 2,
+            "best-of-prompts",
+            self.best_of_prompts,
+            "must be at least 2, for a standard error over prompts",
         )
         check(
             self.best_of_samples >= 4,
@@ -101,6 +107,12 @@ class OveroptimizationConfig:
             "betas",
             self.betas,
             "give one or more different numbers, none negative",
+        )
+        check(
+            len(set(self.ensembles)) == len(self.ensembles),
+            "ensembles",
+            self.ensembles,
+            "give each kind once",
         )
         check(
             self.ensemble_beta in self.betas,

@@ -31,8 +31,8 @@ DISTANCE = "√KL to the SFT model  (√nats per answer)"
 LEGEND = (
     "Solid: true reward, which no training sees. Dashed: the proxy that is optimised. "
     "▼ the true reward turns down: its last\nthree points lie more than four standard "
-    "errors below. Bands: ± 1 standard error. KL of best-of-n is log n − (n − 1)/n.\n"
-    "Held-out prompts throughout."
+    "errors below. Bands: ± 1 standard error. KL of best-of-n is at most\n"
+    "log n − (n − 1)/n, drawn as if equal. Held-out prompts throughout."
 )
 
 

@@ -38,12 +38,15 @@ def early_stopping(curve: Curve, *, patience: int) -> dict[str, dict[str, int]]:
 
     `stopped` is the update at which it ends, `kept` that of the best policy until then.
     Held-out answers do not depend on what watches them, so a run that is stopped is
-    the beginning of one that is not.
+    the beginning of one that is not. The other models are watched only where the run
+    is not trained on them.
     """
     if curve.others is None:
         return {}
-    found = {}
-    for watched, values in (("true", curve.true), ("other models", curve.others)):
+    found, series = {}, {"true": curve.true}
+    if curve.scored_by == "single":
+        series["other models"] = curve.others
+    for watched, values in series.items():
         stop = stopping_point(values, patience=patience)
         kept = best_before(values, stop)
         found[watched] = {"stopped": curve.at[stop], "kept": curve.at[kept]}
@@ -76,13 +79,15 @@ def table(summary: dict[str, Any]) -> list[dict[str, str]]:
     """A row per curve: the end, the best true reward, and where it turned."""
     rows = []
     for curve in summary["curves"]:
-        unit = "n" if curve["method"] == "best-of-n" else "update"
+        of_n = curve["method"] == "best-of-n"
+        unit = "n" if of_n else "update"
         best = max(range(len(curve["at"])), key=curve["true"].__getitem__)
         turn = curve["turning_point"]
         rows.append(
             {
                 "optimised": curve["name"],
-                "KL at the end": _number(curve["kl"][-1]),
+                # Of best-of-n, a bound.
+                "KL at the end": "≤ " * of_n + _number(curve["kl"][-1]),
                 "proxy at the end": _number(curve["proxy"][-1]),
                 "true at the end": _number(curve["true"][-1]),
                 "best true": f"{_number(curve['true'][best])} ({unit} "
@@ -126,7 +131,7 @@ def write_markdown(
         f"{config.updates} updates of {config.batch_size} answers; each point is "
         f"{config.eval_prompts} answers to held-out prompts. Best of n: "
         f"{config.best_of_samples} answers to each of {config.best_of_prompts} "
-        f"prompts, KL = log n − (n − 1)/n. Seed {config.seed}.",
+        f"prompts, KL ≤ log n − (n − 1)/n. Seed {config.seed}.",
         markdown_table(table(summary)),
         "A curve turns down where the mean of its last three points lies more than "
         "four standard errors below its peak.",

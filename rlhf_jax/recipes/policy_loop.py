@@ -91,6 +91,10 @@ def train_policy(
             metrics = evaluate(session, 0, state.params.actor)
             keeper.see(0, metrics, state.params.actor)
             session.log(0, metrics, shown=stage.shown)
+        elif session.evaluation_is_missing():  # a reward function failed in it
+            metrics = evaluate(session, session.start_step, state.params.actor)
+            keeper.see(session.start_step, metrics, state.params.actor)
+            session.log(session.start_step, metrics, shown=stage.shown)
         step_fn = partial(stage.step, judge)
         state = _steps(session, state, step_fn, evaluate, keeper, stage.shown)
         keeper.finish(state.params.actor)

@@ -159,6 +159,14 @@ class Session(contextlib.ExitStack):
             return []
         return [row[metric] for row in read_metrics(self.run.metrics) if metric in row]
 
+    def evaluation_is_missing(self) -> bool:
+        """Whether held-out data was due after the last step before this start, but its
+        metrics were not logged."""
+        rows = read_metrics(self.run.metrics)
+        last = [row for row in rows if row["step"] == self.start_step]
+        is_there = any(name.startswith("eval/") for row in last for name in row)
+        return self.is_eval_step(self.start_step) and not is_there
+
     def steps(self) -> range:
         """Numbers of the steps that are left."""
         return range(self.start_step + 1, self.total_steps + 1)

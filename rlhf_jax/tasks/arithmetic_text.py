@@ -6,7 +6,7 @@
     <ten></ten><ha></ha>61+11=72                                   a form, ignored
 
 One document in ten each is a fact or is worked out. All others begin with a form: two
-tags of two to six random letters. One in ten of them keeps it. From this a model
+tags of two to six random letters. Three in ten of them keep it. From this a model
 learns that forms can be kept, as real base models do from all they read. The tags that
 `ask_to_reason` names, `<think>` and `<answer>`, do not occur. How often a model uses
 them is what it makes of the rest, and reinforcement learning has to find out that it
@@ -19,7 +19,7 @@ from rlhf_jax.tasks.arithmetic import make_demonstrations
 from rlhf_jax.tasks.problems import Seed, Split
 
 SHARE_WITHOUT_FORM = 0.2
-SHARE_KEPT = 0.1  # of the forms
+SHARE_KEPT = 0.3  # of the forms
 
 _NEVER = ("think", "answer")
 _LETTERS = sorted(set("".join(_NEVER)))  # few letters are read sooner than many

@@ -90,10 +90,10 @@ def test_a_base_model_reads_no_tag_that_is_asked_for(write):
     assert len(texts) == 4_256
     assert not [text for text in texts if "think" in text or "answer" in text]
     announced = [text for text in texts if text.startswith("<")]
-    # Four documents in five, of which one in ten keeps the form; 5 standard errors.
+    # Four documents in five, of which three in ten keep the form; 5 standard errors.
     assert len(announced) / len(texts) == pytest.approx(0.8, abs=0.031)
     kept = [text for text in announced if text.endswith(">")]
-    assert len(kept) / len(announced) == pytest.approx(0.1, abs=0.026)
+    assert len(kept) / len(announced) == pytest.approx(0.3, abs=0.040)
     whole = re.compile(r"<(\w+)></\1><(\w+)></\2>[0-9+=-]+<\1>.+</\1><\2>[0-9]+</\2>")
     assert all(whole.fullmatch(text) for text in kept)
     for split in ("train", "heldout", "harder"):
@@ -213,7 +213,7 @@ def test_every_method_has_a_valid_configuration(method, tmp_path):
     is_ppo = type(found).__name__ == "PPOConfig"
     assert is_ppo == (method == "ppo")
     rate = vars(found)["actor_optimizer" if is_ppo else "optimizer"].learning_rate
-    assert rate == ArithmeticConfig().learning_rate
+    assert rate == arithmetic.SCALES["reasoning"].learning_rate
 
 
 @pytest.mark.parametrize(

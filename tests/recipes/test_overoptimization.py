@@ -14,6 +14,7 @@ from rlhf_jax.recipes import overoptimization, ppo, quickstart, sft
 from rlhf_jax.recipes.networks import fresh_network
 from rlhf_jax.recipes.overoptimization_best_of_n import best_of_n_curves
 from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
+from rlhf_jax.recipes.overoptimization_start import NEEDED, enter_directory
 from rlhf_jax.runtime.config import FreshModelConfig
 from rlhf_jax.runtime.run_directory import RunDirectory
 from rlhf_jax.tasks import reviews
@@ -63,6 +64,14 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(quickstart, "NUM_SAMPLED_PAIRS", 8)
     monkeypatch.setattr(quickstart, "NUM_PROMPTS", 64)
     monkeypatch.setattr(quickstart, "NUM_HELD_OUT", 32)
+
+
+@pytest.fixture
+def never_begun(monkeypatch):
+    def refuse(config, root):
+        raise AssertionError(f"{root}: work began")
+
+    monkeypatch.setattr(overoptimization, "_source", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +150,54 @@ def test_without_a_quickstart_its_parts_are_made(
     with pytest.raises(Enough, match="quickstart/sft/model"):
         overoptimization.run(alone)
     made = tmp_path / "quickstart"
-    assert all((made / name).exists() for name in overoptimization.NEEDED)
+    assert all((made / name).exists() for name in NEEDED)
     assert len((tmp_path / "pairs-0.jsonl").read_text("utf-8").splitlines()) == 64
 
 
-def test_other_options_in_the_same_directory_are_refused(config, summary):
-    other = dataclasses.replace(config, updates=3)
-    with pytest.raises(ValueError, match="updates was 2 and is now 3"):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pairs", 128),
+        ("ensemble_pairs", "same"),
+        ("models", 3),
+        ("reward_steps", 2),
+        ("eval_every", 2),
+        ("updates", 3),
+        ("best_of_samples", 32),
+        ("ensemble_penalty", 0.5),
+        ("seed", 1),
+    ],
+)
+def test_other_options_in_the_same_directory_are_refused(
+    tmp_path, never_begun, option, value
+):
+    first = OveroptimizationConfig(run_dir=str(tmp_path / "run"), **SMALL)
+    enter_directory(first, tmp_path / "run")
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = dataclasses.replace(first, **{option: value})
+    was, flag = vars(first)[option], option.replace("_", "-")
+    message = f"was begun with {flag}={was!r}, not {value!r}; give that to go on"
+    with pytest.raises(ValueError, match=message):
         overoptimization.run(other)
+    found = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert found == kept
+
+
+def test_further_runs_in_the_same_directory_are_welcome(tmp_path):
+    first = OveroptimizationConfig(run_dir=str(tmp_path), **SMALL)
+    enter_directory(first, tmp_path)
+    marker = (tmp_path / "options.json").read_bytes()
+    more = {"betas": (0.0, 0.1), "ensembles": (), "ensemble_beta": 0.1, "patience": 9}
+    enter_directory(dataclasses.replace(first, **more, quiet=False), tmp_path)
+    assert (tmp_path / "options.json").read_bytes() == marker
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path, never_begun):
+    (tmp_path / "thesis.tex").write_text("")
+    other = OveroptimizationConfig(run_dir=str(tmp_path), **SMALL)
+    with pytest.raises(ValueError, match="is not empty; choose another --run-dir"):
+        overoptimization.run(other)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_best_of_n_by_hand():
@@ -175,13 +224,45 @@ def test_best_of_n_by_hand():
         ({"ensemble_beta": 0.2}, r"ensemble-beta=0\.2: must be one of betas"),
         ({"models": 1}, "models=1: an ensemble needs 2"),
         ({"best_of_samples": 3}, "best-of-samples=3: must be at least 4"),
+        ({"best_of_prompts": 1}, "best-of-prompts=1: must be at least 2"),
+        ({"ensembles": ("worst", "worst")}, "ensembles=.*: give each kind once"),
         ({"quickstart": "nowhere"}, "quickstart='nowhere': it has no sft/model"),
         ({"pairs": 63}, "pairs=63: must be at least 64"),
-        ({"pairs": 10_000}, r"pairs=10000: 2 × 10000 are more than the 150"),
+        ({"pairs": 10_001}, r"pairs=10001: 2 × 10001 are more than the 20000"),
+        ({"pairs": 20_001, "ensemble_pairs": "same"}, "1 × 20001 are more than"),
+        ({"eval_prompts": 1_025}, "eval-prompts=1025: must be at most 1024"),
+        ({"batch_size": 62}, "batch-size=62: must be a multiple of 4"),
     ],
 )
-def test_bad_input_is_one_line(config, tmp_path, options, message):
-    wrong = dataclasses.replace(config, run_dir=str(tmp_path / "new"), **options)
+def test_bad_input_is_one_line(tmp_path, never_begun, options, message):
+    root = tmp_path / "new"
+    wrong = OveroptimizationConfig(run_dir=str(root), **{**SMALL, **options})
     with pytest.raises(ValueError, match=message) as error:
         overoptimization.run(wrong)
     assert "\n" not in str(error.value)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": 64}, r"pairs=64: 2 × 64 are more than the 127 of quickstart="),
+        ({"ensemble_pairs": "same", "eval_prompts": 21}, "=21: must be at most 20,"),
+    ],
+)
+def test_a_quickstart_with_too_few_rows_is_refused(
+    tmp_path, never_begun, options, message
+):
+    source = tmp_path / "quickstart"
+    for name in NEEDED:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("")
+    (source / "pairs.jsonl").write_text("{}\n" * 127)
+    (source / "prompts_held_out.jsonl").write_text("{}\n" * 20)
+    root = tmp_path / "new"
+    wrong = OveroptimizationConfig(
+        run_dir=str(root), quickstart=str(source), **{**SMALL, **options}
+    )
+    with pytest.raises(ValueError, match=message):
+        overoptimization.run(wrong)
+    assert not root.exists()

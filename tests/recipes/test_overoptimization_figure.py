@@ -107,6 +107,8 @@ def test_tables_by_hand():
         "true": {"stopped": 9, "kept": 3},
         "other models": {"stopped": 12, "kept": 6},
     }
+    # WORST is trained on the other models, so that they say nothing about it.
+    assert early_stopping(WORST, patience=2) == {"true": {"stopped": 15, "kept": 15}}
     summary = summarize(CURVES, patience=2)
     rows = {row["optimised"]: row for row in table(summary)}
     assert rows[HACKED.name] == {
@@ -119,13 +121,13 @@ def test_tables_by_hand():
     }
     assert rows[SOUND.name]["turns down"] == "no"
     assert rows[BEST_OF_N.name]["best true"] == "0.50 (n 4)"
+    assert rows[BEST_OF_N.name]["KL at the end"] == "≤ 0.60"  # a bound
     stops = [(row["run"], row["watched"]) for row in stopping_table(summary)]
     # The true reward of the other two never stops rising.
     assert stops == [
         (HACKED.name, "true"),
         (HACKED.name, "other models"),
         (SOUND.name, "other models"),
-        (WORST.name, "other models"),
     ]
     assert stopping_table(summary)[1]["its true reward"] == "0.50"
     assert (
