@@ -14,11 +14,12 @@ from rlhf_jax.runtime.config import to_dict
 def run(config: PresetsConfig) -> None:
     """Prints the table, or one preset as YAML."""
     if config.preset is None:
-        print(table(config.command))
+        print(table(config.command or "ppo"))
         return
     import yaml
 
-    method = to_dict(find_preset(config.preset, PRESETS | GRPO_PRESETS))
+    presets = {"ppo": PRESETS, "grpo": GRPO_PRESETS, None: PRESETS | GRPO_PRESETS}
+    method = to_dict(find_preset(config.preset, presets[config.command]))
     print(yaml.safe_dump(method, sort_keys=False, allow_unicode=True), end="")
 
 

@@ -227,7 +227,7 @@ class QuickstartConfig:
 class PresetsConfig:
     """The presets of ppo or grpo: a table of every option, or one as a file."""
 
-    command: Literal["ppo", "grpo"] = "ppo"
-    """whose table to print"""
+    command: Literal["ppo", "grpo"] | None = None
+    """whose presets; without it, the table of ppo, or a preset of either"""
     preset: str | None = None
     """print this one as YAML that --config reads; without it, the table of all"""

@@ -76,3 +76,9 @@ def test_an_unknown_preset_is_one_line(capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "preset='trl2'" in line and "nplus_tldr" in line
+
+
+def test_a_preset_of_the_other_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["presets", "--command", "grpo", "--preset", "trl"])
+    assert "preset='trl': expected one of grpo, dr_grpo" in capsys.readouterr().err
