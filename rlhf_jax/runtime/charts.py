@@ -250,7 +250,11 @@ SECTIONS = (
             Chart(
                 "Time per step",
                 "seconds",
-                {"time/step_seconds": "whole step", "time/rollout_seconds": "rollout"},
+                {
+                    "time/step_seconds": "whole step",
+                    "time/rollout_seconds": "rollout",
+                    "time/reward_seconds": "rewards",
+                },
             ),
             Chart("Throughput", "tokens per second", {"time/tokens_per_second": "all"}),
             Chart(
