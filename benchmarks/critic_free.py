@@ -26,10 +26,8 @@ import timing
 from critic_free_report import Curve, draw, markdown, summarize
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
-from rlhf_jax.recipes import arithmetic, grpo, ppo, sft
+from rlhf_jax.recipes import arithmetic
 from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig, Method
-from rlhf_jax.recipes.arithmetic_data import write_data
-from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.session import Interrupted
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.progress import heading
@@ -84,9 +82,7 @@ def run_cell(config: ArithmeticConfig) -> Curve:
         return Curve(**found["curve"])
     heading(f"{config.method}, {config.form}, seed {config.seed}")
     train_base(config, root)
-    stage = arithmetic.policy_config(config, root)
-    run = ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
-    curve = read_curve(config, run)
+    curve = read_curve(config, arithmetic.reinforce(config, root))
     found = {
         "curve": dataclasses.asdict(curve),
         "settings": settings,
@@ -107,10 +103,7 @@ def train_base(config: ArithmeticConfig, root: Path) -> None:
     if (root / "sft" / "model" / "config.json").exists():
         return
     root.mkdir(parents=True, exist_ok=True)
-    stage = arithmetic.sft_config(config, root)
-    if not stage.resume:
-        write_data(config, root)
-    sft.run(stage)
+    arithmetic.imitate(config, root)
 
 
 def read_curve(config: ArithmeticConfig, run: RunDirectory) -> Curve:

@@ -6,9 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rlhf_jax.algo.options import KLOptions, check
 from rlhf_jax.grpo_presets import GRPO_PRESETS
 from rlhf_jax.recipes import grpo, ppo, sft
@@ -20,10 +17,14 @@ from rlhf_jax.recipes.arithmetic_data import (
     TEXTS_HELD_OUT,
     write_data,
 )
-from rlhf_jax.recipes.arithmetic_panel import ArithmeticPanel
+from rlhf_jax.recipes.arithmetic_panel import SAMPLES, ArithmeticPanel
 from rlhf_jax.recipes.configs import SFTConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
-from rlhf_jax.recipes.session import Interrupted
+from rlhf_jax.recipes.showcase import (
+    enter_directory,
+    gone_on_with,
+    print_table,
+)
 from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.report import write_report
@@ -33,7 +34,6 @@ from rlhf_jax.tasks.arithmetic import count_problems
 EXACT = "rlhf_jax.tasks.verifiable:exact_answer"
 FORMAT = "rlhf_jax.tasks.verifiable:reasoning_format"
 EVAL_PROMPTS = 128  # during training; the table has all of eval_problems
-EVAL_SAMPLES = 4
 SFT_BATCH_SIZE = 64
 # As DeepSeek-AI, 2025, arXiv:2501.12948. More would hold on to the pupil's slips.
 KL_COEF = 0.001
@@ -96,13 +96,9 @@ def run(config: ArithmeticConfig) -> dict[str, Any]:
     config.validate()
     root = Path(config.run_dir)
     _check_sizes(config, policy_config(config, root))
-    _check_directory(config, root)
-    try:
+    enter_directory(root, "arithmetic.json", _stored(config))
+    with gone_on_with("command"):
         imitated, trained = _train(config, root)
-    except Interrupted as error:
-        raise Interrupted(
-            f"{str(error).split('. Go on')[0]}. Run the same command again to go on"
-        ) from None
 
     heading("held-out problems, answered by both", quiet=config.quiet)
     table = _compare(config, root, imitated, trained)
@@ -115,7 +111,8 @@ def run(config: ArithmeticConfig) -> dict[str, Any]:
     write_atomic(root / "summary.json", json.dumps(summary, indent=2) + "\n")
     notes = _notes(config, summary)
     write_report(trained.path, title="Arithmetic", table=table, notes=notes)
-    _print_table(table, notes)
+    shown = [{k: _shown(k, v) for k, v in row.items()} for row in table]
+    print_table(shown, notes=notes)
     if not config.quiet:
         heading(f"\nLook at {trained.report} and {imitated.report}.")
     return summary
@@ -125,13 +122,23 @@ def _train(config: ArithmeticConfig, root: Path) -> tuple[RunDirectory, RunDirec
     """Both stages; what is there already is kept."""
     what = "read plain text" if config.form == "r1-zero" else "imitate demonstrations"
     heading(f"1/2  supervised: {what}", quiet=config.quiet)
-    if not (root / "sft" / "config.yaml").exists():
-        write_data(config, root)
-    imitated = sft.run(sft_config(config, root))
+    imitated = imitate(config, root)
     heading(f"2/2  {config.method}: right answers are rewarded", quiet=config.quiet)
+    return imitated, reinforce(config, root)
+
+
+def imitate(config: ArithmeticConfig, root: Path) -> RunDirectory:
+    """Stage 1, and its data; or goes on with it."""
+    stage = sft_config(config, root)
+    if not stage.resume:
+        write_data(config, root)
+    return sft.run(stage)
+
+
+def reinforce(config: ArithmeticConfig, root: Path) -> RunDirectory:
+    """Stage 2, from the model of stage 1; or goes on with it."""
     stage = policy_config(config, root)
-    trained = ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
-    return imitated, trained
+    return ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
 
 
 def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> None:
@@ -157,27 +164,6 @@ def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> Non
         config.batch_size,
         f"takes {prompts} prompts per update; there are {found} {what}",
     )
-
-
-def _check_directory(config: ArithmeticConfig, root: Path) -> None:
-    """Enters a new directory, or one that the same command began."""
-    marker = root / "arithmetic.json"
-    wanted = _stored(config)
-    if marker.exists():
-        found = json.loads(marker.read_text("utf-8"))
-        other = [name for name in wanted if found.get(name) != wanted[name]]
-        if other:
-            name = other[0]
-            raise ValueError(
-                f"--run-dir {root} was begun with {name.replace('_', '-')}="
-                f"{found.get(name)!r}, not {wanted[name]!r}; give that to go on with "
-                "it, or another --run-dir"
-            )
-        return
-    if root.exists() and any(root.iterdir()):
-        raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(marker, json.dumps(wanted) + "\n")
 
 
 def _stored(config: ArithmeticConfig) -> dict[str, Any]:
@@ -224,7 +210,7 @@ def policy_config(config: ArithmeticConfig, root: Path) -> PPOConfig | GRPOConfi
         "data": str(root / PROBLEMS["train"]),
         "eval_data": str(root / PROBLEMS["heldout"]),
         "eval_prompts": min(EVAL_PROMPTS, config.eval_problems),
-        "eval_samples": EVAL_SAMPLES,
+        "eval_samples": SAMPLES,
         "max_prompt_tokens": scale.max_prompt_tokens,
         "max_new_tokens": scale.max_new_tokens,
         "overlong": "fail",
@@ -300,21 +286,6 @@ def _notes(config: ArithmeticConfig, summary: dict[str, Any]) -> list[str]:
             "demonstrations nor training problems do."
         )
     return notes
-
-
-def _print_table(rows: list[dict[str, Any]], notes: list[str]) -> None:
-    table = Table()
-    for column in rows[0]:
-        is_name = column == "policy"
-        table.add_column(
-            column, justify="left" if is_name else "right", no_wrap=is_name
-        )
-    for row in rows:
-        table.add_row(*(_shown(name, value) for name, value in row.items()))
-    console = Console()
-    console.print(table)
-    for note in notes:
-        console.print(note, highlight=False)
 
 
 def _shown(name: str, value: str | float) -> str:

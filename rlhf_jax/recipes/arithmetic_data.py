@@ -1,13 +1,11 @@
 """The files of `rlhf-jax arithmetic`: what is imitated, and the problems to solve."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
-from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.recipes.showcase import write_rows
 from rlhf_jax.tasks.arithmetic import (
     count_problems,
     make_demonstrations,
@@ -31,8 +29,8 @@ PROBLEMS = {
 def write_data(config: ArithmeticConfig, root: Path) -> None:
     """Writes all files; the same configuration writes the same."""
     seed = 100 * config.seed
-    _write(root / TEXTS, _texts(config, seed, config.demonstrations, "train"))
-    _write(
+    write_rows(root / TEXTS, _texts(config, seed, config.demonstrations, "train"))
+    write_rows(
         root / TEXTS_HELD_OUT,
         _texts(config, seed + 1, NUM_HELD_OUT_TEXTS, "heldout"),
     )
@@ -40,7 +38,7 @@ def write_data(config: ArithmeticConfig, root: Path) -> None:
     for number, split in enumerate(splits):
         rows = _problems(config, seed + 2 + number, split)
         if rows:  # single digits have no harder problems
-            _write(root / PROBLEMS[split], rows)
+            write_rows(root / PROBLEMS[split], rows)
 
 
 def _texts(
@@ -76,7 +74,3 @@ def _problems(
 
 def _available(config: ArithmeticConfig, split: Split) -> int:
     return count_problems(split, digits=config.digits, operations=config.operations)
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.algo.pass_at_k import pass_at_k
 from rlhf_jax.models.callables import policy
 from rlhf_jax.models.hf_weights import load_pretrained
 from rlhf_jax.recipes.answers import Answers, Examiner, make_sampler
+from rlhf_jax.recipes.held_out import pass_rates
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.runtime.batches import pad_prompts
 from rlhf_jax.runtime.encoding import encode_prompts
@@ -66,7 +65,7 @@ class ArithmeticPanel:
         greedy, _, _ = self._judge(self._likeliest, params, rows, 1)
         found: dict[str, Any] = {
             "pass@1": right.mean(),
-            f"pass@{SAMPLES}": _pass_at(right, SAMPLES),
+            f"pass@{SAMPLES}": pass_rates(right > 0)[f"pass_at_{SAMPLES}"],
             "greedy": greedy.mean(),
         }
         if harder is not None:
@@ -103,10 +102,3 @@ class ArithmeticPanel:
             for judge in (exact_answer, reasoning_format)
         )
         return right, form, answers
-
-
-def _pass_at(right: np.ndarray, k: int) -> float:
-    """Share of problems that one of k answers solves; `[N, samples]` of 0 and 1."""
-    num_correct = jnp.asarray(right.sum(axis=1).astype(int))
-    rates = pass_at_k(num_correct, num_samples=right.shape[1], k=k)
-    return float(rates.mean())

@@ -1,6 +1,5 @@
 """Held-out figures of a policy: rewards, pass rates, KL, length, stop rate."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -8,18 +7,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Params
-from rlhf_jax.interfaces import ScoreFn
 from rlhf_jax.models.callables import policy, reward_model
-from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.held_out import pass_rates
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits, read_network
-from rlhf_jax.recipes.prompt_batches import PromptBatch, collate
+from rlhf_jax.recipes.policy_models import PolicyModels, check_language
+from rlhf_jax.recipes.prompt_batches import PromptBatch, collate, encode_rows
 from rlhf_jax.recipes.rewards import probe
 from rlhf_jax.recipes.texts import read_reported
 from rlhf_jax.recipes.tool_configs import EvaluateConfig
-from rlhf_jax.runtime.encoding import encode_prompts
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.reward_functions import RewardWorkers, function_name
 from rlhf_jax.runtime.text_data import Columns, read_prompt_rows
@@ -59,17 +56,10 @@ def _read(config: EvaluateConfig, path: str, language: Language) -> PromptBatch:
         render_chat=language.render,
     )
     rows = read_reported(path, read, quiet=False)[: config.limit]
-    encoded = encode_prompts(
-        [row.prompt for row in rows],
-        language.tokenizer,
-        max_prompt_tokens=config.max_tokens,
-        bos_id=language.bos_id,
+    encoded, pairs = encode_rows(
+        rows, language=language, max_prompt_tokens=config.max_tokens
     )
     report_dropped(path, encoded.dropped)
-    pairs = [
-        (rows[source], tokens)
-        for source, tokens in zip(encoded.sources, encoded.rows, strict=True)
-    ]
     batch = collate(pairs, width=encoded.width, pad_id=language.pad_id)
     return batch.repeat(config.samples)
 
@@ -81,17 +71,17 @@ def _measure(
     mesh: Mesh,
     workers: RewardWorkers | None,
 ) -> dict[str, float]:
-    models = _load(config, language, prompt_width=batch.prompts.tokens.shape[1])
-    callables = policy(models.module)
+    width = batch.prompts.tokens.shape[1]
+    models, params = _load(config, language, prompt_width=width)
     examiner = Examiner(
         make_sampler(
-            callables,
+            models.policy,
             max_new_tokens=config.max_new_tokens,
             stop_ids=language.stop_ids(config.stop),
             temperature=config.temperature,
             pad_id=language.pad_id,
         ),
-        policy=callables,
+        policy=models.policy,
         score_fn=models.score_fn,
         temperature=config.temperature,
         batch_size=min(config.batch_size, len(batch.rows)),
@@ -99,7 +89,7 @@ def _measure(
     )
     answers = examiner.answers(
         jax.random.key(config.seed),
-        models.params,
+        params,
         batch.prompts,
         reference=models.reference,
         reward=models.reward,
@@ -116,16 +106,9 @@ def _measure(
     return {"prompts": len(batch.rows) // config.samples} | named
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Models:
-    module: Transformer
-    params: Params
-    reference: Params | None
-    score_fn: ScoreFn | None
-    reward: Params | None
-
-
-def _load(config: EvaluateConfig, language: Language, *, prompt_width: int) -> _Models:
+def _load(
+    config: EvaluateConfig, language: Language, *, prompt_width: int
+) -> tuple[PolicyModels, Params]:
     """The policy, and the reference and reward model where there are some."""
     assert config.model is not None  # validated
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
@@ -134,8 +117,7 @@ def _load(config: EvaluateConfig, language: Language, *, prompt_width: int) -> _
     check_fits(module, language, needed=needed, name="model", why=why)
     reference = reward = score_fn = None
     if config.reference is not None:
-        other = Language.load(config.reference)
-        language.check_same_as(other, "reference", config.reference)
+        check_language(language, "reference", config.reference)
         reference_module, reference = read_network(
             config.reference, head="lm", dtype=config.dtype
         )
@@ -145,17 +127,17 @@ def _load(config: EvaluateConfig, language: Language, *, prompt_width: int) -> _
                 f"model={config.model!r}; the two run through one program"
             )
     if config.reward_model is not None:
-        other = Language.load(config.reward_model)
-        language.check_same_as(other, "reward-model", config.reward_model)
+        check_language(language, "reward-model", config.reward_model)
         reward_module, reward = read_network(
             config.reward_model, head="reward", dtype=config.dtype
         )
         check_fits(reward_module, language, needed=needed, name="reward-model", why=why)
         score_fn = reward_model(reward_module)
-    return _Models(
+    models = PolicyModels(
         module=module,
-        params=params,
-        reference=reference,
+        policy=policy(module),
         score_fn=score_fn,
+        reference=reference,
         reward=reward,
     )
+    return models, params

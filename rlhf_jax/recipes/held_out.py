@@ -117,7 +117,6 @@ class HeldOut:
     ) -> None:
         """The first answer to each of the first prompts."""
         columns = {
-            "prompt": self._language.decode_prompts(self._batch.prompts),
             "response": texts,
             "score": rewards.scores,
             **rewards.by_function,
@@ -125,8 +124,13 @@ class HeldOut:
         if answers.kl is not None:
             columns["kl"] = answers.kl
         first = range(0, len(texts), self._config.eval_samples)[:NUM_LOGGED_SAMPLES]
+        prompts = self._language.decode_prompts(self._batch.take(first).prompts)
         session.log_samples(
-            step, [{name: x[i] for name, x in columns.items()} for i in first]
+            step,
+            [
+                {"prompt": prompt} | {name: x[i] for name, x in columns.items()}
+                for prompt, i in zip(prompts, first, strict=True)
+            ],
         )
 
 

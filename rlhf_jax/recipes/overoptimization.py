@@ -29,7 +29,7 @@ from rlhf_jax.recipes.overoptimization_config import (
 from rlhf_jax.recipes.overoptimization_curves import Curve
 from rlhf_jax.recipes.overoptimization_figure import draw
 from rlhf_jax.recipes.overoptimization_report import (
-    print_table,
+    print_tables,
     summarize,
     write_csv,
     write_markdown,
@@ -44,7 +44,8 @@ from rlhf_jax.recipes.overoptimization_start import (
 )
 from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.review_panel import ReviewPanel
-from rlhf_jax.recipes.session import Interrupted, check_start
+from rlhf_jax.recipes.session import check_start
+from rlhf_jax.recipes.showcase import gone_on_with
 from rlhf_jax.recipes.tool_configs import QuickstartConfig
 from rlhf_jax.runtime.config import to_dict
 from rlhf_jax.runtime.metrics import read_metrics
@@ -88,16 +89,11 @@ def run(config: OveroptimizationConfig) -> dict[str, Any]:
     check_source(config)
     _check_stages(config, root)
     enter_directory(config, root)
-    try:
+    with gone_on_with("overoptimization"):
         source = _source(config, root)
         models = _train_reward_models(config, root, source)
         curves, spread = _best_of_n(config, root, source, models)
         curves = _ppo_curves(config, root, source, models, spread) + curves
-    except Interrupted as error:
-        raise Interrupted(
-            f"{str(error).split('. Go on')[0]}. Run the same overoptimization again to "
-            "go on"
-        ) from None
     numbers = {"config": to_dict(config)}
     numbers |= summarize(curves, patience=config.patience)
     text = json.dumps(numbers, indent=2, allow_nan=False)
@@ -106,7 +102,7 @@ def run(config: OveroptimizationConfig) -> dict[str, Any]:
     write_csv(root / "overoptimization.csv", curves)
     draw(curves, root / "overoptimization.png", config=config)
     write_markdown(root / "report.md", summary, config=config)
-    print_table(summary)
+    print_tables(summary)
     heading(f"\nLook at {root}/overoptimization.png", quiet=config.quiet)
     return summary
 

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
 from rlhf_jax.recipes.overoptimization_curves import (
     Curve,
     best_before,
     stopping_point,
 )
+from rlhf_jax.recipes.showcase import print_table
 from rlhf_jax.runtime.run_directory import write_atomic
 
 
@@ -153,20 +151,11 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def print_table(summary: dict[str, Any]) -> None:
+def print_tables(summary: dict[str, Any]) -> None:
     """Both tables, on the terminal."""
-    console = Console()
     for rows in (table(summary), stopping_table(summary)):
-        if not rows:
-            continue
-        shown = Table()
-        for number, column in enumerate(rows[0]):
-            shown.add_column(
-                column, justify="right" if number else "left", no_wrap=not number
-            )
-        for row in rows:
-            shown.add_row(*row.values())
-        console.print(shown)
+        if rows:
+            print_table(rows)
 
 
 def _number(value: float) -> str:

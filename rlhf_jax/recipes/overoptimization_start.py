@@ -1,14 +1,11 @@
 """What `rlhf-jax overoptimization` refuses before anything is written or trained."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax.algo.options import check
-from rlhf_jax.recipes import quickstart
+from rlhf_jax.recipes import quickstart, showcase
 from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
-from rlhf_jax.runtime.run_directory import write_atomic
 
 PAIRS = "pairs.jsonl"
 HELD_OUT_PROMPTS = "prompts_held_out.jsonl"
@@ -84,25 +81,6 @@ def enter_directory(config: OveroptimizationConfig, root: Path) -> None:
         ValueError: where other options began it, or it holds something else. Nothing
             is written then.
     """
-    marker = root / MARKER
-    wanted = _stored(config)
-    if marker.exists():
-        found = json.loads(marker.read_text("utf-8"))
-        other = [name for name in wanted if found.get(name) != wanted[name]]
-        if other:
-            name = other[0]
-            raise ValueError(
-                f"--run-dir {root} was begun with {name.replace('_', '-')}="
-                f"{found.get(name)!r}, not {wanted[name]!r}; give that to go on with "
-                "it, or another --run-dir"
-            )
-        return
-    if root.exists() and any(root.iterdir()):
-        raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(marker, json.dumps(wanted) + "\n")
-
-
-def _stored(config: OveroptimizationConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {name: values[name] for name in values if name not in FREE}
+    options = dataclasses.asdict(config)
+    shaping = {name: options[name] for name in options if name not in FREE}
+    showcase.enter_directory(root, MARKER, shaping)

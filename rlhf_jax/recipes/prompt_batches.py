@@ -13,7 +13,8 @@ from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.policy_configs import PolicyConfig
 from rlhf_jax.recipes.texts import read_split
 from rlhf_jax.runtime.batches import Batches, pad_prompts
-from rlhf_jax.runtime.encoding import encode_prompts
+from rlhf_jax.runtime.config import Overlong
+from rlhf_jax.runtime.encoding import Encoded, encode_prompts
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.text_data import Columns, PromptRow, read_prompt_rows
 
@@ -92,6 +93,25 @@ def collate(
     )
 
 
+def encode_rows(
+    rows: Sequence[PromptRow],
+    *,
+    language: Language,
+    max_prompt_tokens: int,
+    overlong: Overlong = "drop",
+) -> tuple[Encoded, list[tuple[PromptRow, np.ndarray]]]:
+    """`encode_prompts`, and each row that is left with its tokens, for `collate`."""
+    encoded = encode_prompts(
+        [row.prompt for row in rows],
+        language.tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        bos_id=language.bos_id,
+        overlong=overlong,
+    )
+    sources = [rows[source] for source in encoded.sources]
+    return encoded, list(zip(sources, encoded.rows, strict=True))
+
+
 def read_prompt_data(
     config: PolicyConfig, language: Language, *, stage: str
 ) -> PromptData:
@@ -110,17 +130,12 @@ def read_prompt_data(
     train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
     held_out = held_out[: config.eval_prompts]
 
-    def encode(rows: list[PromptRow]):
-        encoded = encode_prompts(
-            [row.prompt for row in rows],
-            language.tokenizer,
-            max_prompt_tokens=config.max_prompt_tokens,
-            bos_id=language.bos_id,
-            overlong=config.overlong,
-        )
-        sources = [rows[source] for source in encoded.sources]
-        return encoded, list(zip(sources, encoded.rows, strict=True))
-
+    encode = partial(
+        encode_rows,
+        language=language,
+        max_prompt_tokens=config.max_prompt_tokens,
+        overlong=config.overlong,
+    )
     encoded, train_rows = encode(train)
     encoded_held_out, held_out_rows = encode(held_out)
     width = max(encoded.width, encoded_held_out.width)

@@ -7,12 +7,8 @@ true reward that the annotator judges by is looked at in the end only.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from rlhf_jax.algo.options import KLOptions
 from rlhf_jax.recipes import ppo, sft
@@ -20,7 +16,12 @@ from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
 from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.review_panel import MAX_NEW_TOKENS, MAX_POSITIONS, ReviewPanel
-from rlhf_jax.recipes.session import Interrupted
+from rlhf_jax.recipes.showcase import (
+    gone_on_with,
+    make_directory,
+    print_table,
+    write_rows,
+)
 from rlhf_jax.recipes.tool_configs import QuickstartConfig
 from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
 from rlhf_jax.runtime.progress import heading
@@ -49,12 +50,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     began = time.perf_counter()
     root = Path(config.run_dir)
     _check_directory(config, root)
-    try:
+    with gone_on_with("quickstart"):
         sft_model, reward, policy = _train(config, root)
-    except Interrupted as error:
-        raise Interrupted(
-            f"{str(error).split('. Go on')[0]}. Run the same quickstart again to go on"
-        ) from None
 
     heading("held-out prompts, judged by the true reward", quiet=config.quiet)
     panel = ReviewPanel(sft_model.model, reward.model)
@@ -77,7 +74,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     write_atomic(root / "summary.json", json.dumps(summary, indent=2) + "\n")
     notes = _notes(summary)
     write_report(policy.path, title="Quickstart: reviews", table=policies, notes=notes)
-    _print_table(policies, notes)
+    print_table([_shown(row) for row in policies], notes=notes)
     if not config.quiet:
         _print_next_steps(root)
     return summary
@@ -120,9 +117,7 @@ def _check_directory(config: QuickstartConfig, root: Path) -> None:
                 f"{config.seed}"
             )
         return
-    if root.exists() and any(root.iterdir()):
-        raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory(root)
     write_atomic(marker, json.dumps(wanted) + "\n")
 
 
@@ -194,7 +189,7 @@ def write_demonstrations(root: Path, seed: int) -> None:
 
     def write(name: str, number: int, split: reviews.Split) -> None:
         rows = reviews.make_demonstrations(seed, number, split)
-        _write_rows(
+        write_rows(
             root / f"{name}.jsonl",
             [{"prompt": row.prompt, "completion": row.response} for row in rows],
         )
@@ -220,7 +215,7 @@ def write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
             [first[i] for i in differ],
             [second[i] for i in differ],
         )
-        _write_rows(root / name, [dataclasses.asdict(pair) for pair in pairs])
+        write_rows(root / name, [dataclasses.asdict(pair) for pair in pairs])
 
     write("pairs.jsonl", NUM_GRAMMAR_PAIRS, NUM_SAMPLED_PAIRS, "train")
     write(HELD_OUT_PAIRS, NUM_HELD_OUT, NUM_HELD_OUT, "heldout")
@@ -239,14 +234,10 @@ def write_prompts(root: Path, seed: int) -> None:
 
     def write(name: str, number: int, split: reviews.Split) -> None:
         prompts = reviews.make_prompts(seed, number, split)
-        _write_rows(root / f"{name}.jsonl", [{"prompt": text} for text in prompts])
+        write_rows(root / f"{name}.jsonl", [{"prompt": text} for text in prompts])
 
     write("prompts", NUM_PROMPTS, "train")
     write("prompts_held_out", NUM_HELD_OUT, "heldout")
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
@@ -261,19 +252,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_table(policies: list[dict[str, Any]], notes: list[str]) -> None:
-    table = Table()
-    for column in policies[0]:
-        is_name = column == "policy"
-        table.add_column(
-            column, justify="left" if is_name else "right", no_wrap=is_name
-        )
-    for row in policies:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.2f}" for v in row.values()))
-    console = Console()
-    console.print(table)
-    for note in notes:
-        console.print(note, highlight=False)
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    return {k: v if isinstance(v, str) else f"{v:.2f}" for k, v in row.items()}
 
 
 def _print_next_steps(root: Path) -> None:
