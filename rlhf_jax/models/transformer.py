@@ -24,6 +24,7 @@ from rlhf_jax.models.attention import (
     rotate,
 )
 from rlhf_jax.models.config import DecoderConfig, Head
+from rlhf_jax.models.linear import Linear
 
 Dtype = Any
 
@@ -94,7 +95,7 @@ class Block(nn.Module):
         stddev = self.config.initializer_range
         if residual:  # GPT-2: keeps the stream's variance independent of depth
             stddev /= (2 * self.config.num_layers) ** 0.5
-        return nn.Dense(
+        return Linear(
             features,
             use_bias=bias,
             dtype=self.dtype,
@@ -283,7 +284,10 @@ class Transformer(nn.Module):
 
         def cast(path: tuple, leaf: Array) -> Array:
             is_norm = any(str(key.key).endswith("norm") for key in path)
-            return leaf if is_norm else leaf.astype(self.dtype)
+            # Beside a kernel of 8 bits, and dropout keys, lie numbers that stay.
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            keeps = is_norm or not is_float or path[-1].key == "kernel_scale"
+            return leaf if keeps else leaf.astype(self.dtype)
 
         layers = jax.tree_util.tree_map_with_path(cast, self.layers)
         return tuple(unstack(layers, self.config.num_layers))
