@@ -29,11 +29,15 @@ class TensorRule:
             not in the model (biases, another head) does not apply to it.
         layout: `"same"`; `"transposed"` (`torch.nn.Linear` stores `[out, in]`, ours is
             `[in, out]`); or `"row"` (stored `[1, D]`, ours is `[D]`).
+        block: size of the blocks in which the leaves alternate on the joined axis
+            (GPT-NeoX stores head 0's query, key and value, then head 1's); None: one
+            leaf after the other.
     """
 
     name: str
     leaves: tuple[str, ...]
     layout: Literal["same", "transposed", "row"] = "same"
+    block: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,9 @@ class Family:
         score_class: architecture of a reward model or critic.
         prefix: stands before the names of all tensors but the heads'. Files of a bare
             trunk leave it out.
-        trunk: every tensor a trunk may have; the token embedding comes first.
+        trunk: every tensor a trunk may have, of a model of that configuration; the
+            token embedding comes first.
+        lm_head: the output matrix, where it is not the token embedding.
         buffers: names of stored tensors that are constants, not parameters.
         read: fields of `config.json` → our configuration.
         write: our configuration → fields of `config.json`.
