@@ -1,5 +1,7 @@
 """Log-probabilities and entropies of tokens, with or without the logits in memory."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,7 @@ def fused_token_logprobs(
     tokens: Array,
     *,
     temperature: Scalar = 1.0,
+    softcap: float | None = None,
     chunk_size: int = 1024,
 ) -> tuple[Array, Array]:
     """`token_logprobs` and `token_entropy` of `hidden @ unembedding`, never held whole.
@@ -105,6 +108,7 @@ def fused_token_logprobs(
         unembedding: `[D, V]` float.
         tokens: `[B, T]` integer, in `[0, V)`.
         temperature: `[]`, positive, that of the sampler. Gets no gradient.
+        softcap: of the logits, before the temperature: see `soft_cap`.
         chunk_size: most tokens in a chunk, counted over all devices. The logits of
             one chunk, `chunk_size · V` float32, are what is held.
 
@@ -127,23 +131,43 @@ def fused_token_logprobs(
     chunks = _into_chunks(hidden.reshape(count, -1), num_chunks)  # [C, N/C, D]
     token_chunks = _into_chunks(tokens.reshape(count), num_chunks)  # [C, N/C]
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    results = _fused(chunks, unembedding, token_chunks, temperature)
+    results = _fused(chunks, unembedding, token_chunks, temperature, softcap)
     logprobs, entropy = (x.T.reshape(-1)[:count].reshape(tokens.shape) for x in results)
     return logprobs, entropy
 
 
-@jax.custom_vjp
+def soft_cap(logits: Array, cap: float | None) -> Array:
+    """Logits squeezed into (−cap, cap): cap · tanh(logits / cap); None: as they are.
+
+    Args:
+        logits: `[...]` float.
+        cap: positive, or None.
+
+    Returns:
+        `[...]`, dtype of `logits`.
+
+    References:
+        Gemma Team, 2024, arXiv:2408.00118, section 2.
+    """
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused(
-    hidden: Array, unembedding: Array, tokens: Array, temperature: Array
+    hidden: Array,
+    unembedding: Array,
+    tokens: Array,
+    temperature: Array,
+    softcap: float | None,
 ) -> tuple[Array, Array]:
     """`[C, N, D]`, `[D, V]`, `[C, N]`, `[]` → log-probabilities, entropies `[C, N]`."""
-    return _fused_forward(hidden, unembedding, tokens, temperature)[0]
+    return _fused_forward(hidden, unembedding, tokens, temperature, softcap)[0]
 
 
-def _fused_forward(hidden, unembedding, tokens, temperature):
+def _fused_forward(hidden, unembedding, tokens, temperature, softcap):
     def forward_chunk(_, chunk):
         hidden, tokens = chunk
-        scaled = _chunk_logits(hidden, unembedding, temperature)
+        scaled = _chunk_logits(hidden, unembedding, softcap) / temperature
         normalizer = jax.nn.logsumexp(scaled, axis=-1)
         shifted = scaled - normalizer[:, None]
         entropy = -jnp.sum(jnp.exp(shifted) * shifted, axis=-1)
@@ -155,7 +179,7 @@ def _fused_forward(hidden, unembedding, tokens, temperature):
     return (logprobs, entropy), saved
 
 
-def _fused_backward(saved, cotangents):
+def _fused_backward(softcap, saved, cotangents):
     hidden, unembedding, tokens, temperature, normalizer, entropy = saved
 
     def backward_chunk(d_unembedding, chunk):
@@ -163,7 +187,8 @@ def _fused_backward(saved, cotangents):
         # 0 · NaN would carry a padding token's hidden state into every weight.
         used = ((d_logprobs != 0) | (d_entropy != 0))[:, None]
         hidden = jnp.where(used, hidden, jnp.zeros_like(hidden))
-        scaled = _chunk_logits(hidden, unembedding, temperature)
+        logits = _chunk_logits(hidden, unembedding, softcap)
+        scaled = logits / temperature
         shifted = scaled - normalizer[:, None]
         probs = jnp.exp(shifted)
         # ∂ log p_y / ∂z = 1_y − p          ∂H / ∂z = −p · (log p + H)
@@ -171,7 +196,10 @@ def _fused_backward(saved, cotangents):
         d_scaled -= probs * (
             d_logprobs[:, None] + d_entropy[:, None] * (shifted + entropy[:, None])
         )
-        d_logits = jnp.where(used, d_scaled / temperature, 0.0).astype(hidden.dtype)
+        d_logits = jnp.where(used, d_scaled / temperature, 0.0)
+        if softcap is not None:  # d/dx c · tanh(x / c) = 1 − tanh²
+            d_logits *= 1.0 - jnp.square(logits / softcap)
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = _dot(d_logits, unembedding.astype(hidden.dtype), (1, 1))
         d_unembedding += _dot(hidden, d_logits, (0, 0))
         return d_unembedding, d_hidden.astype(hidden.dtype)
@@ -204,9 +232,9 @@ def _scan(body, init, xs):
     return jax.lax.scan(body, init, xs, unroll=num_chunks == 1)
 
 
-def _chunk_logits(hidden: Array, unembedding: Array, temperature: Array) -> Array:
-    """`[N, D]`, `[D, V]` → `[N, V]` float32, divided by the temperature."""
-    return _dot(hidden, unembedding.astype(hidden.dtype), (1, 0)) / temperature
+def _chunk_logits(hidden: Array, unembedding: Array, softcap: float | None) -> Array:
+    """`[N, D]`, `[D, V]` → `[N, V]` float32."""
+    return soft_cap(_dot(hidden, unembedding.astype(hidden.dtype), (1, 0)), softcap)
 
 
 def _dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:

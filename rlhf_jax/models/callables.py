@@ -50,6 +50,7 @@ def policy(module: Transformer) -> Policy:
             _apply(module, params, method="unembedding"),
             tokens[:, -response_length:],
             temperature=temperature,
+            softcap=module.config.logit_softcap,
         )
 
     def prefill(
@@ -120,6 +121,7 @@ def shared_trunk(module: Transformer) -> tuple[ActorCriticFn, ValuesFn]:
             _apply(module, params.actor, method="unembedding"),
             tokens[:, -response_length:],
             temperature=temperature,
+            softcap=module.config.logit_softcap,
         )
         return logprobs, entropy, value_of(params, hidden)
 

@@ -1,26 +1,21 @@
-"""The shape of a decoder-only transformer."""
+"""The shape of a decoder-only transformer: all that distinguishes one from another."""
 
 import dataclasses
 from typing import Literal
 
+from rlhf_jax.models.rope import Rope, RopeScaling
+
 Head = Literal["lm", "value", "reward"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Frequency-dependent stretching of rotary positions (Llama 3.1, section 3.4)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What distinguishes one decoder of the GPT-2 and Llama families from another.
+    """What distinguishes one decoder from another.
 
     Attributes:
+        family: `model_type` of the checkpoints that such a model is read from and
+            written as; the other fields say what it computes.
         vocab_size: V, rows of the token embedding.
         max_positions: longest sequence the model accepts, in tokens.
         width: D, size of the residual stream.
@@ -30,17 +25,33 @@ class DecoderConfig:
         head_dim: size of one head.
         mlp_width: hidden size of the feed-forward part.
         positions: `"learned"` (a table added to the embedding) or `"rotary"`.
-        norm: `"layer"` (LayerNorm with bias) or `"rms"` (RMSNorm).
-        mlp: `"gelu"` (tanh form, two matrices) or `"swiglu"` (three matrices).
+        position_offset: rows of that table before the one of position 0.
+        rope: rotary positions of all layers, or of those that see everything.
+        local_rope: of layers with a sliding window, where theirs are others.
+        norm: `"layer"` (LayerNorm with bias), `"rms"` (RMSNorm) or `"rms_plus_one"`
+            (RMSNorm whose scale is stored as its difference from 1).
+        residual: where norms stand: `"pre-norm"`, before attention and feed-forward
+            part; `"post-norm"`, after each, before it is added to the residual stream;
+            `"sandwich"`, both; `"parallel"`, before, both parts reading one stream.
+        query_key_norm: RMSNorm of queries and keys before they are turned: `"none"`,
+            of each `"head"`, or of `"all"` heads together.
+        activation: `"gelu"`, its `"gelu_tanh"` approximation, `"relu"` or `"silu"`.
+        gated_mlp: three matrices, down(activation(gate) · up), not two.
         attention_bias: biases on the query, key and value projections.
-        projection_bias: biases on the attention output and the feed-forward part.
+        output_bias: a bias on the attention output.
+        mlp_bias: biases on the feed-forward part.
+        attention_scale: factor of queries · keys; None: 1 / √head_dim.
+        attention_softcap: c, attention logits become c · tanh(logit / c).
+        logit_softcap: the same of the output logits.
+        embedding_scale: factor of the token embedding on its way in.
+        sliding_window: tokens that a layer with a window sees, itself included.
+        sliding_layers: which layers have it, L flags; empty: none has.
         tie_embeddings: the output matrix is the token embedding.
         norm_eps: ε inside the normalisation.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: stretching of the rotary frequencies, or None.
         initializer_range: standard deviation of freshly drawn matrices.
     """
 
+    family: str
     vocab_size: int
     max_positions: int
     width: int
@@ -49,15 +60,26 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    positions: Literal["learned", "rotary"]
-    norm: Literal["layer", "rms"]
-    mlp: Literal["gelu", "swiglu"]
-    attention_bias: bool
-    projection_bias: bool
-    tie_embeddings: bool
+    positions: Literal["learned", "rotary"] = "rotary"
+    position_offset: int = 0
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    local_rope: Rope | None = None
+    norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
+    residual: Literal["pre-norm", "post-norm", "sandwich", "parallel"] = "pre-norm"
+    query_key_norm: Literal["none", "head", "all"] = "none"
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    tie_embeddings: bool = False
     norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3RopeScaling | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self):
@@ -67,10 +89,23 @@ class DecoderConfig:
                 f"num_kv_heads={self.num_kv_heads}; each key/value head serves an "
                 "equal number of query heads"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        turned = self.rope.size(self.head_dim)
+        if self.positions == "rotary" and turned % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd; rotary positions turn pairs of "
-                "dimensions, so it must be even"
+                f"head_dim={self.head_dim} is odd, or the share of it that rotary "
+                f"positions turn, {turned}; they turn pairs of dimensions, so it must "
+                "be even"
+            )
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(
+                f"sliding_layers has {len(self.sliding_layers)} entries for "
+                f"{self.num_layers} layers; give one for each"
+            )
+        if any(self.sliding_layers) != (self.sliding_window is not None):
+            raise ValueError(
+                f"sliding_window={self.sliding_window} with "
+                f"{sum(self.sliding_layers)} layers in sliding_layers; give both or "
+                "neither"
             )
 
 
@@ -80,6 +115,7 @@ def gpt2_config(
     """A decoder of the GPT-2 family: learned positions, LayerNorm, GELU, tied."""
     _check_heads(width, num_heads)
     return DecoderConfig(
+        family="gpt2",
         vocab_size=vocab_size,
         max_positions=max_positions,
         width=width,
@@ -90,9 +126,11 @@ def gpt2_config(
         mlp_width=4 * width,
         positions="learned",
         norm="layer",
-        mlp="gelu",
+        activation="gelu_tanh",
+        gated_mlp=False,
         attention_bias=True,
-        projection_bias=True,
+        output_bias=True,
+        mlp_bias=True,
         tie_embeddings=True,
     )
 
@@ -108,11 +146,12 @@ def llama_config(
     mlp_width: int | None = None,
     tie_embeddings: bool = False,
     rope_theta: float = 10_000.0,
-    rope_scaling: Llama3RopeScaling | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> DecoderConfig:
     """A decoder of the Llama family: rotary positions, RMSNorm, SwiGLU, no biases."""
     _check_heads(width, num_heads)
     return DecoderConfig(
+        family="llama",
         vocab_size=vocab_size,
         max_positions=max_positions,
         width=width,
@@ -122,15 +161,8 @@ def llama_config(
         head_dim=width // num_heads,
         # Three matrices of 8/3 the width cost what two of four times the width do.
         mlp_width=mlp_width or -(-8 * width // 96) * 32,
-        positions="rotary",
-        norm="rms",
-        mlp="swiglu",
-        attention_bias=False,
-        projection_bias=False,
+        rope=Rope(theta=rope_theta, scaling=rope_scaling),
         tie_embeddings=tie_embeddings,
-        norm_eps=1e-5,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
     )
 
 

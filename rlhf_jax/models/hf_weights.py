@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.models.config import DecoderConfig, Head
 from rlhf_jax.models.families import (
-    LM_HEAD,
     SCORE,
     Family,
     config_fields,
@@ -87,12 +86,12 @@ def load_pretrained(
         placements = flatten_dict(tree, sep="/")
     with open_tensors(path) as tensors:
         prefix = _prefix(family, tensors)
-        _check_head(path, config, head, tensors, key)
+        _check_head(path, family, config, head, tensors, key)
         if head != "lm" and SCORE.name not in tensors.file_of:
             del shapes["score"]
         stored = stored_tensors(family, prefix, shapes, config.num_layers)
         _check_tensors(path, family, stored, tensors)
-        _check_tie(config, head, prefix + family.trunk[0].name, tensors)
+        _check_tie(family, prefix, config, head, tensors)
         leaves = {}
         for name, read in leaf_readers(family, prefix, shapes, tensors).items():
             if mesh is None:
@@ -179,16 +178,18 @@ def _prefix(family: Family, tensors: TensorReader) -> str:
 
 def _check_head(
     path: Path,
+    family: Family,
     config: DecoderConfig,
     head: Head,
     tensors: TensorReader,
     key: Array | None,
 ) -> None:
     if head == "lm":
-        if not config.tie_embeddings and LM_HEAD.name not in tensors.file_of:
+        if not config.tie_embeddings and family.lm_head.name not in tensors.file_of:
             raise ValueError(
-                f"{path} has no {LM_HEAD.name} and tie_word_embeddings is false: it is "
-                "no language model; load it with head='value' or head='reward'"
+                f"{path} has no {family.lm_head.name} and tie_word_embeddings is "
+                "false: it is no language model; load it with head='value' or "
+                "head='reward'"
             )
     elif SCORE.name not in tensors.file_of and key is None:
         raise ValueError(
@@ -219,7 +220,10 @@ def _check_tensors(
                 f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
             )
     for name, file in tensors.file_of.items():
-        is_head = name in (LM_HEAD.name, SCORE.name)  # of the heads not asked for
+        is_head = name in (
+            family.lm_head.name,
+            SCORE.name,
+        )  # of the heads not asked for
         if name not in stored and not is_head and not family.buffers.fullmatch(name):
             problems.append(
                 f"{file}: tensor {name} of shape {tensors.shape(name)} has no place in "
@@ -231,16 +235,21 @@ def _check_tensors(
 
 
 def _check_tie(
-    config: DecoderConfig, head: Head, embedding: str, tensors: TensorReader
+    family: Family,
+    prefix: str,
+    config: DecoderConfig,
+    head: Head,
+    tensors: TensorReader,
 ) -> None:
     """Some files store the tied output matrix again; it must be the same."""
-    if head != "lm" or not config.tie_embeddings or LM_HEAD.name not in tensors.file_of:
+    embedding, output = prefix + family.trunk[0].name, family.lm_head.name
+    if head != "lm" or not config.tie_embeddings or output not in tensors.file_of:
         return
     everything = (slice(None), slice(None))
-    again = tensors.read(LM_HEAD.name, everything)
+    again = tensors.read(output, everything)
     if not np.array_equal(again, tensors.read(embedding, everything)):
         raise ValueError(
-            f"{tensors.file_of[LM_HEAD.name]}: {LM_HEAD.name} differs from "
+            f"{tensors.file_of[output]}: {output} differs from "
             f"{embedding}, but config.json says tie_word_embeddings; set it to false"
         )
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from rlhf_jax.algo.types import Array
-from rlhf_jax.models.families import LM_HEAD, SCORE, Family, TensorRule
+from rlhf_jax.models.families import SCORE, Family, TensorRule
 from rlhf_jax.models.safetensors_files import TensorReader
 from rlhf_jax.models.transformer import Transformer
 
@@ -41,7 +41,7 @@ def parameter_shapes(module: Transformer) -> Shapes:
 def _rules(family: Family, prefix: str, shapes: Shapes) -> dict[str, TensorRule]:
     """Name pattern → rule, of all that apply to a model with these leaves."""
     rules = {prefix + rule.name: rule for rule in family.trunk}
-    rules |= {LM_HEAD.name: LM_HEAD, SCORE.name: SCORE}
+    rules |= {family.lm_head.name: family.lm_head, SCORE.name: SCORE}
     return {k: rule for k, rule in rules.items() if rule.leaves[0] in shapes}
 
 

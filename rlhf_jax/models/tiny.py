@@ -11,10 +11,10 @@ from rlhf_jax.algo.types import Params
 from rlhf_jax.models.config import (
     DecoderConfig,
     Head,
-    Llama3RopeScaling,
     gpt2_config,
     llama_config,
 )
+from rlhf_jax.models.rope import RopeScaling
 from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.tokenizer import train_tokenizer
 from rlhf_jax.models.transformer import Transformer
@@ -48,7 +48,7 @@ def tiny_llama(
     vocab_size: int = 258,
     max_positions: int = 64,
     tie_embeddings: bool = False,
-    rope_scaling: Llama3RopeScaling | None = None,
+    rope_scaling: RopeScaling | None = None,
     seed: int = 0,
 ) -> tuple[Transformer, Params]:
     """A random Llama of 2 layers, width 32, 4 query heads and 2 key/value heads."""

@@ -6,8 +6,9 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.models.config import Llama3RopeScaling, gpt2_config, llama_config
+from rlhf_jax.models.config import gpt2_config, llama_config
 from rlhf_jax.models.families import config_fields, family_of, read_config
+from rlhf_jax.models.rope import Llama3RopeScaling
 
 GPT2 = {
     "model_type": "gpt2",

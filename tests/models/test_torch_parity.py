@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import load_pretrained, save_pretrained
-from rlhf_jax.models.config import Llama3RopeScaling
+from rlhf_jax.models.rope import Llama3RopeScaling
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
 torch = pytest.importorskip("torch")

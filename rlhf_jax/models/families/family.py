@@ -1,0 +1,134 @@
+"""What a family of Hugging Face checkpoints is, as a table of what differs."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Literal
+
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.families.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRule:
+    """How one stored tensor is made from leaves of the parameter tree.
+
+    Attributes:
+        name: name of the stored tensor; `{layer}` stands for the layer's index.
+        leaves: paths of the leaves, joined on their last axis. A rule whose leaves are
+            not in the model (biases, another head) does not apply to it.
+        layout: `"same"`; `"transposed"` (`torch.nn.Linear` stores `[out, in]`, ours is
+            `[in, out]`); or `"row"` (stored `[1, D]`, ours is `[D]`).
+        block: size of the blocks in which the leaves alternate on the joined axis
+            (GPT-NeoX stores head 0's query, key and value, then head 1's), or
+            `"head"`, which `Family.of` replaces by the size of a head; None: one leaf
+            after the other.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    layout: Literal["same", "transposed", "row"] = "same"
+    block: int | Literal["head"] | None = None
+
+
+LM_HEAD = TensorRule(
+    name="lm_head.weight", leaves=("output_embedding",), layout="transposed"
+)
+SCORE = TensorRule(name="score.weight", leaves=("score",), layout="row")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family of checkpoints calls its parts.
+
+    Attributes:
+        model_type: the field of `config.json` that names the family.
+        lm_class: architecture of a language model.
+        score_class: architecture of a reward model or critic.
+        prefix: stands before the names of all tensors but the heads'. Files of a bare
+            trunk leave it out.
+        trunk: every tensor a trunk may have; the token embedding comes first.
+        lm_head: the output matrix, where it is not the token embedding.
+        buffers: names of stored tensors that are constants, not parameters.
+        read: fields of `config.json` → our configuration.
+        write: our configuration → fields of `config.json`.
+    """
+
+    model_type: str
+    lm_class: str
+    score_class: str
+    prefix: str
+    trunk: tuple[TensorRule, ...]
+    lm_head: TensorRule = LM_HEAD
+    buffers: re.Pattern[str]
+    read: Callable[[Fields], DecoderConfig]
+    write: Callable[[DecoderConfig], Fields]
+
+    def of(self, config: DecoderConfig) -> "Family":
+        """The family with the sizes of one model in its rules."""
+        trunk = tuple(
+            dataclasses.replace(rule, block=config.head_dim)
+            if rule.block == "head"
+            else rule
+            for rule in self.trunk
+        )
+        return dataclasses.replace(self, trunk=trunk)
+
+
+ROTARY_BUFFERS = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def linear(name: str, *leaves: str) -> tuple[TensorRule, TensorRule]:
+    """`torch.nn.Linear` of every layer: stored `[out, in]`.
+
+    Args:
+        name: of the module, with `{layer}`.
+        leaves: its parts in our tree, joined.
+    """
+    return (
+        TensorRule(
+            name=f"{name}.weight",
+            leaves=tuple(f"layers/{leaf}/kernel" for leaf in leaves),
+            layout="transposed",
+        ),
+        TensorRule(
+            name=f"{name}.bias", leaves=tuple(f"layers/{leaf}/bias" for leaf in leaves)
+        ),
+    )
+
+
+def norm(name: str, leaf: str) -> tuple[TensorRule, TensorRule]:
+    """A norm, with or without a bias."""
+    return (
+        TensorRule(name=f"{name}.weight", leaves=(f"{leaf}/scale",)),
+        TensorRule(name=f"{name}.bias", leaves=(f"{leaf}/bias",)),
+    )
+
+
+def llama_trunk(*, norms: dict[str, str]) -> tuple[TensorRule, ...]:
+    """The names that Llama gave and most later families kept.
+
+    Args:
+        norms: of a layer: name in the file → leaf of ours.
+    """
+    layer = "layers.{layer}"
+    names = ("query", "key", "value", "output")
+    return (
+        TensorRule(name="embed_tokens.weight", leaves=("token_embedding",)),
+        *(
+            rule
+            for name, leaf in norms.items()
+            for rule in norm(f"{layer}.{name}", f"layers/{leaf}")
+        ),
+        *(
+            rule
+            for leaf in names
+            for rule in linear(f"{layer}.self_attn.{leaf[0]}_proj", leaf)
+        ),
+        *(
+            rule
+            for leaf in ("gate", "up", "down")
+            for rule in linear(f"{layer}.mlp.{leaf}_proj", leaf)
+        ),
+        *norm("norm", "final_norm"),
+    )

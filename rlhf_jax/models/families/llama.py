@@ -1,0 +1,99 @@
+"""Llama 2 and 3, SmolLM and others of their shape; and what Mistral adds, a window."""
+
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.families.family import ROTARY_BUFFERS, Family, llama_trunk
+from rlhf_jax.models.families.fields import (
+    Fields,
+    activation,
+    activation_name,
+    flag,
+    llama_size_fields,
+    llama_sizes,
+    number,
+    optional_integer,
+    read_layer_types,
+    sliding,
+)
+from rlhf_jax.models.families.rope_fields import read_rope, write_rope
+
+
+def read_llama(fields: Fields) -> DecoderConfig:
+    """`config.json` of model type `llama`. Raises ValueError naming the field."""
+    biases = flag(fields, "attention_bias", default=False)
+    return DecoderConfig(
+        family="llama",
+        **llama_sizes(fields),
+        rope=read_rope(fields),
+        activation=activation(fields, "hidden_act", "silu"),
+        attention_bias=biases,
+        output_bias=biases,
+        mlp_bias=flag(fields, "mlp_bias", default=False),
+        tie_embeddings=flag(fields, "tie_word_embeddings", default=False),
+        norm_eps=number(fields, "rms_norm_eps", default=1e-6),
+    )
+
+
+def write_llama(config: DecoderConfig) -> Fields:
+    """The fields that `read_llama` reads."""
+    return {
+        **llama_size_fields(config),
+        "hidden_act": activation_name(config.activation),
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        **write_rope(config.rope),
+    }
+
+
+def read_mistral(fields: Fields) -> DecoderConfig:
+    """`config.json` of model type `mistral`. Raises ValueError naming the field."""
+    sizes = llama_sizes(fields)
+    # Files of before the field existed mean the window that was built in then.
+    window = optional_integer({"sliding_window": 4096} | fields, "sliding_window")
+    layers = read_layer_types(fields, (True,) * sizes["num_layers"])
+    return DecoderConfig(
+        family="mistral",
+        **sizes,
+        rope=read_rope(fields),
+        activation=activation(fields, "hidden_act", "silu"),
+        tie_embeddings=flag(fields, "tie_word_embeddings", default=False),
+        norm_eps=number(fields, "rms_norm_eps", default=1e-6),
+        **sliding(window, layers),
+    )
+
+
+def write_mistral(config: DecoderConfig) -> Fields:
+    """The fields that `read_mistral` reads."""
+    return {
+        **llama_size_fields(config),
+        "hidden_act": activation_name(config.activation),
+        "sliding_window": config.sliding_window,
+        **write_rope(config.rope),
+    }
+
+
+_NORMS = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+
+LLAMA = Family(
+    model_type="llama",
+    lm_class="LlamaForCausalLM",
+    score_class="LlamaForSequenceClassification",
+    prefix="model.",
+    trunk=llama_trunk(norms=_NORMS),
+    buffers=ROTARY_BUFFERS,
+    read=read_llama,
+    write=write_llama,
+)
+
+MISTRAL = Family(
+    model_type="mistral",
+    lm_class="MistralForCausalLM",
+    score_class="MistralForSequenceClassification",
+    prefix="model.",
+    trunk=llama_trunk(norms=_NORMS),
+    buffers=ROTARY_BUFFERS,
+    read=read_mistral,
+    write=write_mistral,
+)

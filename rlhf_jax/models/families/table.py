@@ -1,0 +1,118 @@
+"""All families, and the one that a checkpoint or a configuration belongs to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from rlhf_jax.models.config import DecoderConfig, Head
+from rlhf_jax.models.families.family import Family
+from rlhf_jax.models.families.fields import Fields, expect
+from rlhf_jax.models.families.gemma import GEMMA2, GEMMA3
+from rlhf_jax.models.families.gpt2 import GPT2
+from rlhf_jax.models.families.gpt_neox import GPT_NEOX
+from rlhf_jax.models.families.llama import LLAMA, MISTRAL
+from rlhf_jax.models.families.olmo2 import OLMO2
+from rlhf_jax.models.families.opt import OPT
+from rlhf_jax.models.families.phi3 import PHI3
+from rlhf_jax.models.families.qwen import QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2),
+        *(QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2),
+    )
+}
+
+
+def read_config(path: Path) -> tuple[Family, DecoderConfig]:
+    """Reads `config.json` as transformers 4 and 5 write it.
+
+    Args:
+        path: directory of a checkpoint.
+
+    Raises:
+        ValueError: no such file, a family that is not supported, or a field with a
+            value that is not.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist; pass a local directory with a Hugging Face "
+            "checkpoint (`hf download NAME --local-dir DIRECTORY` makes one)"
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    family = FAMILIES.get(model_type or "")
+    if family is None:
+        raise ValueError(
+            f"{path} holds a model of model_type={model_type!r}; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    try:
+        expect(fields, "quantization_config", None)
+        config = family.read(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return family.of(config), config
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family that a configuration is of.
+
+    Raises:
+        ValueError: there is no such family, or its `config.json` cannot say everything
+            that the configuration says.
+    """
+    family = FAMILIES.get(config.family)
+    if family is None:
+        raise ValueError(
+            f"family={config.family!r} of the configuration is none that can be "
+            f"saved: {', '.join(FAMILIES)}"
+        )
+    again = family.read(
+        family.write(config)
+        | {"tie_word_embeddings": config.tie_embeddings}
+        | {"initializer_range": config.initializer_range}
+    )
+    for name, value in vars(config).items():
+        if vars(again)[name] != value:
+            raise ValueError(
+                f"{name}={value!r} cannot be saved: in a {config.family} checkpoint "
+                f"it would be read as {vars(again)[name]!r}"
+            )
+    return family.of(config)
+
+
+def config_fields(config: DecoderConfig, head: Head, dtype: Any) -> Fields:
+    """`config.json` of a checkpoint, all but its token ids.
+
+    Args:
+        config: the shape.
+        head: `"value"` and `"reward"` are sequence classifiers with one label.
+        dtype: dtype of the stored tensors.
+
+    Returns:
+        Fields that transformers 5 reads, and their older names beside them.
+
+    Raises:
+        ValueError: the configuration fits no family.
+    """
+    family = family_of(config)
+    fields = {
+        "model_type": family.model_type,
+        "architectures": [family.lm_class if head == "lm" else family.score_class],
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "dtype": jnp.dtype(dtype).name,
+        "torch_dtype": jnp.dtype(dtype).name,
+        **family.write(config),
+    }
+    if head != "lm":  # readers count the labels
+        fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return fields
