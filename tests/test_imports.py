@@ -20,6 +20,7 @@ MAY_IMPORT = {
         "numpy",
         "ml_dtypes",
         "flax",
+        "jinja2",
         "safetensors",
         "tokenizers",
         "transformers",

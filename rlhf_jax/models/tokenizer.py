@@ -1,6 +1,6 @@
 """Tokenizers of Hugging Face checkpoints, and a small one trained from text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
-_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
-
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Reads the tokenizer of a checkpoint, from the disk alone.
 
     Pads on the left, as prompts are. A tokenizer without a pad token pads with EOS: no
-    mask here is ever made by comparing ids.
+    mask here is ever made by comparing ids. Text that spells a special token, as chat
+    templates write it, becomes that one token, even where the tokenizer's files ask for
+    `split_special_tokens`; a tokenizer saved after that no longer asks.
 
     Args:
         path: local directory.
@@ -32,7 +32,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         raise ValueError(f"{path} is not a directory; a tokenizer is read from one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, padding_side="left"
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,  # left open, it would ask on the terminal
+            padding_side="left",
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -44,6 +47,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             f"the tokenizer in {path} has no EOS token, so no answer could ever end; "
             "set eos_token in its tokenizer_config.json"
         )
+    tokenizer.split_special_tokens = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -103,49 +107,33 @@ def train_tokenizer(
     )
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase | None",
-    messages: Sequence[Mapping[str, str]],
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    """A conversation as text, by the tokenizer's chat template.
+def token_texts(
+    tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]
+) -> list[str]:
+    """What each token adds to the text of those before it.
 
-    Without a template: `"\\n\\nHuman: …\\n\\nAssistant: …"`, after the system message
-    if the conversation starts with one (the format of Anthropic's HH data). An answer
-    to such a prompt starts with a space.
+    The texts together are the text of all. Of a character that several tokens spell,
+    the last has all and the others have "".
 
     Args:
-        tokenizer: with or without a chat template; None has none. Templates write
-            special tokens into the text: encode it with `add_special_tokens=False`.
-        messages: each with a `"role"` (`"system"`, `"user"`, `"assistant"`) and its
-            `"content"`.
-        add_generation_prompt: end with the start of the assistant's turn.
-
-    Raises:
-        ValueError: no messages, or a role that the default format does not have.
-
-    References:
-        Bai et al., 2022, arXiv:2204.05862.
+        tokenizer: which the tokens are of.
+        tokens: ids, special ones too, whose texts are given like any other's.
     """
-    if not messages:
-        raise ValueError("messages is empty; a conversation has at least one")
-    if tokenizer is not None and tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return str(text)
-    text = ""
-    for i, message in enumerate(messages):
-        if i == 0 and message["role"] == "system":
-            text = message["content"]
-        elif message["role"] in _SPEAKERS:
-            text += f"\n\n{_SPEAKERS[message['role']]}: {message['content']}"
-        else:
-            raise ValueError(
-                f"messages[{i}] has role={message['role']!r}; without a chat template "
-                "a conversation has 'user' and 'assistant', and 'system' only first"
-            )
-    return text + ("\n\nAssistant:" if add_generation_prompt else "")
+    texts: list[str] = []
+    known, begin = "", 0  # text of tokens[begin:i] so far; those before are settled
+    for i in range(len(tokens)):
+        text = _decode(tokenizer, tokens[begin : i + 1])
+        is_part = text.endswith("\ufffd") and i + 1 < len(tokens)
+        texts.append("" if is_part else text[len(known) :])
+        if not is_part:
+            # The next token is decoded after this one: alone it may lose its space.
+            begin, known = i, _decode(tokenizer, tokens[i : i + 1])
+    return texts
+
+
+def _decode(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(
+        list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)  # lists of lists give lists
+    return text

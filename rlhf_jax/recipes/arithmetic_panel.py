@@ -41,7 +41,7 @@ class ArithmeticPanel:
                 make_sampler(
                     callables,
                     max_new_tokens=max_new_tokens,
-                    stop_ids=(self._language.eos_id,),
+                    stop_ids=self._language.stop_ids(()),
                     pad_id=self._language.pad_id,
                     temperature=temperature,
                 ),
@@ -85,9 +85,8 @@ class ArithmeticPanel:
         prompts = [row.prompt for row in rows]
         encoded = encode_prompts(
             prompts,
-            self._language.tokenizer,
+            self._language.encoder,
             max_prompt_tokens=self._width,
-            bos_id=self._language.bos_id,
             overlong="fail",
         )
         answers = examiner.answers(

@@ -17,6 +17,7 @@ from rlhf_jax.runtime.config import (
     check_positive,
 )
 from rlhf_jax.runtime.judgements import RatingScale
+from rlhf_jax.runtime.row_forms import TrainOn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,13 @@ class SFTConfig(RunConfig):
     completion_column: str | None = None
     """column of answers; without it, completion or response"""
     unusable_rows: Literal["fail", "drop"] = "fail"
-    """what happens to rows with a blank prompt, answer or text"""
+    """what happens to rows with a blank prompt, answer or text, and to conversations
+    that spell special tokens or that the chat template refuses"""
+    train_on: TrainOn = "last-answer"
+    """which answers of a conversation are learnt, each with the token that ends it"""
+    chat_template: str | None = None
+    """Jinja file that turns conversations into text, instead of the model's own; it is
+    written with the model"""
     steps: int = 500
     """optimizer steps"""
     batch_size: int = 32
@@ -49,7 +56,8 @@ class SFTConfig(RunConfig):
     max_tokens: int = 256
     """longest sequence, prompt and answer together, in tokens"""
     overlong: Overlong = "drop"
-    """what happens to longer sequences"""
+    """what happens to longer sequences; truncate cuts the beginning of the prompt, and
+    answers there that are no longer whole are not learnt"""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """optimizer"""
 
@@ -63,6 +71,12 @@ class SFTConfig(RunConfig):
             "model",
             self.model,
             "brings its own shape; leave out the fresh options, or the model",
+        )
+        check(
+            self.chat_template is None or self.model is not None,
+            "chat-template",
+            self.chat_template,
+            "is for the tokenizer of a model; name the model",
         )
 
 
@@ -96,8 +110,9 @@ class RewardConfig(RunConfig):
     eval_fraction: float = 0.1
     """share of prompts held out when there is no eval-data"""
     unusable_pairs: Literal["fail", "drop"] = "fail"
-    """what happens to pairs of equal answers or without a common beginning, and to
-    judgements of blank prompts"""
+    """what happens to pairs of equal answers or without a common beginning, to
+    judgements of blank prompts, and to conversations that spell special tokens or that
+    the chat template refuses"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 32

@@ -60,10 +60,8 @@ def _texts(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     read = partial(read_examples, columns=columns, render_chat=language.render)
     encoded = encode_examples(
         read_reported(path, read, quiet=False)[: config.limit],
-        language.tokenizer,
+        language.encoder,
         max_tokens=config.max_tokens,
-        eos_id=language.eos_id,
-        bos_id=language.bos_id,
     )
     report_dropped(path, encoded.dropped)
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
@@ -87,10 +85,8 @@ def _pairs(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     )
     encoded = encode_pairs(
         read_reported(path, read, quiet=False)[: config.limit],
-        language.tokenizer,
+        language.encoder,
         max_tokens=config.max_tokens,
-        eos_id=language.eos_id,
-        bos_id=language.bos_id,
     )
     report_dropped(path, encoded.dropped)
     module, params = read_network(

@@ -37,10 +37,8 @@ def read_feedback(config: RewardConfig, language: Language) -> Feedback:
     """
     pairs, rankings, held_out_pairs = _read(config, language)
     options: dict[str, Any] = {
-        "tokenizer": language.tokenizer,
+        "encoder": language.encoder,
         "max_tokens": config.max_tokens,
-        "eos_id": language.eos_id,
-        "bos_id": language.bos_id,
         "overlong": config.overlong,
     }
     held_out = encode_pairs(held_out_pairs, **options)

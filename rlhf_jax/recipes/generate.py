@@ -56,9 +56,8 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
         )
     encoded = encode_prompts(
         texts,
-        language.tokenizer,
+        language.encoder,
         max_prompt_tokens=longest,
-        bos_id=language.bos_id,
         overlong="fail",
     )
     check_fits(

@@ -1,13 +1,22 @@
 """Text to tokens and back, as all stages do it."""
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_jax.algo.types import Prompts
-from rlhf_jax.models.tokenizer import load_tokenizer, render_chat
+from rlhf_jax.models.chat import (
+    check_spells_none,
+    render_chat,
+    special_token_pattern,
+)
+from rlhf_jax.models.generation_config import read_eos_ids, read_generation_config
+from rlhf_jax.models.tokenizer import load_tokenizer
+from rlhf_jax.runtime.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,18 +24,38 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """A tokenizer, and what the stages ask of it."""
+    """A tokenizer, what the stages ask of it, and how its model wants to generate."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    # `generation_config.json` of the checkpoint, to be written again; may be empty.
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # What ends an answer besides the tokenizer's EOS.
+    end_ids: frozenset[int] = frozenset()
 
     @classmethod
     def load(cls, path: str) -> "Language":
-        """The tokenizer of a Hugging Face directory."""
-        return cls(load_tokenizer(path))
+        """The tokenizer and the ends of answers of a Hugging Face directory."""
+        tokenizer = load_tokenizer(path)
+        eos_ids = {i for i in read_eos_ids(path) if i < len(tokenizer)}
+        return cls(
+            tokenizer,
+            generation_config=read_generation_config(path),
+            end_ids=frozenset(eos_ids - {tokenizer.eos_token_id}),
+        )
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        """Text to token ids."""
+        return TextEncoder(
+            tokenizer=self.tokenizer,
+            eos_id=self.eos_id,
+            bos_id=self.bos_id,
+            end_ids=self.end_ids,
+        )
 
     @property
     def eos_id(self) -> int:
-        """Ends every answer."""
+        """Ends every answer that has no other end."""
         return self.tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
 
     @property
@@ -42,12 +71,12 @@ class Language:
         return bos if starts_with_bos else None  # pyright: ignore[reportReturnType]
 
     def stop_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """EOS and the single tokens that `texts` are.
+        """Whatever ends an answer, and the single tokens that `texts` are.
 
         Raises:
             ValueError: where a text is not exactly one token.
         """
-        stops = {self.eos_id}
+        stops = {self.eos_id, *self.end_ids}
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
@@ -61,10 +90,20 @@ class Language:
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
     ) -> str:
-        """Chat messages as one text."""
+        """Chat messages as one text.
+
+        Raises:
+            ValueError: one line, where the chat template refuses them, or one of them
+                spells a special token.
+        """
+        check_spells_none(messages, self._special)
         return render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt
         )
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        return special_token_pattern(self.tokenizer)
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
         """Texts of right-padded rows, special tokens left out."""

@@ -5,6 +5,7 @@ The string below each field is its help on the command line.
 
 import dataclasses
 import math
+from typing import Literal
 
 from rlhf_jax.algo.ensembles import EnsembleScore
 from rlhf_jax.algo.options import check
@@ -190,6 +191,9 @@ class PolicyConfig(RewardSources, RunConfig):
     """held-out prompts answered at each evaluation"""
     prompt_column: str = "prompt"
     """column of prompts"""
+    unusable_prompts: Literal["fail", "drop"] = "fail"
+    """what happens to blank prompts, and to conversations that spell special tokens or
+    that the chat template refuses"""
     updates: int = 100
     """updates: one rollout and one round of epochs each"""
     batch_size: int = 64
@@ -204,7 +208,7 @@ class PolicyConfig(RewardSources, RunConfig):
     max_new_tokens: int = 48
     """longest answer, in tokens"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the tokenizer's EOS; the
+    """texts of single tokens that end an answer, besides the model's EOS; the
     reward model reads the score at whichever came"""
 
     def validate(self) -> None:

@@ -103,9 +103,8 @@ def encode_rows(
     """`encode_prompts`, and each row that is left with its tokens, for `collate`."""
     encoded = encode_prompts(
         [row.prompt for row in rows],
-        language.tokenizer,
+        language.encoder,
         max_prompt_tokens=max_prompt_tokens,
-        bos_id=language.bos_id,
         overlong=overlong,
     )
     sources = [rows[source] for source in encoded.sources]
@@ -126,6 +125,7 @@ def read_prompt_data(
         columns=Columns(prompt=config.prompt_column),
         keep=(config.reward_columns or None) if told else (),
         render_chat=language.render,
+        on_unusable=config.unusable_prompts,
     )
     train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
     held_out = held_out[: config.eval_prompts]

@@ -49,7 +49,7 @@ class ReviewPanel:
             make_sampler(
                 callables,
                 max_new_tokens=MAX_NEW_TOKENS,
-                stop_ids=(self.language.eos_id,),
+                stop_ids=self.language.stop_ids(()),
                 pad_id=self.language.pad_id,
             ),
             policy=callables,
@@ -65,9 +65,8 @@ class ReviewPanel:
         """One answer to each prompt, of the SFT model or of other parameters."""
         encoded = encode_prompts(
             prompts,
-            self.language.tokenizer,
+            self.language.encoder,
             max_prompt_tokens=MAX_PROMPT_TOKENS,
-            bos_id=self.language.bos_id,
             overlong="fail",
         )
         answers = self._examiner.answers(
@@ -108,10 +107,8 @@ class ReviewPanel:
         assert self.score_fn is not None
         encoded = encode_pairs(
             pairs,
-            self.language.tokenizer,
+            self.language.encoder,
             max_tokens=MAX_POSITIONS,
-            eos_id=self.language.eos_id,
-            bos_id=self.language.bos_id,
             overlong="fail",
         )
         evaluate = make_evaluation(

@@ -74,10 +74,8 @@ class RewardJudge:
         score_fn, models, language = self._loaded
         encoded = encode_examples(
             [Example(*pair) for pair in zip(prompts, responses, strict=True)],
-            language.tokenizer,
+            language.encoder,
             max_tokens=MAX_TOKENS,
-            eos_id=language.eos_id,
-            bos_id=language.bos_id,
             overlong="fail",
         )
         rows = pad_examples(encoded.rows, width=encoded.width, pad_id=language.pad_id)

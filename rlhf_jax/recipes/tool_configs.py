@@ -42,7 +42,7 @@ class GenerateConfig:
     min_p: float | None = None
     """sample among tokens at least this fraction as probable as the likeliest"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
+    """texts of single tokens that end an answer, besides the model's EOS"""
     dtype: Dtype = "float32"
     """of parameters and activations"""
     seed: int = 0
@@ -135,7 +135,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     """of sampling; 0 takes the likeliest token"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the tokenizer's EOS"""
+    """texts of single tokens that end an answer, besides the model's EOS"""
     dtype: Dtype = "float32"
     """of parameters and activations"""
     output: str | None = None

@@ -155,19 +155,20 @@ def pad_examples(
 ) -> Demonstrations:
     """Examples of a batch, right-padded to `[B, width]`; NumPy arrays.
 
-    The targets are the tokens after the prompt, EOS included.
+    The targets are the tokens to be learnt, EOS included.
 
     Raises:
         ValueError: for a row longer than `width`.
     """
     tokens, lengths = _pad([row.tokens for row in rows], width, pad_id)
-    begins = np.asarray([row.prompt_length for row in rows], np.int32)
-    columns = np.arange(width)[None, :]
-    mask = columns < lengths[:, None]
+    target_mask = np.zeros(tokens.shape, bool)
+    for padded, row in zip(target_mask, rows, strict=True):
+        padded[: len(row.learnt)] = row.learnt
+    mask = np.arange(width)[None, :] < lengths[:, None]
     return Demonstrations(
         tokens=_host(tokens),
         mask=_host(mask),
-        target_mask=_host(mask & (columns >= begins[:, None])),
+        target_mask=_host(target_mask),
     )
 
 

@@ -12,6 +12,9 @@ Message = dict[str, Any]  # {"role": str, "content": str, ...}
 ANSWER_MARKER = "\n\nAssistant:"
 """What precedes an answer in the dialogues of Bai et al., 2022, arXiv:2204.05862."""
 
+Span = tuple[int, int]
+"""Begin and end of a piece of text, in characters, the end excluded."""
+
 _LAST_WORD = re.compile(r"\s+\S*\Z")
 
 
@@ -19,8 +22,16 @@ class RenderChat(Protocol):
     """Chat messages as text, in the way of a tokenizer's chat template."""
 
     def __call__(self, messages: list[Message], add_generation_prompt: bool, /) -> str:
-        """`add_generation_prompt` ends the text where the assistant begins to speak."""
+        """`add_generation_prompt` ends the text where the assistant begins to speak.
+
+        Raises:
+            ValueError: one line that says why these messages cannot become text.
+        """
         ...
+
+
+class Unusable(ValueError):
+    """What is wrong with a row that others of its file need not share."""
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -72,13 +83,12 @@ def messages_in(row: Row, column: str) -> list[Message]:
 
 
 def render_prompt(row: Row, messages: list[Message], render: RenderChat | None) -> str:
-    """Messages as text that ends where the assistant begins to speak."""
-    if render is None:
-        raise row.error(
-            "chat messages need render_chat, which turns them into text, such as the "
-            "chat template of a tokenizer"
-        )
-    return render(messages, True)
+    """Messages as text that ends where the assistant begins to speak.
+
+    Raises:
+        Unusable: where `render` refuses them.
+    """
+    return _rendered(row, messages, True, render)
 
 
 def render_answer(
@@ -90,18 +100,67 @@ def render_answer(
     that ends a turn, and the model should stop at that token.
 
     Raises:
+        Unusable: where `render` refuses the messages.
         ValueError: where the text of the conversation does not begin with the text of
             the prompt, as with templates that rewrite earlier turns.
     """
     prompt = render_prompt(row, messages, render)
-    assert render is not None  # render_prompt has refused it
-    whole = render(messages + answer, False)
+    whole = _rendered(row, messages + answer, False, render)
     if not whole.startswith(prompt):
         raise row.error(
-            "render_chat writes the prompt otherwise when the answer follows; give "
-            "prompt and answer as text, or use a chat template that only appends"
+            f"the chat template writes what comes before message {len(messages) + 1} "
+            "otherwise when that message follows; give prompt and answer as text, or "
+            "use a chat template that only appends"
         )
     return whole[len(prompt) :].rstrip()
+
+
+def earlier_answers(
+    row: Row, messages: list[Message], render: RenderChat | None
+) -> tuple[Span, ...]:
+    """Where in the text of the prompt `messages` the assistant's answers stand.
+
+    Each reaches from where the assistant begins to speak through what the template
+    writes to end the turn, white space left out. A message that begins the
+    conversation answers nothing and is passed over.
+
+    Raises:
+        Unusable: where `render` refuses the beginning of the conversation.
+        ValueError: where the template writes a turn otherwise once others follow, so
+            that what would be learnt is not what is read later.
+    """
+    prompt = render_prompt(row, messages, render)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i == 0:
+            continue
+        before = render_prompt(row, messages[:i], render)
+        answer = render_answer(row, messages[:i], [message], render)
+        if not prompt.startswith(before + answer):
+            raise row.error(
+                f"the chat template writes message {i + 1}, or what comes before it, "
+                'otherwise once others follow; take train_on="last-answer", or a chat '
+                "template that only appends"
+            )
+        spans.append((len(before), len(before) + len(answer)))
+    return tuple(spans)
+
+
+def _rendered(
+    row: Row,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    render: RenderChat | None,
+) -> str:
+    if render is None:
+        raise row.error(
+            "chat messages need render_chat, which turns them into text, such as the "
+            "chat template of a tokenizer"
+        )
+    try:
+        return render(messages, add_generation_prompt)
+    except ValueError as error:
+        raise Unusable(str(error)) from None
 
 
 def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -1,19 +1,17 @@
-"""Token ids of prompts, examples and preferences, none longer than a limit.
-
-Prompt and answer are encoded apart: the tokens of a prompt are then the same in
-training and before generation, whatever follows it.
-"""
+"""Token ids of prompts, examples and preferences, none longer than a limit."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
 from rlhf_jax.runtime.comparisons import RankedAnswers
+from rlhf_jax.runtime.dialogues import Span
 from rlhf_jax.runtime.row_files import shown
 from rlhf_jax.runtime.row_forms import Example, PreferencePair
+from rlhf_jax.runtime.text_encoder import TextEncoder
 
 Overlong = Literal["drop", "truncate", "fail"]
 T = TypeVar("T")
@@ -21,22 +19,12 @@ T = TypeVar("T")
 _WIDTH_MULTIPLE = 16  # memory tiles of accelerators are multiples of 8 or 16
 
 
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    def __call__(
-        self, texts: list[str], /, *, add_special_tokens: bool
-    ) -> Mapping[str, Any]:
-        """A mapping whose `"input_ids"` is one list of ids per text."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
-    """Prompt, completion and EOS."""
+    """Prompt, completion and EOS, and which of these tokens are to be learnt."""
 
     tokens: np.ndarray  # [L] int32
-    prompt_length: int  # tokens that come before those to be learnt
+    learnt: np.ndarray  # [L] bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +53,22 @@ class Encoded(Generic[T]):
     width: int  # to pad every batch to: the longest row, rounded up within the limit
     dropped: int  # inputs left out because they were too long
     truncated: int  # inputs whose prompt lost its beginning
+    answers_cut: int = 0  # answers within prompts, not learnt because of that
 
 
 def encode_prompts(
     prompts: Sequence[str],
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     *,
     max_prompt_tokens: int,
-    bos_id: int | None = None,
     overlong: Overlong = "drop",
 ) -> Encoded[np.ndarray]:
     """Token ids of prompts, `[L]` int32 each, 1 ≤ L ≤ `max_prompt_tokens`.
 
     Args:
         prompts: texts.
-        tokenizer: called without special tokens, which chat templates write as text.
+        encoder: of the model.
         max_prompt_tokens: the limit, at least 1.
-        bos_id: begins every prompt that does not begin with it already; None: no BOS.
         overlong: "drop" leaves longer prompts out, "truncate" keeps the end of each
             (and BOS), "fail" refuses them.
 
@@ -89,14 +76,14 @@ def encode_prompts(
         ValueError: for a prompt without tokens, for too long prompts under "fail", and
             where no prompt is left.
     """
-    ids = _encode(prompts, tokenizer, bos_id)
+    ids = encoder.prompts(prompts)
     for index, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(
                 f"prompt {index}, {shown(prompts[index])}, has no tokens; generation "
                 "needs at least one to begin with"
             )
-    limit = _Limit("max_prompt_tokens", max_prompt_tokens, 1, overlong, bos_id)
+    limit = _Limit("max_prompt_tokens", max_prompt_tokens, 1, overlong, encoder)
     fitted = limit.fit(ids, [0] * len(ids), "prompts")
     rows = [[] if kept is None else [_int32(kept)] for kept in fitted]
     return _encoded(rows, [len(row) for row in _flat(rows)], ids, fitted, limit)
@@ -104,16 +91,16 @@ def encode_prompts(
 
 def encode_examples(
     examples: Sequence[Example],
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     *,
     max_tokens: int,
-    eos_id: int,
-    bos_id: int | None = None,
     overlong: Overlong = "drop",
 ) -> Encoded[EncodedExample]:
     """Token ids of prompt, completion and EOS, none longer than `max_tokens`.
 
-    A completion that ends with EOS, as from some chat templates, gets no second one.
+    A completion that ends with one of the encoder's ends, as from some chat templates,
+    gets no second one. Learnt are the completion with its end, and the answers within
+    the prompt that the example names.
 
     Plain text, an example without a prompt, is never too long: it is cut into windows
     of `max_tokens`. Each begins with the last token of the one before it, as context
@@ -122,59 +109,61 @@ def encode_examples(
 
     Args:
         examples: texts.
-        tokenizer: called without special tokens.
+        encoder: of the model.
         max_tokens: the limit for prompt, completion and EOS together, at least 2.
-        eos_id: ends every completion and every plain text.
-        bos_id: begins every example that does not begin with it already; None: no BOS.
         overlong: "drop" leaves longer examples out; "truncate" cuts the beginning of
             the prompt (after BOS), but leaves out what has no room for one prompt
             token, for a completion cut short would teach to stop in the middle; "fail"
-            refuses them.
+            refuses them. An answer within the prompt is learnt only where all of it is
+            left and at least one token before it; those that are not are counted.
 
     Raises:
         ValueError: for too long examples under "fail", and where no example is left.
     """
-    prompts = _encode([example.prompt for example in examples], tokenizer, bos_id)
-    completions = _encode_answers(
-        [example.completion for example in examples], tokenizer, eos_id
+    texts = [example.prompt for example in examples]
+    prompts = encoder.prompts(texts)
+    completions = encoder.answers(
+        [example.completion for example in examples], texts, prompts
     )
-    is_plain = [not example.prompt for example in examples]
+    spans = encoder.token_spans(
+        texts, prompts, [example.earlier_answers for example in examples]
+    )
     lengths = [
-        0 if plain else len(completion)
-        for plain, completion in zip(is_plain, completions, strict=True)
+        len(completion) if text else 0
+        for text, completion in zip(texts, completions, strict=True)
     ]
-    limit = _Limit("max_tokens", max_tokens, 2, overlong, bos_id)
+    limit = _Limit("max_tokens", max_tokens, 2, overlong, encoder)
     fitted = limit.fit(prompts, lengths, "examples")
     rows: list[list[EncodedExample]] = []
-    for prompt, completion, plain in zip(fitted, completions, is_plain, strict=True):
-        if prompt is None:
+    answers_cut = 0
+    for i, (kept, completion) in enumerate(zip(fitted, completions, strict=True)):
+        if kept is None:
             rows.append([])
-        elif plain:
-            rows.append(_windows(prompt, completion, max_tokens))
+        elif not texts[i]:
+            rows.append(_windows(kept, completion, max_tokens))
         else:
-            rows.append([EncodedExample(_int32(prompt + completion), len(prompt))])
+            left = limit.spans_left(spans[i], prompts[i], kept)
+            answers_cut += len(spans[i]) - len(left)
+            rows.append([_example(kept + completion, [*left, (len(kept), None)])])
     longest = [len(row.tokens) for row in _flat(rows)]
-    return _encoded(rows, longest, prompts, fitted, limit)
+    encoded = _encoded(rows, longest, prompts, fitted, limit)
+    return dataclasses.replace(encoded, answers_cut=answers_cut)
 
 
 def encode_pairs(
     pairs: Sequence[PreferencePair],
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     *,
     max_tokens: int,
-    eos_id: int,
-    bos_id: int | None = None,
     overlong: Overlong = "drop",
 ) -> Encoded[EncodedPair]:
     """Token ids of prompt, answer and EOS for both answers of each pair.
 
     Args:
         pairs: texts.
-        tokenizer: called without special tokens.
+        encoder: of the model; ends every answer that has no end yet.
         max_tokens: the limit for the prompt, the longer answer and EOS together, at
             least 2.
-        eos_id: ends every answer that does not end with it already.
-        bos_id: begins every prompt that does not begin with it already; None: no BOS.
         overlong: "drop" leaves longer pairs out; "truncate" cuts the beginning of the
             prompt (after BOS), the same for both answers, but leaves out what has no
             room for one prompt token, for nobody judged an answer cut short; "fail"
@@ -183,11 +172,12 @@ def encode_pairs(
     Raises:
         ValueError: for too long pairs under "fail", and where no pair is left.
     """
-    prompts = _encode([pair.prompt for pair in pairs], tokenizer, bos_id)
-    chosen = _encode_answers([pair.chosen for pair in pairs], tokenizer, eos_id)
-    rejected = _encode_answers([pair.rejected for pair in pairs], tokenizer, eos_id)
+    texts = [pair.prompt for pair in pairs]
+    prompts = encoder.prompts(texts)
+    chosen = encoder.answers([pair.chosen for pair in pairs], texts, prompts)
+    rejected = encoder.answers([pair.rejected for pair in pairs], texts, prompts)
     lengths = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
-    limit = _Limit("max_tokens", max_tokens, 2, overlong, bos_id)
+    limit = _Limit("max_tokens", max_tokens, 2, overlong, encoder)
     fitted = limit.fit(prompts, lengths, "pairs")
     rows = [
         []
@@ -201,33 +191,36 @@ def encode_pairs(
 
 def encode_rankings(
     rankings: Sequence[RankedAnswers],
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     *,
     max_tokens: int,
-    eos_id: int,
-    bos_id: int | None = None,
     overlong: Overlong = "drop",
 ) -> Encoded[EncodedRanking]:
     """Token ids of prompt, answer and EOS for every answer of each ranking.
 
     Args:
         rankings: texts.
-        tokenizer: called without special tokens.
+        encoder: of the model; ends every answer that has no end yet.
         max_tokens: the limit for the prompt, the longest answer and EOS together, at
             least 2.
-        eos_id: ends every answer that does not end with it already.
-        bos_id: begins every prompt that does not begin with it already; None: no BOS.
         overlong: as of `encode_pairs`, for a ranking as a whole.
 
     Raises:
         ValueError: for too long rankings under "fail", and where none is left.
     """
-    prompts = _encode([ranking.prompt for ranking in rankings], tokenizer, bos_id)
-    texts = [answer for ranking in rankings for answer in ranking.answers]
-    encoded = iter(_encode_answers(texts, tokenizer, eos_id))
-    answers = [list(itertools.islice(encoded, len(r.answers))) for r in rankings]
+    texts = [ranking.prompt for ranking in rankings]
+    prompts = encoder.prompts(texts)
+    counts = [len(ranking.answers) for ranking in rankings]
+    encoded = iter(
+        encoder.answers(
+            [answer for ranking in rankings for answer in ranking.answers],
+            _repeated(texts, counts),
+            _repeated(prompts, counts),
+        )
+    )
+    answers = [list(itertools.islice(encoded, count)) for count in counts]
     lengths = [max(map(len, some)) for some in answers]
-    limit = _Limit("max_tokens", max_tokens, 2, overlong, bos_id)
+    limit = _Limit("max_tokens", max_tokens, 2, overlong, encoder)
     fitted = limit.fit(prompts, lengths, "rankings")
     rows = [
         []
@@ -247,7 +240,7 @@ class _Limit:
     tokens: int
     least: int
     overlong: Overlong
-    bos_id: int | None
+    encoder: TextEncoder
 
     def fit(
         self, prompts: list[list[int]], answer_lengths: list[int], what: str
@@ -280,27 +273,34 @@ class _Limit:
 
     def _keep_end(self, prompt: list[int], room: int) -> list[int] | None:
         """BOS and the last tokens; None where there is no room for one of them."""
-        begin = [] if self.bos_id is None else [self.bos_id]
-        kept = room - len(begin)
-        return begin + prompt[-kept:] if kept >= 1 else None
+        kept = room - len(self._begin)
+        return self._begin + prompt[-kept:] if kept >= 1 else None
+
+    def spans_left(
+        self, spans: list[Span], prompt: list[int], kept: list[int]
+    ) -> list[Span]:
+        """Where in a fitted prompt its spans are that are whole and follow something.
+
+        BOS alone is nothing: whoever reads the answer knows no question then.
+        """
+        cut = len(prompt) - len(kept)
+        first = len(self._begin) if cut else -1
+        moved = [(begin - cut, end - cut) for begin, end in spans]
+        return [(begin, end) for begin, end in moved if begin > first]
+
+    @property
+    def _begin(self) -> list[int]:
+        return [] if self.encoder.bos_id is None else [self.encoder.bos_id]
 
 
-def _encode(
-    texts: Sequence[str], tokenizer: Tokenizer, bos_id: int | None
-) -> list[list[int]]:
-    if not texts:
-        raise ValueError("there is nothing to encode: the data set has no rows")
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    if bos_id is None:
-        return [list(row) for row in ids]
-    return [list(row) if row[:1] == [bos_id] else [bos_id, *row] for row in ids]
-
-
-def _encode_answers(
-    texts: Sequence[str], tokenizer: Tokenizer, eos_id: int
-) -> list[list[int]]:
-    ids = _encode(texts, tokenizer, bos_id=None)
-    return [row if row[-1:] == [eos_id] else [*row, eos_id] for row in ids]
+def _example(
+    tokens: list[int], spans: Sequence[tuple[int, int | None]]
+) -> EncodedExample:
+    """Tokens, those within the spans to be learnt; None: up to the end."""
+    learnt = np.zeros(len(tokens), bool)
+    for begin, end in spans:
+        learnt[begin:end] = True
+    return EncodedExample(_int32(tokens), learnt)
 
 
 def _windows(
@@ -310,9 +310,9 @@ def _windows(
     tokens = prompt + text
     starts = range(0, max(len(tokens) - 1, 1), max_tokens - 1)
     return [
-        EncodedExample(_int32(tokens[start : start + max_tokens]), 1)
-        if start
-        else EncodedExample(_int32(tokens[:max_tokens]), len(prompt))
+        _example(
+            tokens[start : start + max_tokens], [(1 if start else len(prompt), None)]
+        )
         for start in starts
     ]
 
@@ -339,6 +339,11 @@ def _encoded(
 
 def _flat(rows: list[list[T]]) -> list[T]:
     return list(itertools.chain.from_iterable(rows))
+
+
+def _repeated(items: Sequence[T], counts: Sequence[int]) -> list[T]:
+    """Each item as often as its count says."""
+    return [x for x, n in zip(items, counts, strict=True) for _ in range(n)]
 
 
 def _int32(tokens: list[int]) -> np.ndarray:

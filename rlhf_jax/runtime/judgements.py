@@ -15,12 +15,13 @@ data of judgements.
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.runtime.dialogues import RenderChat
+from rlhf_jax.runtime.dialogues import RenderChat, Unusable
 from rlhf_jax.runtime.row_files import Row, is_text_file, read_rows, shown
-from rlhf_jax.runtime.row_forms import EMPTY_PROMPT, Columns, example_parser
+from rlhf_jax.runtime.row_forms import EMPTY_PROMPT, Columns, answered_prompt
 from rlhf_jax.runtime.text_data import OnUnusable, TextRows
 
 
@@ -147,7 +148,8 @@ def read_judgements(
         scale: what ratings may be; None for numbers from 1 to 5.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with rows whose prompt is blank.
+        on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
+            refuses.
 
     Raises:
         ValueError: one line that names the file, the line, the column, its value and
@@ -162,25 +164,27 @@ def read_judgements(
         )
     scale, columns = scale or RatingScale(), columns or JudgementColumns()
     judgements: list[Judgement] = []
-    form, blank = None, 0
+    form, dropped = None, Counter[str]()
     for row in read_rows(path):
         if form is None:
             columns.check_used(row)
             form = _form(row, columns)
         answers, grade_column = form
-        judgement = _judgement(row, answers, grade_column, columns, scale, render_chat)
-        if judgement is not None:
-            judgements.append(judgement)
-        elif on_unusable == "drop":
-            blank += 1
-        else:
-            raise row.error(
-                f"{EMPTY_PROMPT}; correct the row or leave out such rows with "
-                'on_unusable="drop"'
+        try:
+            judgements.append(
+                _judgement(row, answers, grade_column, columns, scale, render_chat)
             )
+        except Unusable as error:
+            if on_unusable == "fail":
+                raise row.error(
+                    f"{error}; correct the row or leave out such rows with "
+                    'on_unusable="drop"'
+                ) from None
+            dropped[str(error)] += 1
     if not judgements:
-        raise ValueError(f"{path}: every row has an {EMPTY_PROMPT}")
-    return TextRows(judgements, {EMPTY_PROMPT: blank} if blank else {})
+        counts = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
+        raise ValueError(f"{path}: no row can be used: {counts}")
+    return TextRows(judgements, dict(dropped))
 
 
 def judgement_rows(
@@ -256,8 +260,8 @@ def _judgement(
     columns: JudgementColumns,
     scale: RatingScale,
     render_chat: RenderChat | None,
-) -> Judgement | None:
-    """What the row says; None where its prompt is blank."""
+) -> Judgement:
+    """What the row says; raises `Unusable` where its prompt is blank."""
     answers, marks = row[answer_column], row[grade_column]
     if answer_column == columns.response:
         answers, marks = [answers], [marks]
@@ -274,10 +278,10 @@ def _judgement(
     for answer in answers:
         values = {columns.prompt: row[columns.prompt], answer_column: answer}
         alone = Row(row.where, values)
-        example, reason = example_parser(alone, names)(alone, names, render_chat)
+        text, reason = answered_prompt(alone, names, render_chat)
         if reason == EMPTY_PROMPT:
-            return None
-        texts.append((example.prompt, example.completion))
+            raise Unusable(reason)
+        texts.append(text)
     return Judgement(
         prompt=texts[0][0],
         answers=tuple(answer for _, answer in texts),

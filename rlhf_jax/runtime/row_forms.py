@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from rlhf_jax.runtime.dialogues import (
+    Message,
     RenderChat,
+    Span,
+    earlier_answers,
     messages_in,
     render_answer,
     render_prompt,
@@ -15,6 +19,7 @@ from rlhf_jax.runtime.dialogues import (
 from rlhf_jax.runtime.row_files import Row, shown
 
 T = TypeVar("T")
+TrainOn = Literal["last-answer", "all-answers"]
 
 EQUAL = "chosen equals rejected"
 NOTHING_SHARED = "chosen and rejected have no common beginning to be the prompt"
@@ -29,6 +34,8 @@ class Example:
 
     prompt: str
     completion: str
+    # Where in the prompt there are answers to imitate as well, from left to right.
+    earlier_answers: tuple[Span, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +82,19 @@ Parsed = tuple[T, str | None]
 Parser = Callable[[Row, Columns, RenderChat | None], Parsed[T]]
 
 
-def example_parser(first: Row, columns: Columns) -> Parser[Example]:
+def example_parser(
+    first: Row, columns: Columns, *, train_on: TrainOn = "last-answer"
+) -> Parser[Example]:
     """The reader of rows such as `first`, for examples."""
     has = first.values.keys()
     if columns.messages in has:
-        return _example_from_messages
+        return partial(_example_from_messages, train_on=train_on)
     if columns.prompt in has and columns.completion_in(first):
-        return _example_from_completion
+        return partial(_example_from_completion, train_on=train_on)
     if {columns.chosen, columns.rejected} <= has:
-        return _example_from_pair
+        return partial(_example_from_pair, train_on=train_on)
     if columns.text in has:
-        return _example_from_text
+        return partial(_example_from_text, train_on=train_on)
     expected = '"messages", "prompt" and "completion", "chosen" and "rejected", "text"'
     raise _unknown_form(first, f"one of {expected}")
 
@@ -119,52 +128,108 @@ def _unknown_form(first: Row, expected: str) -> ValueError:
     )
 
 
-def _example_from_messages(
+def answered_prompt(
     row: Row, columns: Columns, render_chat: RenderChat | None
-) -> Parsed[Example]:
-    *before, last = messages_in(row, columns.messages)
-    if last["role"] != "assistant" or not before:
-        roles = [message["role"] for message in [*before, last]]
-        raise row.error(
-            f"column {shown(columns.messages)} has the roles {shown(roles)}; the last "
-            'must be "assistant", which answers at least one message'
-        )
-    example = Example(
-        render_prompt(row, before, render_chat),
-        render_answer(row, before, [last], render_chat),
-    )
-    return example, EMPTY_COMPLETION if _is_blank([last]) else None
-
-
-def _example_from_completion(
-    row: Row, columns: Columns, render_chat: RenderChat | None
-) -> Parsed[Example]:
+) -> Parsed[tuple[str, str]]:
+    """A prompt and the whole of what stands beside it as its answer."""
     prompt, reason = _prompt_from_prompt(row, columns, render_chat)
     name = columns.completion_in(row)
     if name is None:
         raise row.error(f'no column "completion"; this row has {row.column_names}')
-    completion = _answer(row, columns.prompt, name, render_chat)
+    answer = _answer(row, columns.prompt, name, render_chat)
     if reason is None and _is_blank(row[name]):
         reason = EMPTY_COMPLETION
-    return Example(prompt, completion), reason
+    return (prompt, answer), reason
+
+
+def _example_from_messages(
+    row: Row, columns: Columns, render_chat: RenderChat | None, *, train_on: TrainOn
+) -> Parsed[Example]:
+    messages = messages_in(row, columns.messages)
+    return _example_of(row, columns.messages, messages, render_chat, train_on)
+
+
+def _example_from_completion(
+    row: Row, columns: Columns, render_chat: RenderChat | None, *, train_on: TrainOn
+) -> Parsed[Example]:
+    (prompt, completion), reason = answered_prompt(row, columns, render_chat)
+    before = row[columns.prompt]
+    if not isinstance(before, list):
+        _refuse_text(row, columns.prompt, train_on)
+        return Example(prompt, completion), reason
+    name = columns.completion_in(row)
+    assert name is not None  # answered_prompt has refused it
+    if isinstance(row[name], list):
+        messages = before + row[name]
+        example, blank = _example_of(row, name, messages, render_chat, train_on)
+        return example, reason or blank
+    answers = (
+        earlier_answers(row, before, render_chat) if train_on == "all-answers" else ()
+    )
+    return Example(prompt, completion, answers), reason
 
 
 def _example_from_pair(
-    row: Row, columns: Columns, render_chat: RenderChat | None
+    row: Row, columns: Columns, render_chat: RenderChat | None, *, train_on: TrainOn
 ) -> Parsed[Example]:
     pair, reason = pair_parser(row, columns)(row, columns, render_chat)
     if reason == EQUAL:  # no preference, but a demonstration all the same
         reason = None
-    if reason is None and not pair.chosen.strip():
-        reason = EMPTY_COMPLETION
-    return Example(pair.prompt, pair.chosen), reason
+    chosen = row[columns.chosen]
+    if not isinstance(chosen, list):
+        _refuse_text(row, columns.chosen, train_on)
+        if reason is None and not pair.chosen.strip():
+            reason = EMPTY_COMPLETION
+        return Example(pair.prompt, pair.chosen), reason
+    if reason is not None:
+        return Example(pair.prompt, pair.chosen), reason
+    before = row.values.get(columns.prompt)
+    messages = before + chosen if isinstance(before, list) else chosen
+    return _example_of(row, columns.chosen, messages, render_chat, train_on)
 
 
 def _example_from_text(
-    row: Row, columns: Columns, render_chat: RenderChat | None
+    row: Row, columns: Columns, render_chat: RenderChat | None, *, train_on: TrainOn
 ) -> Parsed[Example]:
     text, reason = _prompt_from_text(row, columns, render_chat)
+    _refuse_text(row, columns.text, train_on)
     return Example("", text), reason
+
+
+def _example_of(
+    row: Row,
+    column: str,
+    messages: list[Message],
+    render_chat: RenderChat | None,
+    train_on: TrainOn,
+) -> Parsed[Example]:
+    """A whole conversation, of which the last answer is learnt, or every one."""
+    *before, last = messages
+    if last["role"] != "assistant" or not before:
+        roles = [message["role"] for message in messages]
+        raise row.error(
+            f"column {shown(column)} has the roles {shown(roles)}; the last must be "
+            '"assistant", which answers at least one message'
+        )
+    answers, learnt = (), [last]
+    if train_on == "all-answers":
+        answers = earlier_answers(row, before, render_chat)
+        learnt += [m for m in before[1:] if m["role"] == "assistant"]
+    example = Example(
+        render_prompt(row, before, render_chat),
+        render_answer(row, before, [last], render_chat),
+        answers,
+    )
+    blank = any(_is_blank([message]) for message in learnt)
+    return example, EMPTY_COMPLETION if blank else None
+
+
+def _refuse_text(row: Row, column: str, train_on: TrainOn) -> None:
+    if train_on == "all-answers":
+        raise row.error(
+            f"column {shown(column)} is text, in which answers cannot be told from "
+            'what they answer; take train_on="last-answer", or give chat messages'
+        )
 
 
 def _pair_with_prompt(

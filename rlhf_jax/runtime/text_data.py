@@ -17,9 +17,10 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar, cast
 
-from rlhf_jax.runtime.dialogues import RenderChat
+from rlhf_jax.runtime.dialogues import RenderChat, Unusable
 from rlhf_jax.runtime.row_files import Row, is_text_file, read_lines, read_rows, shown
 from rlhf_jax.runtime.row_forms import (
     EMPTY_TEXT,
@@ -28,6 +29,7 @@ from rlhf_jax.runtime.row_forms import (
     Parsed,
     Parser,
     PreferencePair,
+    TrainOn,
     example_parser,
     pair_parser,
     prompt_parser,
@@ -41,6 +43,7 @@ __all__ = [
     "PromptRow",
     "RenderChat",
     "TextRows",
+    "TrainOn",
     "read_examples",
     "read_pairs",
     "read_prompt_rows",
@@ -73,6 +76,7 @@ def read_examples(
     columns: Columns | None = None,
     render_chat: RenderChat | None = None,
     on_unusable: OnUnusable = "fail",
+    train_on: TrainOn = "last-answer",
 ) -> TextRows[Example]:
     """Demonstrations for supervised fine-tuning, or questions with their answers.
 
@@ -83,16 +87,29 @@ def read_examples(
         path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with rows whose prompt, completion or text is blank.
+        on_unusable: what to do with rows whose prompt, completion or text is blank, and
+            with conversations that `render_chat` refuses.
+        train_on: "all-answers" makes every answer of a conversation one to imitate; it
+            is for chat messages only.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
     """
+    if train_on not in ("last-answer", "all-answers"):
+        raise ValueError(
+            f'train_on={shown(train_on)}: give "last-answer" or "all-answers"'
+        )
     if is_text_file(path):
+        if train_on == "all-answers":
+            raise ValueError(
+                f'{path}: train_on="all-answers" is for chat messages, and a .txt file '
+                'holds none; take "last-answer", or give .jsonl, .jsonl.gz or .parquet'
+            )
         text = "".join(line for _, line in read_lines(path))
         reason = None if text.strip() else EMPTY_TEXT
         return _collect([(str(path), (Example("", text), reason))], on_unusable)
-    return _read(path, example_parser, columns, render_chat, on_unusable)
+    choose_parser = partial(example_parser, train_on=train_on)
+    return _read(path, choose_parser, columns, render_chat, on_unusable)
 
 
 def read_pairs(
@@ -108,8 +125,8 @@ def read_pairs(
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with pairs of equal answers, with a blank prompt, or of
-            dialogues without a common beginning.
+        on_unusable: what to do with pairs of equal answers, with a blank prompt, of
+            dialogues without a common beginning, or that `render_chat` refuses.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
@@ -138,7 +155,8 @@ def read_prompts(
         path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with rows whose prompt is blank.
+        on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
+            refuses.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
@@ -168,7 +186,8 @@ def read_prompt_rows(
         keep: columns to keep, which every row must have; None: those that the first
             row has, the prompt's own column apart.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with rows whose prompt is blank.
+        on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
+            refuses.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong, such as a
@@ -222,7 +241,10 @@ def _read(
         if parse is None:
             columns.check_used(row)
             parse = choose_parser(row, columns)
-        parsed.append((row.where, parse(row, columns, render_chat)))
+        try:
+            parsed.append((row.where, parse(row, columns, render_chat)))
+        except Unusable as error:  # what it says stands in for the item
+            parsed.append((row.where, (cast(T, None), str(error))))
     return _collect(parsed, on_unusable)
 
 

@@ -21,6 +21,11 @@ def tokens(*ids):
     return np.asarray(ids, np.int32)
 
 
+def example(learnt, *ids):
+    """Tokens, of which those marked with 1 are learnt."""
+    return EncodedExample(tokens(*ids), np.array([mark == "1" for mark in learnt]))
+
+
 def batches_of(rows, batch_size, seed=0):
     return Batches(rows, list, batch_size=batch_size, seed=seed)
 
@@ -35,7 +40,7 @@ def test_prompts_are_padded_on_the_left():
 
 
 def test_examples_are_padded_on_the_right():
-    rows = [EncodedExample(tokens(5, 6, 7), 1), EncodedExample(tokens(8, 9), 0)]
+    rows = [example("011", 5, 6, 7), example("11", 8, 9)]
     batch = pad_examples(rows, width=4, pad_id=0)
     assert batch.tokens.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
     assert batch.mask.tolist() == [
@@ -60,8 +65,7 @@ def test_pairs_are_padded_to_one_width():
 
 def test_masks_come_from_lengths_where_pad_is_eos():
     eos = 3
-    example = EncodedExample(tokens(3, 5, 3), 1)
-    batch = pad_examples([example], width=5, pad_id=eos)
+    batch = pad_examples([example("011", 3, 5, 3)], width=5, pad_id=eos)
     assert batch.tokens.tolist() == [[3, 5, 3, 3, 3]]
     assert batch.mask.tolist() == [[True, True, True, False, False]]
     assert batch.target_mask.tolist() == [[False, True, True, False, False]]
@@ -73,7 +77,7 @@ def test_masks_come_from_lengths_where_pad_is_eos():
 
 def test_batches_hold_host_arrays_of_the_declared_types():
     prompts = pad_prompts([tokens(1)], width=2, pad_id=0)
-    examples = pad_examples([EncodedExample(tokens(1, 2), 1)], width=2, pad_id=0)
+    examples = pad_examples([example("01", 1, 2)], width=2, pad_id=0)
     pairs = pad_pairs([EncodedPair(tokens(1), tokens(2))], width=2, pad_id=0)
     leaves = jax.tree.leaves((prompts, examples, pairs))
     assert all(isinstance(leaf, np.ndarray) for leaf in leaves)

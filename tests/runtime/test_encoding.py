@@ -1,5 +1,6 @@
 """Token ids, limits and padded widths, with one token per character."""
 
+import itertools
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_jax.runtime.encoding import (
     encode_rankings,
 )
 from rlhf_jax.runtime.text_data import Example, PreferencePair
+from rlhf_jax.runtime.text_encoder import TextEncoder
 
 EOS, BOS = 1, 2
 
@@ -26,37 +28,48 @@ def characters(texts, /, *, add_special_tokens):
     return {"input_ids": ids}
 
 
+def encoder(bos_id=None):
+    return TextEncoder(tokenizer=characters, eos_id=EOS, bos_id=bos_id)
+
+
 def text_of(tokens):
     assert tokens.dtype == np.int32 and tokens.ndim == 1
     return "".join({EOS: "$", BOS: "^"}.get(int(t), chr(t)) for t in tokens)
 
 
-def prompts_of(prompts, limit, **options):
-    encoded = encode_prompts(prompts, characters, max_prompt_tokens=limit, **options)
+def prompts_of(prompts, limit, *, bos_id=None, **options):
+    encoded = encode_prompts(
+        prompts, encoder(bos_id), max_prompt_tokens=limit, **options
+    )
     return encoded, [text_of(row) for row in encoded.rows]
 
 
-def examples_of(examples, limit, **options):
+def examples_of(examples, limit, *, bos_id=None, **options):
     encoded = encode_examples(
         [Example(*example) for example in examples],
-        characters,
+        encoder(bos_id),
         max_tokens=limit,
-        eos_id=EOS,
         **options,
     )
-    # The prompt in brackets, so that its length is seen.
-    texts = [text_of(row.tokens) for row in encoded.rows]
-    lengths = [row.prompt_length for row in encoded.rows]
-    shown = [f"[{t[:n]}]{t[n:]}" for t, n in zip(texts, lengths, strict=True)]
-    return encoded, shown
+    return encoded, [shown(row) for row in encoded.rows]
+
+
+def shown(row):
+    """An example, with what is not learnt in brackets; "[]" where all is."""
+    text = ""
+    for learnt, run in itertools.groupby(
+        zip(row.tokens, row.learnt, strict=True), key=lambda pair: pair[1]
+    ):
+        part = text_of(np.array([token for token, _ in run], np.int32))
+        text += part if learnt else f"[{part}]"
+    return text if text.startswith("[") else f"[]{text}"
 
 
 def pairs_of(pairs, limit, **options):
     encoded = encode_pairs(
         [PreferencePair(*pair) for pair in pairs],
-        characters,
+        encoder(),
         max_tokens=limit,
-        eos_id=EOS,
         **options,
     )
     rows = encoded.rows
@@ -236,9 +249,7 @@ def test_rankings_are_as_long_as_their_longest_answer(overlong):
         RankedAnswers(prompt="a", answers=("b$", "c"), grades=(3.0, 0.0)),
         RankedAnswers(prompt="a", answers=("b", "cdefgh"), grades=(1.0, 0.0)),
     ]
-    encoded = encode_rankings(
-        rankings, characters, max_tokens=6, eos_id=EOS, overlong=overlong
-    )
+    encoded = encode_rankings(rankings, encoder(), max_tokens=6, overlong=overlong)
     kept = overlong == "truncate"
     texts = [[text_of(answer) for answer in row.answers] for row in encoded.rows]
     want = [["abcd$", "abcef$", "abc$"], ["bcd$", "bcefg$"], ["ab$", "ac$"]]
@@ -253,7 +264,7 @@ def test_margins_stay_with_their_pairs():
         PreferencePair("abcdef", "g", "h", margin=0.5),
         PreferencePair("a", "b", "c", margin=2),
     ]
-    encoded = encode_pairs(pairs, characters, max_tokens=5, eos_id=EOS)
+    encoded = encode_pairs(pairs, encoder(), max_tokens=5)
     assert [row.margin for row in encoded.rows] == [2]
 
 
@@ -261,16 +272,13 @@ def test_a_hugging_face_tokenizer_fits():
     import tokenizers
     import transformers
 
-    words = {"<eos>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    ids = {"<eos>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token="<eos>", unk_token="<unk>"
     )
-    encoded = encode_examples(
-        [Example("one two", " three")], tokenizer, max_tokens=8, eos_id=0
-    )
+    words = TextEncoder(tokenizer=tokenizer, eos_id=0)
+    encoded = encode_examples([Example("one two", " three")], words, max_tokens=8)
     assert encoded.rows[0].tokens.tolist() == [2, 3, 4, 0]
-    assert encode_prompts(["two"], tokenizer, max_prompt_tokens=8).rows[0].tolist() == [
-        3
-    ]
+    assert encode_prompts(["two"], words, max_prompt_tokens=8).rows[0].tolist() == [3]

@@ -109,7 +109,7 @@ def test_blank_prompts(path):
     found = read_judgements(write(path, [good, blank]), on_unusable="drop")
     assert len(found.rows) == 1 and found.dropped == {"empty prompt": 1}
     only = message_of(path, [blank], on_unusable="drop")
-    assert only == f"{path}: every row has an empty prompt"
+    assert only == f"{path}: no row can be used: 1 × empty prompt"
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def test_template_that_rewrites_the_prompt(tmp_path):
 
     path = write(tmp_path / "a.jsonl", [{"messages": [user("q"), assistant("a")]}])
     message = message_of(read_examples, path, render_chat=render)
-    assert f"{path}:1: render_chat writes the prompt otherwise" in message
+    assert f"{path}:1: the chat template writes what comes before message 2" in message
 
 
 def test_text_prompt_with_a_message_answer(tmp_path):

@@ -1,0 +1,158 @@
+"""Conversations as text, by the chat template of a tokenizer."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for it
+    from transformers import PreTrainedTokenizerBase
+
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_TRIAL = [
+    {"role": "user", "content": "What comes after one?"},
+    {"role": "assistant", "content": "Two does."},
+]
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase | None",
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """A conversation as text, by the tokenizer's chat template.
+
+    Without a template: `"\\n\\nHuman: …\\n\\nAssistant: …"`, after the system message
+    if the conversation starts with one (the format of Anthropic's HH data). An answer
+    to such a prompt starts with a space.
+
+    Args:
+        tokenizer: with or without a chat template; None has none. Templates write
+            special tokens into the text: encode it with `add_special_tokens=False`.
+        messages: each with a `"role"` (`"system"`, `"user"`, `"assistant"`) and its
+            `"content"`.
+        add_generation_prompt: end with the start of the assistant's turn.
+
+    Raises:
+        ValueError: no messages, a role that the default format does not have, or a
+            template that is broken or refuses the conversation, as some do with a
+            system message. One line.
+
+    References:
+        Bai et al., 2022, arXiv:2204.05862.
+    """
+    if not messages:
+        raise ValueError("messages is empty; a conversation has at least one")
+    if tokenizer is None or tokenizer.chat_template is None:
+        return _render_default(messages, add_generation_prompt)
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template is broken in line {error.lineno}: {error.message}"
+        ) from None
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the chat template refuses the roles {roles}: {reason}"
+        ) from None
+    return str(text)
+
+
+def set_chat_template(
+    tokenizer: "PreTrainedTokenizerBase", path: str | Path, *, name: str
+) -> None:
+    """Gives a tokenizer the chat template of a file, after a trial.
+
+    `tokenizer.save_pretrained` writes it with everything else.
+
+    Args:
+        tokenizer: whose template is replaced, if it has one.
+        path: a Jinja template in UTF-8, as `chat_template.jinja` of a checkpoint.
+        name: what the file is called in messages, such as the option that names it.
+
+    Raises:
+        ValueError: the file cannot be read, is no template, or writes a question and
+            its answer in a way that nothing can be learnt from: without one of the
+            two, or the question otherwise once the answer follows. One line.
+    """
+    named = f"{name}={str(path)!r}"
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"{named}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{named}: not UTF-8 text ({error.reason})") from None
+    tokenizer.chat_template = text
+    try:
+        prompt = render_chat(tokenizer, _TRIAL[:1], add_generation_prompt=True)
+        whole = render_chat(tokenizer, _TRIAL, add_generation_prompt=False)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from None
+    for part, message in ((prompt, _TRIAL[0]), (whole, _TRIAL[1])):
+        if message["content"] not in part:
+            raise ValueError(
+                f"{named}: the template leaves out what the {message['role']} says; it "
+                "must write every message's content"
+            )
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{named}: a question is written otherwise once its answer follows; with "
+            "add_generation_prompt the text must go on exactly as the assistant's turn "
+            "begins"
+        )
+
+
+def special_token_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Finds the texts that become one token each wherever they stand."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {*tokenizer.all_special_tokens, *(x.content for x in added if x.special)}
+    longest_first = sorted(tokens - {""}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def check_spells_none(
+    messages: Iterable[Mapping[str, str]], special: re.Pattern[str]
+) -> None:
+    """Raises ValueError where a message spells a special token.
+
+    A template writes contents between the tokens that begin and end turns; content
+    that spells them would end its turn early and begin another, in anybody's name.
+
+    Args:
+        messages: as of `render_chat`.
+        special: from `special_token_pattern`.
+    """
+    for message in messages:
+        for field in ("role", "content"):
+            found = special.search(message[field])
+            if found:
+                raise ValueError(
+                    f"a chat message spells the special token {found[0]!r}, which "
+                    "would be read as that token"
+                )
+
+
+def _render_default(
+    messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+) -> str:
+    text = ""
+    for i, message in enumerate(messages):
+        if i == 0 and message["role"] == "system":
+            text = message["content"]
+        elif message["role"] in _SPEAKERS:
+            text += f"\n\n{_SPEAKERS[message['role']]}: {message['content']}"
+        else:
+            raise ValueError(
+                f"messages[{i}] has role={message['role']!r}; without a chat template "
+                "a conversation has 'user' and 'assistant', and 'system' only first"
+            )
+    return text + ("\n\nAssistant:" if add_generation_prompt else "")
