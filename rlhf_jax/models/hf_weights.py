@@ -1,8 +1,9 @@
 """Hugging Face checkpoints ↔ the parameter tree, without PyTorch."""
 
 import json
-import math
 import typing
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -25,16 +25,21 @@ from rlhf_jax.models.families import (
     read_config,
 )
 from rlhf_jax.models.heads import fresh_score
-from rlhf_jax.models.model_directory import replaced_directory
-from rlhf_jax.models.safetensors_files import (
-    TensorReader,
-    open_tensors,
-    write_tensors,
+from rlhf_jax.models.leaf_placement import (
+    Index,
+    Piece,
+    count_not_finite,
+    place_leaf,
 )
+from rlhf_jax.models.model_directory import replaced_directory
+from rlhf_jax.models.safetensors_files import TensorReader, open_tensors
+from rlhf_jax.models.safetensors_writing import TensorToWrite, write_tensors
 from rlhf_jax.models.sharding import parameter_sharding
+from rlhf_jax.models.tensor_checks import check_finite, check_tensors, check_tie
 from rlhf_jax.models.tensor_layout import (
-    StoredTensor,
-    leaf_readers,
+    LeafSource,
+    leaf_pieces,
+    leaf_sources,
     parameter_shapes,
     stored_array,
     stored_tensors,
@@ -53,7 +58,11 @@ def load_pretrained(
     mesh: Mesh | None = None,
     key: Array | None = None,
 ) -> tuple[Transformer, Params]:
-    """Reads a checkpoint of the GPT-2 or Llama family.
+    """Reads a checkpoint of any supported family (`rlhf_jax.models.families`).
+
+    Tensors go from the file to their devices in pieces (`leaf_placement.PIECE_BYTES`):
+    beyond the parameters themselves, loading takes no more memory for a large model
+    than for a small one. Code that a checkpoint brings with it is never run.
 
     Args:
         path: local directory with `config.json` and safetensors files (float32,
@@ -71,8 +80,8 @@ def load_pretrained(
 
     Raises:
         ValueError: the directory is no checkpoint of a supported family; a tensor is
-            missing, unknown, or of the wrong shape or dtype; a head is wanted that the
-            checkpoint does not have.
+            missing, unknown, of the wrong shape or dtype, or holds NaN or infinite
+            values; a head is wanted that the checkpoint does not have.
     """
     path = Path(path)
     if head not in typing.get_args(Head):
@@ -90,16 +99,17 @@ def load_pretrained(
         if head != "lm" and SCORE.name not in tensors.file_of:
             del shapes["score"]
         stored = stored_tensors(family, prefix, shapes, config.num_layers)
-        _check_tensors(path, family, stored, tensors)
-        _check_tie(family, prefix, config, head, tensors)
+        check_tensors(path, family, stored, tensors)
+        if head == "lm" and config.tie_embeddings:
+            check_tie(family, prefix + family.trunk[0].name, tensors)
+        not_finite: Counter[str] = Counter()
         leaves = {}
-        for name, read in leaf_readers(family, prefix, shapes, tensors).items():
-            if mesh is None:
-                leaves[name] = jnp.array(read((slice(None),) * shapes[name].ndim))
-            else:
-                leaves[name] = jax.make_array_from_callback(
-                    shapes[name].shape, placements[name], read
-                )
+        for name, source in leaf_sources(family, prefix, shapes).items():
+            pieces_of = partial(_checked_pieces, source, tensors, not_finite)
+            leaves[name] = place_leaf(
+                source.shape, source.dtype, placements.get(name), pieces_of
+            )
+        check_finite(not_finite, dtype, tensors)
     params = unflatten_dict(leaves, sep="/")
     if head != "lm" and "score" not in params:
         assert key is not None  # _check_head
@@ -113,19 +123,25 @@ def save_pretrained(
     params: Params,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    generation_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a checkpoint that `transformers` and `load_pretrained` read.
 
     Critics and reward models become sequence classifiers with one label. A model that
     was in the directory is replaced, whole, once the new one is complete; other files
-    stay. With several processes all must call; the first one writes.
+    stay. With several processes all must call; the first one writes. One tensor at a
+    time is on the host, of stacked leaves one layer.
 
     Args:
         path: directory to write.
         module: the transformer.
         params: its parameters; stored in their dtype.
-        tokenizer: saved beside the model; gives the ids of EOS, BOS and pad.
+        tokenizer: saved beside the model, chat template included; gives the ids of
+            EOS, BOS and pad.
+        generation_config: fields of `generation_config.json` to carry over, such as
+            several `eos_token_id` and defaults of sampling; what it says of token ids
+            stands before the tokenizer's. Written for language models.
         max_shard_bytes: files are split at this size.
 
     Raises:
@@ -140,13 +156,17 @@ def save_pretrained(
     tensors = {}
     stored = stored_tensors(family, family.prefix, shapes, config.num_layers)
     for name, tensor in stored.items():
-        itemsize = shapes[tensor.rule.leaves[0]].dtype.itemsize
-        size = math.prod(tensor.shape) * itemsize
-        tensors[name] = (size, partial(stored_array, tensor, leaves))
-    ids = _token_ids(tokenizer)
-    dtype = leaves["token_embedding"].dtype
-    fields = config_fields(config, module.head, dtype) | ids
-    if module.head != "lm" and ids["pad_token_id"] == ids["eos_token_id"]:
+        dtype = shapes[tensor.rule.leaves[0]].dtype
+        tensors[name] = TensorToWrite(
+            shape=tensor.shape,
+            dtype=dtype,
+            compute=partial(stored_array, tensor, leaves),
+        )
+    given = {k: v for k, v in (generation_config or {}).items() if v is not None}
+    generation = _token_ids(tokenizer) | given
+    ids = {name: generation[name] for name in _TOKEN_IDS}
+    fields = config_fields(config, module.head, leaves["token_embedding"].dtype) | ids
+    if module.head != "lm" and ids["pad_token_id"] in _as_list(ids["eos_token_id"]):
         # transformers reads the score at the last token that is not pad. Were pad EOS,
         # that would be the token before the one where ours is read.
         fields["pad_token_id"] = None
@@ -158,11 +178,25 @@ def save_pretrained(
         if directory is not None:
             _write_json(directory / "config.json", fields)
             if module.head == "lm":
-                _write_json(directory / "generation_config.json", ids)
+                _write_json(directory / "generation_config.json", generation)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _checked_pieces(
+    source: LeafSource,
+    tensors: TensorReader,
+    not_finite: Counter[str],
+    index: Index,
+    piece_bytes: int,
+) -> Iterator[Piece]:
+    """Pieces of part of a leaf; counts values that are none, by tensor."""
+    for piece in leaf_pieces(source, tensors, index, piece_bytes):
+        not_finite[piece.name] += count_not_finite(piece.values, source.dtype)
+        yield piece
+        tensors.release(piece.name)
 
 
 def _prefix(family: Family, tensors: TensorReader) -> str:
@@ -184,73 +218,17 @@ def _check_head(
     tensors: TensorReader,
     key: Array | None,
 ) -> None:
+    output = family.lm_head.name
     if head == "lm":
-        if not config.tie_embeddings and family.lm_head.name not in tensors.file_of:
+        if not config.tie_embeddings and output not in tensors.file_of:
             raise ValueError(
-                f"{path} has no {family.lm_head.name} and tie_word_embeddings is "
-                "false: it is no language model; load it with head='value' or "
-                "head='reward'"
+                f"{path} has no {output} and tie_word_embeddings is false: it is "
+                "no language model; load it with head='value' or head='reward'"
             )
     elif SCORE.name not in tensors.file_of and key is None:
         raise ValueError(
             f"{path} has no {SCORE.name}: it is a language model without a "
             f"{head} head; pass key=jax.random.key(seed) to start from a fresh one"
-        )
-
-
-def _check_tensors(
-    path: Path,
-    family: Family,
-    stored: dict[str, StoredTensor],
-    tensors: TensorReader,
-) -> None:
-    """Every tensor is there, has its shape and a floating dtype; no other is."""
-    problems = []
-    for name, tensor in stored.items():
-        if name not in tensors.file_of:
-            problems.append(f"{path}: tensor {name} of shape {tensor.shape} is missing")
-        elif tensors.shape(name) != tensor.shape:
-            problems.append(
-                f"{tensors.file_of[name]}: tensor {name} has shape "
-                f"{tensors.shape(name)}; config.json says {tensor.shape}"
-            )
-        elif tensors.dtype(name) not in ("F32", "F16", "BF16"):
-            problems.append(
-                f"{tensors.file_of[name]}: tensor {name} is of dtype "
-                f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
-            )
-    for name, file in tensors.file_of.items():
-        is_head = name in (
-            family.lm_head.name,
-            SCORE.name,
-        )  # of the heads not asked for
-        if name not in stored and not is_head and not family.buffers.fullmatch(name):
-            problems.append(
-                f"{file}: tensor {name} of shape {tensors.shape(name)} has no place in "
-                f"a {family.model_type} model with this config.json"
-            )
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(problems[0] + more)
-
-
-def _check_tie(
-    family: Family,
-    prefix: str,
-    config: DecoderConfig,
-    head: Head,
-    tensors: TensorReader,
-) -> None:
-    """Some files store the tied output matrix again; it must be the same."""
-    embedding, output = prefix + family.trunk[0].name, family.lm_head.name
-    if head != "lm" or not config.tie_embeddings or output not in tensors.file_of:
-        return
-    everything = (slice(None), slice(None))
-    again = tensors.read(output, everything)
-    if not np.array_equal(again, tensors.read(embedding, everything)):
-        raise ValueError(
-            f"{tensors.file_of[output]}: {output} differs from "
-            f"{embedding}, but config.json says tie_word_embeddings; set it to false"
         )
 
 
@@ -273,13 +251,18 @@ def _check_leaves(module: Transformer, leaves: dict[str, Any]) -> None:
             )
 
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def _token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
     """Null where unknown: `transformers` takes an absent EOS of GPT-2 for 50256."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if tokenizer is None:
-        return dict.fromkeys(names)
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return dict(zip(names, ids, strict=True))
+    return {name: getattr(tokenizer, name, None) for name in _TOKEN_IDS}
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:

@@ -1,45 +1,83 @@
-"""Tensors in one or many safetensors files, read lazily and written shard by shard."""
+"""Tensors in one or many safetensors files, read where they lie, without a copy."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # safetensors finds NumPy's bfloat16 only after this
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""Safetensors' words for the dtypes that NumPy has."""
 
 
 class TensorReader:
-    """Names, shapes and slices of the tensors in a checkpoint's files.
+    """Names, shapes and contents of the tensors in a checkpoint's files.
 
-    Use `open_tensors`, which closes the files.
+    Files are mapped into memory: nothing is read before it is looked at, and what was
+    looked at is the kernel's to drop. Use `open_tensors`.
     """
 
-    def __init__(self, handles: dict[Path, Any]):
+    def __init__(self, files: list[Path]):
         self.file_of: dict[str, Path] = {}
-        self._slices: dict[str, Any] = {}
-        for file, handle in handles.items():
-            for name in handle.keys():  # not a dict
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for file in files:
+            self._maps[file], begin, header = _map(file)
+            for name, entry in header.items():
+                if name in self.file_of:
+                    raise ValueError(
+                        f"tensor {name} is stored twice, in {self.file_of[name]} and "
+                        f"{file}; keep one of the two"
+                    )
                 self.file_of[name] = file
-                self._slices[name] = handle.get_slice(name)
+                place = begin + entry["data_offsets"][0]
+                self._entries[name] = (entry["dtype"], tuple(entry["shape"]), place)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._slices[name].get_shape())
+        return self._entries[name][1]
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor in safetensors' words, such as `"BF16"`."""
-        return self._slices[name].get_dtype()
+        return self._entries[name][0]
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor inside the mapped file: read-only, and read when it is used."""
+        word, shape, place = self._entries[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        memory = self._maps[self.file_of[name]]
+        return np.frombuffer(memory, DTYPES[word], count, place).reshape(shape)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor; only these bytes are read."""
-        return self._slices[name][index]
+        """A copy of part of a tensor."""
+        return self.view(name)[index].copy()
+
+    def release(self, name: str) -> None:
+        """Takes the pages of a tensor's file out of this process's memory.
+
+        They stay in the kernel's cache, and views stay valid.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._maps[self.file_of[name]].madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -49,20 +87,30 @@ def open_tensors(path: Path) -> Iterator[TensorReader]:
     Raises:
         ValueError: there are no such files, or one is missing or damaged.
     """
-    with contextlib.ExitStack() as stack:
-        handles = {}
-        for file in _tensor_files(path):
-            try:
-                handles[file] = stack.enter_context(safe_open(file, framework="np"))
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from None
-        yield TensorReader(handles)
+    # The maps close when the last view is gone; closing them before is an error.
+    yield TensorReader(_tensor_files(path))
+
+
+def _map(file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """A file's map, where its data begin, and its header: name → dtype, shape, place.
+
+    The library checks the header: every tensor lies inside the file, none overlap.
+    """
+    try:
+        with safe_open(file, framework="np"), file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    header.pop("__metadata__", None)
+    return mapped, 8 + length, header
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    index = path / _INDEX
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    index = path / INDEX
     if index.is_file():
         try:
             names = set(
@@ -70,49 +118,16 @@ def _tensor_files(path: Path) -> list[Path]:
             )
         except (ValueError, KeyError, AttributeError):
             raise ValueError(f"{index} has no weight_map of tensors to files") from None
+        for name in sorted(map(str, names)):
+            if Path(name).name != name or Path(name).suffix != ".safetensors":
+                raise ValueError(
+                    f"{index} names the file {name!r}; tensors are read from "
+                    ".safetensors files in the same directory only"
+                )
         return [path / name for name in sorted(names)]
     if any(path.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{path} holds its weights as a pickle (pytorch_model*.bin), which can run "
-            f"code when read and is never opened here; convert it to {_SINGLE}"
+            f"code when read and is never opened here; convert it to {SINGLE}"
         )
-    raise ValueError(f"{path} holds neither {_SINGLE} nor {_INDEX}")
-
-
-def write_tensors(
-    path: Path | None,
-    tensors: dict[str, tuple[int, Callable[[], np.ndarray]]],
-    *,
-    max_shard_bytes: int,
-) -> None:
-    """Writes `model.safetensors`, or shards and an index if that would be too large.
-
-    Only one shard is in memory at a time.
-
-    Args:
-        path: directory to write into; None: compute the arrays (every process must take
-            part in gathering what is spread over processes) and write nothing.
-        tensors: name → size in bytes, and a function that computes the array.
-        max_shard_bytes: largest shard; a larger tensor gets a shard of its own.
-    """
-    shards: list[list[str]] = []
-    filled = 0
-    for name, (size, _) in tensors.items():
-        if not shards or filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        file = file if len(shards) > 1 else _SINGLE
-        weight_map |= dict.fromkeys(names, file)
-        # safetensors 0.8.0 writes other than C-contiguous arrays scrambled (#825).
-        arrays = {name: np.ascontiguousarray(tensors[name][1]()) for name in names}
-        if path is not None:
-            save_file(arrays, path / file, metadata={"format": "pt"})
-    if path is not None and len(shards) > 1:
-        total = sum(size for size, _ in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")

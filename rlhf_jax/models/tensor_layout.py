@@ -1,18 +1,18 @@
 """Leaves of the parameter tree, stacked over layers, as the tensors files store."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
 from rlhf_jax.algo.types import Array
 from rlhf_jax.models.families import SCORE, Family, TensorRule
+from rlhf_jax.models.leaf_placement import Piece, to_host
 from rlhf_jax.models.safetensors_files import TensorReader
 from rlhf_jax.models.transformer import Transformer
 
@@ -28,6 +28,32 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafSource:
+    """Where the files keep a leaf.
+
+    Attributes:
+        pattern: name of the stored tensors; `{layer}` stands for the layer's index.
+        rule: how they are made.
+        place: which of the rule's leaves this one is.
+        offset: where it begins on the joined axis, if the leaves do not alternate.
+        shape: of the leaf, layers included.
+        dtype: of the leaf.
+    """
+
+    pattern: str
+    rule: TensorRule
+    place: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether axis 0 of the leaf counts layers, each of which is a tensor."""
+        return "{layer}" in self.pattern
+
+
 def parameter_shapes(module: Transformer) -> Shapes:
     """Shapes and dtypes of the module's parameters."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -41,7 +67,7 @@ def parameter_shapes(module: Transformer) -> Shapes:
 def _rules(family: Family, prefix: str, shapes: Shapes) -> dict[str, TensorRule]:
     """Name pattern → rule, of all that apply to a model with these leaves."""
     rules = {prefix + rule.name: rule for rule in family.trunk}
-    rules |= {family.lm_head.name: family.lm_head, SCORE.name: SCORE}
+    rules |= {rule.name: rule for rule in (family.lm_head, SCORE)}
     return {k: rule for k, rule in rules.items() if rule.leaves[0] in shapes}
 
 
@@ -64,73 +90,112 @@ def stored_tensors(
     return stored
 
 
-def leaf_readers(
-    family: Family, prefix: str, shapes: Shapes, tensors: TensorReader
-) -> dict[str, Callable[..., np.ndarray]]:
-    """Leaf path → function that reads a part of that leaf."""
-    readers = {}
+def leaf_sources(family: Family, prefix: str, shapes: Shapes) -> dict[str, LeafSource]:
+    """Leaf path → where the files keep that leaf."""
+    sources = {}
     for pattern, rule in _rules(family, prefix, shapes).items():
         offset = 0
-        for leaf in rule.leaves:
-            readers[leaf] = partial(
-                _read_leaf, tensors, pattern, rule.layout, offset, shapes[leaf]
+        for place, leaf in enumerate(rule.leaves):
+            sources[leaf] = LeafSource(
+                pattern=pattern,
+                rule=rule,
+                place=place,
+                offset=offset,
+                shape=shapes[leaf].shape,
+                dtype=shapes[leaf].dtype,
             )
             offset += shapes[leaf].shape[-1]
-    return readers
+    return sources
 
 
-def _read_leaf(
+def leaf_pieces(
+    source: LeafSource,
     tensors: TensorReader,
-    pattern: str,
-    layout: str,
-    offset: int,
-    leaf: jax.ShapeDtypeStruct,
     index: tuple[slice, ...],
-) -> np.ndarray:
-    """The part `index` of a leaf, in the leaf's dtype.
+    piece_bytes: int,
+) -> Iterator[Piece]:
+    """Part of a leaf, cut along the first axis of the file's tensors.
+
+    So that reads are contiguous. A row of a tensor is never cut.
 
     Args:
+        source: of the leaf.
         tensors: the files.
-        pattern: name of the stored tensors.
-        layout: see `TensorRule`.
-        offset: where the leaf begins on the last axis of the joined leaves.
-        leaf: shape and dtype of the whole leaf.
-        index: a slice for each axis of the leaf.
+        index: the part: a slice for each axis of the leaf.
+        piece_bytes: largest piece, in the file's dtype or the leaf's, whichever is
+            wider.
+
+    Yields:
+        Pieces that cover the part, placed relative to its beginning.
     """
-    ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+    ranges = [range(*s.indices(n)) for s, n in zip(index, source.shape, strict=True)]
+    layers = ranges.pop(0) if source.is_stacked else (None,)
+    is_turned = source.rule.layout == "transposed"
+    cut = len(ranges) - 1 if is_turned else 0  # axis of the leaf, without layers
+    across = math.prod(len(axis) for i, axis in enumerate(ranges) if i != cut)
+    for at, layer in enumerate(layers):
+        name = source.pattern.format(layer=layer)
+        tensor = tensors.view(name)
+        itemsize = max(tensor.dtype.itemsize, np.dtype(source.dtype).itemsize)
+        step = max(1, piece_bytes // max(1, across * itemsize))
+        for begin in range(0, len(ranges[cut]), step):
+            axes = list(ranges)
+            axes[cut] = axes[cut][begin : begin + step]
+            start = [0] * len(ranges)
+            start[cut] = begin
+            yield Piece(
+                name=name,
+                values=_stored_part(source, tensor, axes),
+                is_turned=is_turned,
+                is_stacked=source.is_stacked,
+                start=(at, *start) if source.is_stacked else tuple(start),
+            )
 
-    def read(name: str, axes: list[range]) -> np.ndarray:
-        *others, last = (slice(axis.start, axis.stop) for axis in axes)
-        own = (*others, slice(last.start + offset, last.stop + offset))
-        if layout == "transposed":
-            part = tensors.read(name, own[::-1]).T
-        elif layout == "row":
-            part = tensors.read(name, (slice(0, 1), *own))[0]
-        else:
-            part = tensors.read(name, own)
-        return part.astype(leaf.dtype)
 
-    if "{layer}" not in pattern:
-        return read(pattern, ranges)
-    layers, *rest = ranges
-    return np.stack([read(pattern.format(layer=i), rest) for i in layers])
+def _stored_part(
+    source: LeafSource, tensor: np.ndarray, axes: list[range]
+) -> np.ndarray:
+    """Part of a tensor as the file turns it: a view, or a copy where leaves alternate.
+
+    Args:
+        source: of the leaf.
+        tensor: the whole tensor.
+        axes: the part, on each axis of the leaf without layers.
+    """
+    rule = source.rule
+    *others, last = axes
+    index: list[Any] = [slice(axis.start, axis.stop) for axis in others]
+    if rule.block is None:
+        index.append(slice(source.offset + last.start, source.offset + last.stop))
+    else:
+        assert rule.block != "head"  # Family.of
+        column = np.arange(last.start, last.stop)
+        number, within = np.divmod(column, rule.block)
+        turn = number * len(rule.leaves) + source.place
+        index.append(turn * rule.block + within)
+    if rule.layout == "row":
+        tensor = tensor[0]
+    return tensor[tuple(index[::-1] if rule.layout == "transposed" else index)]
 
 
 def stored_array(tensor: StoredTensor, leaves: dict[str, Array]) -> np.ndarray:
     """A tensor as it is stored, made from leaves by their paths.
 
-    Arrays that are spread over processes are gathered: all processes must call.
+    Of stacked leaves only the one layer comes to the host. Arrays that are spread over
+    processes are gathered: all processes must call.
     """
-    parts = [leaves[name] for name in tensor.rule.leaves]
+    rule = tensor.rule
+    parts = [leaves[name] for name in rule.leaves]
     if tensor.layer is not None:
         parts = [part[tensor.layer] for part in parts]
-    array = np.concatenate([_to_host(part) for part in parts], axis=-1)
-    if tensor.rule.layout == "transposed":
+    arrays = [to_host(part) for part in parts]
+    if rule.block is not None:
+        assert rule.block != "head"  # Family.of
+        blocks = [x.reshape(*x.shape[:-1], -1, rule.block) for x in arrays]
+        joined = np.stack(blocks, axis=-2)  # [..., blocks, leaves, block]
+        array = joined.reshape(*joined.shape[:-3], -1)
+    else:
+        array = np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
+    if rule.layout == "transposed":
         return array.T
-    return array[None] if tensor.rule.layout == "row" else array
-
-
-def _to_host(x: Array) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    return array[None] if rule.layout == "row" else array

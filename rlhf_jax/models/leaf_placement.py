@@ -1,0 +1,169 @@
+"""Arrays on devices, made from pieces of files; the host never holds a whole one."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from rlhf_jax.algo.types import Array
+
+PIECE_BYTES = 64 * 2**20
+"""Most of a tensor that is on the host at once. Larger pieces are no faster."""
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Part of a stored tensor, and where it belongs.
+
+    Attributes:
+        name: of the tensor.
+        values: in the file's dtype and order of axes.
+        is_turned: the axes of the leaf are those of the file in reverse.
+        is_stacked: the leaf has an axis of layers before the others.
+        start: where the piece begins, on each axis of what is being filled.
+    """
+
+    name: str
+    values: np.ndarray
+    is_turned: bool
+    is_stacked: bool
+    start: tuple[int, ...]
+
+
+def place_leaf(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Sharding | None,
+    pieces_of: Callable[[Index, int], Iterable[Piece]],
+) -> Array:
+    """An array whose shards are filled on their devices, piece by piece.
+
+    Args:
+        shape: of the array.
+        dtype: of the array; pieces are converted.
+        sharding: where it lies; None: on the default device.
+        pieces_of: `(index, piece_bytes)` → pieces of at most that size that cover this
+            part of the array. A piece is done with when the next one is asked for.
+
+    Returns:
+        The array. Parts that several devices hold are read once.
+    """
+    if sharding is None:
+        whole = (slice(None),) * len(shape)
+        return _fill(shape, dtype, None, pieces_of(whole, PIECE_BYTES))
+    filled: dict[tuple, Array] = {}
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        part = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if part in filled:
+            shards.append(jax.device_put(filled[part], device))
+            continue
+        size = tuple(stop - start for start, stop in part)
+        pieces = pieces_of(index, PIECE_BYTES)
+        filled[part] = _fill(size, dtype, device, pieces)
+        shards.append(filled[part])
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _fill(
+    shape: tuple[int, ...], dtype: Any, device: Any, pieces: Iterable[Piece]
+) -> Array:
+    if math.prod(shape) * np.dtype(dtype).itemsize <= PIECE_BYTES:
+        host = np.zeros(shape, dtype)  # small: nothing to compile
+        for piece in pieces:
+            values = _as_leaf(piece.values, piece.is_turned, piece.is_stacked)
+            ends = zip(piece.start, values.shape, strict=True)
+            with np.errstate(over="ignore"):  # counted by whoever wants to know
+                host[tuple(slice(start, start + n) for start, n in ends)] = values
+        return jnp.array(host, device=device)  # a copy; device_put may alias on CPU
+    array = jnp.zeros(shape, dtype, device=device)
+    for piece in pieces:
+        array = _put(
+            array,
+            piece.values,
+            piece.start,
+            is_turned=piece.is_turned,
+            is_stacked=piece.is_stacked,
+        )
+        array.block_until_ready()  # until then it may still read the mapped file
+    return array
+
+
+def _as_leaf(values: Any, is_turned: bool, is_stacked: bool) -> Any:
+    values = values.T if is_turned else values
+    return values[None] if is_stacked else values
+
+
+@partial(jax.jit, static_argnames=("is_turned", "is_stacked"), donate_argnums=0)
+def _put(
+    array: Array,
+    values: Array,
+    start: tuple[int, ...],
+    *,
+    is_turned: bool,
+    is_stacked: bool,
+) -> Array:
+    """Writes a piece into an array, in place; turned and converted on the device."""
+    values = _as_leaf(values, is_turned, is_stacked).astype(array.dtype)
+    return jax.lax.dynamic_update_slice(array, values, start)
+
+
+def to_host(x: Array) -> np.ndarray:
+    """An array as NumPy, without leaving a copy of a large one behind.
+
+    JAX keeps the host's copy of an array as long as the array; a large one is therefore
+    fetched in pieces. What is spread over processes is gathered: all must call.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if x.nbytes <= PIECE_BYTES:
+        return np.asarray(x)
+    host = np.zeros(x.shape, x.dtype)
+    step = max(1, PIECE_BYTES * x.shape[0] // x.nbytes)
+    for begin in range(0, x.shape[0], step):
+        size = min(step, x.shape[0] - begin)
+        part = jax.lax.dynamic_slice_in_dim(x, begin, size)
+        host[begin : begin + size] = np.asarray(part)
+    return host
+
+
+def count_not_finite(values: np.ndarray, dtype: Any) -> int:
+    """How many values are NaN or infinite, or become so in another dtype.
+
+    Reads exponent bits, a few thousand values at a time: no copy, no float arithmetic
+    (NumPy's on bfloat16 is slow).
+
+    Args:
+        values: of float32, float16 or bfloat16.
+        dtype: into which they will be converted.
+    """
+    source = jnp.finfo(values.dtype)
+    overflows = jnp.finfo(dtype).maxexp < source.maxexp
+    checked = np.dtype(dtype) if overflows else values.dtype
+    info = jnp.finfo(checked)
+    word = np.dtype(f"u{checked.itemsize}")
+    exponent = word.type((2**info.nexp - 1) << info.nmant)
+    total = 0
+    rows = values.reshape(values.shape or (1,))  # a view
+    step = max(1, 2**17 * rows.shape[0] // max(1, rows.size))
+    for begin in range(0, rows.shape[0], step):
+        part = rows[begin : begin + step]
+        if overflows:
+            with np.errstate(over="ignore"):
+                part = part.astype(dtype)
+        bits = part.view(word) & exponent
+        if bits.max(initial=0) == exponent:
+            total += int(np.count_nonzero(bits == exponent))
+    return total
