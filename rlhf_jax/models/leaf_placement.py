@@ -118,25 +118,42 @@ def _put(
     return jax.lax.dynamic_update_slice(array, values, start)
 
 
-def to_host(x: Array) -> np.ndarray:
-    """An array as NumPy, without leaving a copy of a large one behind.
+def to_host(x: Array, layer: int | None = None) -> np.ndarray:
+    """An array, or one index of its first axis, as NumPy.
 
     JAX keeps the host's copy of an array as long as the array; a large one is therefore
-    fetched in pieces. What is spread over processes is gathered: all must call.
+    fetched in pieces. Each comes from one device: collecting from several is arithmetic
+    to XLA, which flushes subnormal numbers to zero. What is spread over processes is
+    gathered: all must call.
     """
     if not isinstance(x, jax.Array):
-        return np.asarray(x)
+        return np.asarray(x if layer is None else x[layer])
     if not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        part = x if layer is None else x[layer]
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    host = np.zeros(x.shape if layer is None else x.shape[1:], x.dtype)
+    for shard in x.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        data, index = shard.data, shard.index
+        if layer is not None:
+            first, stop, _ = index[0].indices(x.shape[0])
+            if not first <= layer < stop:
+                continue
+            data, index = data[layer - first], index[1:]
+        _copy_to_host(data, host[index])
+    return host
+
+
+def _copy_to_host(x: Array, host: np.ndarray) -> None:
     if x.nbytes <= PIECE_BYTES:
-        return np.asarray(x)
-    host = np.zeros(x.shape, x.dtype)
+        host[...] = np.asarray(x)
+        return
     step = max(1, PIECE_BYTES * x.shape[0] // x.nbytes)
     for begin in range(0, x.shape[0], step):
         size = min(step, x.shape[0] - begin)
         part = jax.lax.dynamic_slice_in_dim(x, begin, size)
         host[begin : begin + size] = np.asarray(part)
-    return host
 
 
 def count_not_finite(values: np.ndarray, dtype: Any) -> int:

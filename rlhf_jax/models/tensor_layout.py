@@ -185,10 +185,7 @@ def stored_array(tensor: StoredTensor, leaves: dict[str, Array]) -> np.ndarray:
     processes are gathered: all processes must call.
     """
     rule = tensor.rule
-    parts = [leaves[name] for name in rule.leaves]
-    if tensor.layer is not None:
-        parts = [part[tensor.layer] for part in parts]
-    arrays = [to_host(part) for part in parts]
+    arrays = [to_host(leaves[name], tensor.layer) for name in rule.leaves]
     if rule.block is not None:
         assert rule.block != "head"  # Family.of
         blocks = [x.reshape(*x.shape[:-1], -1, rule.block) for x in arrays]

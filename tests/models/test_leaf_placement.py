@@ -202,4 +202,30 @@ def test_large_arrays_come_to_the_host_in_pieces(monkeypatch):
     values = np.arange(7 * 5, dtype=np.float32).reshape(7, 5)
     array = jnp.array(values)
     np.testing.assert_array_equal(to_host(array), values)
+    np.testing.assert_array_equal(to_host(array, 3), values[3])
     assert array._npy_value is None  # no copy was left on it
+
+
+@pytest.mark.parametrize("piece_bytes", [300, 1 << 30])
+def test_every_bit_goes_back_from_a_mesh(piece_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(leaf_placement, "PIECE_BYTES", piece_bytes)
+    save_pretrained(tmp_path / "bits", *tiny_llama(vocab_size=40))
+    stored = fill_with_bits(tmp_path / "bits", np.float32)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    module, params = load_pretrained(tmp_path / "bits", mesh=mesh)
+    assert not params["token_embedding"].is_fully_replicated
+    save_pretrained(tmp_path / "again", module, params)
+    again = load_file(tmp_path / "again" / FILE)
+    assert again.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert_same_bits(again[name], tensor)
+
+
+def test_layers_on_different_devices():
+    mesh = jax.make_mesh((4,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    values = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
+    array = jax.device_put(values, jax.NamedSharding(mesh, jax.P("layers")))
+    for layer in range(8):
+        np.testing.assert_array_equal(to_host(array, layer), values[layer])
