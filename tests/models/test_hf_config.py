@@ -8,7 +8,13 @@ import pytest
 
 from rlhf_jax.models.config import gpt2_config, llama_config
 from rlhf_jax.models.families import config_fields, family_of, read_config
-from rlhf_jax.models.rope import Llama3RopeScaling
+from rlhf_jax.models.rope import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 
 GPT2 = {
     "model_type": "gpt2",
@@ -27,6 +33,11 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+NEOX = LLAMA | {"model_type": "gpt_neox"}
+PHI3 = LLAMA | {"model_type": "phi3"}
+OPT = LLAMA | {"model_type": "opt", "ffn_dim": 48}
+GEMMA2 = LLAMA | {"model_type": "gemma2"}
+MISTRAL = LLAMA | {"model_type": "mistral"}
 ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -53,8 +64,9 @@ def test_gpt2_with_the_fields_every_version_writes(read):
     assert (config.vocab_size, config.max_positions) == (40, 16)
     assert (config.width, config.num_layers, config.num_heads) == (32, 3, 4)
     assert (config.num_kv_heads, config.head_dim, config.mlp_width) == (4, 8, 128)
-    assert (config.positions, config.norm, config.mlp) == ("learned", "layer", "gelu")
-    assert config.attention_bias and config.projection_bias
+    assert (config.positions, config.norm) == ("learned", "layer")
+    assert (config.activation, config.gated_mlp) == ("gelu_tanh", False)
+    assert config.attention_bias and config.output_bias and config.mlp_bias
 
 
 def test_llama_with_the_fields_every_version_writes(read):
@@ -62,9 +74,10 @@ def test_llama_with_the_fields_every_version_writes(read):
     assert (config.vocab_size, config.max_positions) == (40, 128)
     assert (config.width, config.num_layers, config.num_heads) == (32, 3, 4)
     assert (config.num_kv_heads, config.head_dim, config.mlp_width) == (4, 8, 48)
-    assert (config.positions, config.norm, config.mlp) == ("rotary", "rms", "swiglu")
-    assert not config.attention_bias and not config.projection_bias
-    assert config.rope_scaling is None
+    assert (config.positions, config.norm) == ("rotary", "rms")
+    assert (config.activation, config.gated_mlp) == ("silu", True)
+    assert not (config.attention_bias or config.output_bias or config.mlp_bias)
+    assert config.rope.scaling is None
 
 
 def test_absent_fields_mean_what_they_mean_to_transformers(read):
@@ -79,7 +92,7 @@ def test_absent_fields_mean_what_they_mean_to_transformers(read):
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.initializer_range == theirs.initializer_range
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.attention_bias == theirs.attention_bias
 
 
@@ -107,7 +120,7 @@ def test_absent_fields_mean_what_they_mean_to_transformers(read):
 )
 def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
     config = read(LLAMA | fields)
-    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+    assert (config.rope.theta, config.rope.scaling) == (theta, scaling)
     transformers = pytest.importorskip("transformers")
     rope = json.loads(json.dumps(fields))  # transformers changes its argument
     theirs = transformers.LlamaConfig(**LLAMA, **rope).rope_parameters
@@ -120,7 +133,7 @@ def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (GPT2 | {"activation_function": "relu"}, "activation_function='relu'"),
+        (GPT2 | {"activation_function": "tanh"}, "activation_function='tanh'"),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=False"),
         (
             GPT2 | {"scale_attn_by_inverse_layer_idx": True},
@@ -133,25 +146,36 @@ def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
         (GPT2 | {"n_layer": 0}, "n_layer is 0"),
         (GPT2 | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({k: v for k, v in GPT2.items() if k != "n_embd"}, "n_embd is None"),
-        (LLAMA | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (LLAMA | {"attention_bias": True}, "attention_bias=True with mlp_bias=False"),
-        (LLAMA | {"mlp_bias": True}, "attention_bias=False with mlp_bias=True"),
+        (LLAMA | {"hidden_act": "mish"}, "hidden_act='mish'"),
         (LLAMA | {"num_key_value_heads": 3}, "num_kv_heads=3"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config="),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA | {"rope_theta": -1}, "rope_theta is -1"),
         (
-            LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type='linear' in rope_scaling",
+            LLAMA | {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "rope_type='ntk' in rope_scaling",
         ),
         (
             LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn"}},
-            "rope_type='yarn' in rope_parameters",
+            r"\['high_freq_factor', 'low_freq_factor'\]",
         ),
+        (LLAMA | {"rope_scaling": {"type": "longrope"}}, "short_factor is None"),
+        (
+            LLAMA | {"rope_scaling": {"type": "dynamic", "factor": "2"}},
+            "factor is '2'",
+        ),
+        (NEOX | {"rotary_pct": 1.5}, "partial_rotary_factor=1.5"),
+        (PHI3 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type="),
+        (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        (OPT | {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA2 | {"layer_types": ["chunked_attention"]}, "layer_types is"),
+        (GEMMA2 | {"layer_types": ["sliding_attention"] * 2}, "sliding_layers has 2"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window is 0"),
         (LLAMA | {"rope_parameters": {"factor": 2.0}}, r"\['factor'\]"),
         (
             LLAMA | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
-            r"\['partial_rotary_factor'\]",
+            "partial_rotary_factor=0.5",
         ),
         (LLAMA | {"rope_parameters": ROPE | {"factor": None}}, "factor is None"),
         (
@@ -170,7 +194,8 @@ def test_unknown_family_names_directory_and_supported_ones(read, tmp_path):
     with pytest.raises(ValueError) as error:
         read(GPT2 | {"model_type": "bert"})
     assert str(error.value) == (
-        f"{tmp_path} holds a model of model_type='bert'; supported: 'gpt2' or 'llama'"
+        f"{tmp_path} holds a model of model_type='bert'; supported: gpt2, gpt_neox, "
+        "opt, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2"
     )
 
 
@@ -205,7 +230,23 @@ def small_llama(**options):
         small_llama(num_kv_heads=2, mlp_width=20, rope_theta=7.0),
         dataclasses.replace(
             small_llama(rope_scaling=SCALING, tie_embeddings=True), head_dim=16,
-            attention_bias=True, projection_bias=True, norm_eps=0.1,
+            attention_bias=True, output_bias=True, mlp_bias=True, norm_eps=0.1,
+        ),
+        small_llama(rope_scaling=LinearRopeScaling(factor=2.0)),
+        small_llama(
+            rope_scaling=DynamicRopeScaling(factor=2.0, original_max_positions=16)
+        ),
+        small_llama(
+            rope_scaling=YarnRopeScaling(
+                factor=4.0, original_max_positions=8, attention_factor=1.2,
+                beta_fast=16.0, truncate=False,
+            )
+        ),
+        small_llama(
+            rope_scaling=LongRopeScaling(
+                short_factor=(1.0, 1.5, 2.0, 2.5), long_factor=(2.0, 3.0, 4.0, 5.0),
+                original_max_positions=8, attention_factor=1.1,
+            )
         ),
     ],
 )  # fmt: skip
@@ -214,18 +255,23 @@ def test_what_is_written_is_read_back(config, read):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "message"),
     [
-        dataclasses.replace(small_gpt2(), head_dim=16),
-        dataclasses.replace(small_gpt2(), projection_bias=False),
-        dataclasses.replace(small_gpt2(), norm="rms"),
-        dataclasses.replace(small_llama(), attention_bias=True),
-        dataclasses.replace(small_llama(), norm="layer"),
-        dataclasses.replace(small_llama(), mlp="gelu"),
+        (dataclasses.replace(small_gpt2(), head_dim=16), "head_dim=16 cannot be saved"),
+        (dataclasses.replace(small_gpt2(), output_bias=False), "output_bias=False"),
+        (dataclasses.replace(small_gpt2(), norm="rms"), "norm='rms'"),
+        (dataclasses.replace(small_llama(), attention_bias=True), "output_bias=False"),
+        (dataclasses.replace(small_llama(), norm="layer"), "read as 'rms'"),
+        (dataclasses.replace(small_llama(), gated_mlp=False), "gated_mlp=False"),
+        (
+            dataclasses.replace(small_llama(), logit_softcap=3.0),
+            "logit_softcap=3.0 cannot be saved: in a llama checkpoint",
+        ),
+        (dataclasses.replace(small_llama(), family="mine"), "family='mine'"),
     ],
 )
-def test_what_no_family_can_express_is_not_saved(config):
-    with pytest.raises(ValueError, match="fits no family"):
+def test_what_its_family_cannot_express_is_not_saved(config, message):
+    with pytest.raises(ValueError, match=message):
         family_of(config)
 
 

@@ -30,7 +30,9 @@ def read(fields: Fields) -> DecoderConfig:
     return DecoderConfig(
         family="phi3",
         **sizes,
-        rope=read_rope(_with_todays_names(fields), kinds=("default", "longrope")),
+        rope=read_rope(
+            _with_todays_names(fields), share=1.0, kinds=("default", "longrope")
+        ),
         activation=activation(fields, "hidden_act", "silu"),
         tie_embeddings=flag(fields, "tie_word_embeddings", default=False),
         norm_eps=number(fields, "rms_norm_eps", default=1e-5),

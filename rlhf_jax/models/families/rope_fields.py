@@ -28,7 +28,7 @@ def read_rope(
     fields: Fields,
     *,
     theta: float = 10_000.0,
-    share: float = 1.0,
+    share: float | None = None,
     kinds: tuple[str, ...] = KINDS,
 ) -> Rope:
     """Base, share and scaling of the rotary frequencies, from wherever they stand.
@@ -36,7 +36,8 @@ def read_rope(
     Args:
         fields: of `config.json`.
         theta: the base where the file does not say.
-        share: the share of a head that is turned, where the file does not say.
+        share: the share of a head that is turned, where the file does not say; None:
+            the family always turns all of it.
         kinds: of scaling, that the family has.
 
     Raises:
@@ -53,7 +54,10 @@ def read_rope(
         )
     theta = number(fields, "rope_theta", default=theta)
     theta = number(rope, "rope_theta", default=theta)
-    share = number(fields, "partial_rotary_factor", default=share)
+    if share is None:
+        expect(fields, "partial_rotary_factor", None, 1.0)
+        expect(rope, "partial_rotary_factor", None, 1.0)
+    share = number(fields, "partial_rotary_factor", default=share or 1.0)
     share = number(rope, "partial_rotary_factor", default=share)
     if share > 1.0:
         raise ValueError(f"partial_rotary_factor={share}; it must lie in (0, 1]")
