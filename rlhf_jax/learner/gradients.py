@@ -18,15 +18,43 @@ Objective = Callable[[Params, Batch, Any], tuple[Array, Metrics]]
 array, or a record of several), counted over the *whole* batch: then the losses, metrics
 and gradients of its microbatches sum to those of the batch, however unequal they are.
 """
+Assemble = Callable[..., Params]
+"""`(params, frozen, key=None) -> params` of the whole network: what is trained and what
+is not, put together. A key draws what is random in training, such as dropout."""
+
+
+def over_trained(
+    objective: Objective, assemble: Assemble | None, frozen: Params | None
+) -> Callable[..., tuple[Array, Metrics]]:
+    """An objective of whole parameters as one of those that are trained.
+
+    Args:
+        objective: of whole parameters.
+        assemble: puts them together; None: everything is trained.
+        frozen: the others.
+
+    Returns:
+        `(params, batch, divisor, key=None) -> (loss, metrics)`.
+    """
+
+    def of_trained(
+        params: Params, batch: Batch, divisor: Any, key: Array | None = None
+    ) -> tuple[Array, Metrics]:
+        if assemble is not None:
+            params = assemble(params, frozen, key)
+        return objective(params, batch, divisor)
+
+    return of_trained
 
 
 def accumulate_gradients(
-    objective: Objective,
+    objective: Callable[..., tuple[Array, Metrics]],
     params: Params,
     batch: Batch,
     divisor: Any,
     *,
     num_microbatches: int,
+    key: Array | None = None,
 ) -> tuple[Array, Metrics, Params]:
     """Loss, metrics and gradients of a batch, holding one microbatch's activations.
 
@@ -36,6 +64,8 @@ def accumulate_gradients(
         batch: leaves `[B, …]`.
         divisor: of the whole batch.
         num_microbatches: a divisor of B.
+        key: split, and a part given to the objective with each microbatch as a fourth
+            argument; None: objectives take three.
 
     Returns:
         What one call on the whole batch would give, gradients summed in float32.
@@ -44,8 +74,9 @@ def accumulate_gradients(
         ValueError: when `num_microbatches` does not divide B.
     """
     compute = jax.value_and_grad(objective, has_aux=True)
+    keys = () if key is None else (jax.random.split(key, num_microbatches),)
     if num_microbatches == 1:
-        (loss, metrics), grads = compute(params, batch, divisor)
+        (loss, metrics), grads = compute(params, batch, divisor, *(k[0] for k in keys))
         return loss, metrics, grads
 
     batch_size = jax.tree.leaves(batch)[0].shape[0]
@@ -59,17 +90,18 @@ def accumulate_gradients(
         lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
-    def add(total, microbatch):
-        (loss, metrics), grads = compute(params, microbatch, divisor)
+    def add(total, part):
+        microbatch, *own_key = part
+        (loss, metrics), grads = compute(params, microbatch, divisor, *own_key)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(compute, params, first, divisor)
+    shapes = jax.eval_shape(compute, params, first, divisor, *(k[0] for k in keys))
     (loss, metrics), grads = shapes
     grads = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), grads)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
-    (loss, metrics, grads), _ = jax.lax.scan(add, zeros, split)
+    (loss, metrics, grads), _ = jax.lax.scan(add, zeros, (split, *keys))
     return loss, metrics, grads
 
 

@@ -66,8 +66,9 @@ def make_optimizer(
         form: `"torch"`, m̂ / (√v̂ + ε), as PyTorch and optax have it, or `"tf1"`: see
             `scale_by_tf1_adam`.
         weight_decay: decoupled (AdamW).
-        decay: what decays: `"matrices"`, kernels and embeddings, or `"all"`, biases,
-            norms and heads too, as PyTorch's AdamW does unless it is told otherwise.
+        decay: what decays: `"matrices"`, kernels, embeddings and adapters, or `"all"`,
+            biases, norms and heads too, as PyTorch's AdamW does unless it is told
+            otherwise.
         max_grad_norm: gradients of a larger global norm are scaled down; None: never.
 
     Raises:
@@ -130,10 +131,10 @@ def scale_by_tf1_adam(
 
 
 def _is_matrix(params: Params) -> Params:
-    """True on kernels and embeddings, by name: stacked biases have two axes too."""
+    """True on kernels, embeddings and adapters; stacked biases have two axes too."""
 
     def decays(path: tuple, _) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return name == "kernel" or name.endswith("embedding")
+        return name in ("kernel", "lora_a", "lora_b") or name.endswith("embedding")
 
     return jax.tree_util.tree_map_with_path(decays, params)

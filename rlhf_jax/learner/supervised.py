@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.algo.types import Array, Demonstrations, Preferences, Rankings
+from rlhf_jax.algo.types import Array, Demonstrations, Params, Preferences, Rankings
 from rlhf_jax.learner.finite import first_nonfinite
 from rlhf_jax.learner.gradients import (
+    Assemble,
     Metrics,
     Objective,
     accumulate_gradients,
     apply_gradients,
+    over_trained,
 )
 from rlhf_jax.learner.train_state import ModelState
 
-SupervisedStep = Callable[[ModelState, Any], tuple[ModelState, Metrics]]
+SupervisedStep = Callable[..., tuple[ModelState, Metrics]]
 
 
 def count_targets(batch: Demonstrations) -> Array:
@@ -41,15 +43,21 @@ def make_supervised_step(
     *,
     count: Callable[[Any], Array],
     num_microbatches: int = 1,
+    assemble: Assemble | None = None,
     state_sharding: ModelState | None = None,
 ) -> SupervisedStep:
-    """Builds `step(state, batch) -> (state, metrics)`; the state is donated.
+    """Builds `step(state, batch, frozen=None) -> (state, metrics)`.
+
+    The state is donated, frozen parameters are not.
 
     Args:
         objective: what is minimised.
         optimizer: over the model's parameters.
         count: the objective's divisor, from a whole batch.
         num_microbatches: a divisor of the batch size.
+        assemble: makes the objective's parameters of the state's and the frozen ones;
+            its key differs from step to step, and from microbatch to microbatch. None:
+            the state's are all.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
@@ -57,13 +65,17 @@ def make_supervised_step(
         as it was and reports which in `first_nonfinite/…`.
     """
 
-    def step(state: ModelState, batch: Any) -> tuple[ModelState, Metrics]:
+    def step(
+        state: ModelState, batch: Any, frozen: Params | None = None
+    ) -> tuple[ModelState, Metrics]:
+        key = None if assemble is None else jax.random.fold_in(state.key, state.step)
         loss, metrics, grads = accumulate_gradients(
-            objective,
+            over_trained(objective, assemble, frozen),
             state.params,
             batch,
             count(batch),
             num_microbatches=num_microbatches,
+            key=key,
         )
         grad_norm = optax.tree.norm(grads)
         accept = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -15,14 +15,16 @@ from rlhf_jax.interfaces import BATCH_AXES
 from rlhf_jax.learner.counts import count_experience
 from rlhf_jax.learner.finite import first_nonfinite
 from rlhf_jax.learner.gradients import (
+    Assemble,
     Metrics,
     Objective,
     accumulate_gradients,
     apply_gradients,
+    over_trained,
 )
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
 
-UpdateFn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
+UpdateFn = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_update(
@@ -37,9 +39,12 @@ def make_update(
     critic_warmup: int = 0,
     slow_critic_decay: float | None = None,
     refresh_every: int = 1,
+    assemble: Assemble | None = None,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
-    """Builds `update(state, experience) -> (state, metrics)`; the state is donated.
+    """Builds `update(state, experience, frozen=None) -> (state, metrics)`.
+
+    The state is donated, frozen parameters are not.
 
     Every epoch shuffles the batch anew and takes one optimizer step per minibatch, so
     an update takes `num_epochs · num_minibatches` steps against the same frozen old
@@ -64,6 +69,8 @@ def make_update(
             (1 − d) · critic. The state must have one.
         refresh_every: k; after every k-th update the old policy, if the state keeps
             one, becomes the actor.
+        assemble: makes the objective's `ActorCritic` of the state's parameters and the
+            frozen ones; None: the state's are all.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
@@ -74,10 +81,12 @@ def make_update(
         advance, and `first_nonfinite/<term>` says where.
     """
 
-    def update(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, experience: Experience, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
         minibatch_step = _minibatch_step(
-            objective,
+            over_trained(objective, assemble, frozen),
             optimizers,
             num_microbatches=num_microbatches,
             prepare=prepare,
@@ -145,7 +154,7 @@ def _old_policy(state: TrainState, end: _Carry, refresh_every: int) -> Params | 
 
 
 def _minibatch_step(
-    objective: Objective,
+    objective: Callable[..., tuple[Array, Metrics]],
     optimizers: ActorCritic,
     *,
     num_microbatches: int,

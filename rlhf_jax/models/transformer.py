@@ -198,7 +198,12 @@ class Transformer(nn.Module):
                 "position_embedding", init, (rows, c.width), self.param_dtype
             )
         self.block = Block(c, self.dtype, self.param_dtype, parent=None)
-        self.layers = self.param("layers", self._init_layers)
+        # Beside a kernel may lie leaves that `init` does not draw: see `linear`.
+        self.layers = (
+            self.get_variable("params", "layers")
+            if self.has_variable("params", "layers")
+            else self.param("layers", self._init_layers)
+        )
         self.final_norm = stream_norm(c, self.dtype, self.param_dtype, "final_norm")
         if self.head != "lm":
             # 1/√(D + 1): scores of a fresh head have a variance near one.

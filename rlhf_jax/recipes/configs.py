@@ -78,6 +78,12 @@ class SFTConfig(RunConfig):
             self.chat_template,
             "is for the tokenizer of a model; name the model",
         )
+        check(
+            self.model is not None or not self.lora.is_on,
+            "lora.rank",
+            self.lora.rank,
+            "adapts a model that has been trained; name it with model",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

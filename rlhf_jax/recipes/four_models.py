@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
@@ -11,8 +12,8 @@ from rlhf_jax.learner.objectives import separate_networks
 from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import critic, shared_trunk
 from rlhf_jax.models.heads import fresh_score
+from rlhf_jax.recipes.adapted import Networks
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import trained_network
 from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.policy_models import (
     PolicyModels,
@@ -42,10 +43,11 @@ def load_four_models(
     *,
     prompt_width: int,
 ) -> tuple[FourModels, ActorCritic]:
-    """The models, and where actor and critic start; no two share an array.
+    """The models, and where what is trained of actor and critic starts.
 
-    The critic starts from `critic`, or else from the reward model, or else from the
-    policy under a fresh head.
+    What is trained shares no array with what is frozen. The critic starts from
+    `critic`, or else from the reward model, or else from the policy under a fresh head;
+    with adapters it stands on the frozen arrays of that model.
 
     Args:
         config: of the run.
@@ -56,27 +58,29 @@ def load_four_models(
     Raises:
         ValueError: where the models do not fit each other or the data.
     """
+    networks = Networks(config, mesh)
     models, actor = load_policy_models(
-        config, language, mesh, prompt_width=prompt_width
+        config, language, networks, prompt_width=prompt_width
     )
+    frozen: Params | None = {}
     if config.critic_trunk == "shared":
         forward, values_fn = shared_trunk(models.module)
-        like = actor["final_norm"]["scale"]
-        critic_params = {"score": fresh_score(like, _head_key(config))}
+        like = models.actor(actor)["final_norm"]["scale"]
+        head = fresh_score(like, _head_key(config))
+        critic_params = {"score": head.astype(jnp.float32)}
     else:
         path = config.critic or config.reward_model or config.policy
         check_language(language, "critic", path)
-        network, critic_params = trained_network(
+        network, critic_params = networks.trained(
             path,
-            config,
-            head="value",
-            mesh=mesh,
+            "value",
             # A reward model has a head; anything else may be a language model.
             key=None if path == config.reward_model else _head_key(config),
         )
-        networks = {"policy": models.module, "critic": network}
-        check_networks(config, language, networks, prompt_width=prompt_width)
-        values_fn = critic(network)
+        frozen = network.frozen
+        modules = {"policy": models.module, "critic": network.module}
+        check_networks(config, language, modules, prompt_width=prompt_width)
+        values_fn = critic(network.module)
         forward = separate_networks(
             token_logprobs_fn=models.policy.token_logprobs, values_fn=values_fn
         )
@@ -84,8 +88,9 @@ def load_four_models(
         shape = critic_params["score"].shape
         drawn = config.critic_head_std * jax.random.normal(_head_key(config), shape)
         critic_params = critic_params | {"score": drawn}
+    frozen_both = dataclasses.replace(models.frozen, critic=frozen)
     four = FourModels(
-        **vars(models),
+        **(vars(models) | {"frozen": frozen_both}),
         forward=forward,
         values_fn=values_fn,
         shares_trunk=config.critic_trunk == "shared",

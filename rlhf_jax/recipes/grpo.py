@@ -7,6 +7,7 @@ import jax
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, init_train_state
+from rlhf_jax.recipes.adapted import Networks
 from rlhf_jax.recipes.grpo_programs import (
     grpo_step,
     make_grpo_optimizers,
@@ -61,7 +62,9 @@ def _train(
     prompts_of = _prompt_order(config, data)
 
     # ---- models ----
-    models, actor = load_policy_models(config, language, mesh, prompt_width=data.width)
+    models, actor = load_policy_models(
+        config, language, Networks(config, mesh), prompt_width=data.width
+    )
     run_key, eval_key = jax.random.split(jax.random.key(config.seed))
     optimizers, schedules = make_grpo_optimizers(config)
     state = init_train_state(

@@ -42,7 +42,7 @@ Put = Callable[[Any], Any]
 """Places arrays with a common leading axis on the devices."""
 
 ExperienceFn = Callable[
-    [TrainState, Params | None, Judged, Judged | None],
+    [TrainState, ActorCritic, Params | None, Judged, Judged | None],
     tuple[Experience, Carried, dict[str, Array]],
 ]
 
@@ -51,6 +51,7 @@ ExperienceFn = Callable[
 class GRPOPrograms:
     """What one update runs, compiled."""
 
+    answering: Callable[[TrainState], Params]  # the whole policy that answers
     sample: Sampler
     greedy: Sampler | None  # the likeliest answers, where they are the baseline
     score: ScoreRollout
@@ -105,9 +106,11 @@ def make_grpo_programs(
         num_microbatches=config.microbatches,
         max_kl=config.max_update_kl,
         refresh_every=config.refresh_every,
+        assemble=None if models.lora is None else models.assemble,
         state_sharding=state_sharding,
     )
     return GRPOPrograms(
+        answering=lambda state: models.actor(_answering(state)),
         sample=sampler(temperature=config.temperature),
         greedy=sampler(temperature=0) if config.groups.baseline == "greedy" else None,
         score=score_program(models, stop_ids=stop_ids, cut=True),
@@ -167,9 +170,9 @@ def grpo_step(
             metrics[name] = metrics.get(name, 0.0) + value
     rolled_out = time.perf_counter()
     experience, carried, scored = programs.experience_of(
-        state, models.reference, judged, greedy
+        state, models.frozen, models.reference, judged, greedy
     )
-    state, updated = programs.update(state, experience)
+    state, updated = programs.update(state, experience, models.frozen)
     # Means over all that was sampled take the place of those over what was kept.
     metrics = jax.device_get(scored | updated) | metrics
     seconds = time.perf_counter() - began
@@ -219,7 +222,7 @@ def sample_groups(
     for number, key in enumerate(keys):
         drawn_batch = batches(number).repeat(size)
         rollout = jax.block_until_ready(
-            programs.sample(key, _answering(state), put(drawn_batch.prompts))
+            programs.sample(key, programs.answering(state), put(drawn_batch.prompts))
         )
         began = time.perf_counter()
         rewards = reward_of(rollout, drawn_batch)
@@ -292,7 +295,7 @@ def _replace_rows(kept: Judged, drawn: Judged, index: Array) -> Judged:
 
 
 def _answering(state: TrainState) -> Params:
-    """The policy that answers: the one that learns, or an older one."""
+    """What is trained of the policy that answers: the one that learns, or an older."""
     return state.params.actor if state.old_policy is None else state.old_policy
 
 
@@ -309,7 +312,7 @@ def _greedy_answers(
     prompts = batch.take(range(0, len(batch.rows), config.group_size))
     unused_key, _ = step_keys(state)  # at temperature 0 nothing is drawn
     rollout = jax.block_until_ready(
-        programs.greedy(unused_key, _answering(state), put(prompts.prompts))
+        programs.greedy(unused_key, programs.answering(state), put(prompts.prompts))
     )
     began = time.perf_counter()
     rewards = reward_of(rollout, prompts)
@@ -327,18 +330,20 @@ def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceF
     """Old and reference log-probabilities, advantages and the next β, as one program.
 
     Returns:
-        `(state, reference, judged, greedy) -> (experience, carried, metrics)`.
+        `(state, frozen, reference, judged, greedy) -> (experience, carried, metrics)`.
     """
     recompute = recomputes_logprobs(config)
 
     def experience_of(
         state: TrainState,
+        frozen: ActorCritic,
         reference: Params | None,
         judged: Judged,
         greedy: Judged | None,
     ) -> tuple[Experience, Carried, dict[str, Array]]:
+        answering = models.assemble(_answering(state), frozen.actor)
         scored = score_rollout(
-            _answering(state) if recompute else None,
+            answering if recompute else None,
             None,
             reference,
             judged.scores,

@@ -78,10 +78,10 @@ class HeldOut:
         )
 
     def __call__(self, session: Session, step: int, actor: Params) -> dict[str, float]:
-        """Metrics of the policy after a step; `eval/…`."""
+        """Metrics after a step, of what is trained of the policy; `eval/…`."""
         answers = self._examiner.answers(
             jax.random.fold_in(self._key, step),
-            actor,
+            self._models.actor(actor),
             self._batch.prompts,
             reference=self._models.reference,
             reward=self._models.reward,
@@ -145,7 +145,7 @@ class PolicyKeeper:
     Args:
         config: of the run.
         session: entered.
-        save: `(path, params=…)` writes a policy.
+        save: `save(trained)` writes a policy.
     """
 
     def __init__(
@@ -156,7 +156,6 @@ class PolicyKeeper:
     ):
         self._metric = config.early_stop
         self._patience = config.early_stop_patience
-        self._path = session.run.model
         self._note = session.run.path / BEST_NOTE
         self._save = save
         self._best = -math.inf
@@ -171,7 +170,7 @@ class PolicyKeeper:
             # The note first: killed in between, the run will not trust what it finds.
             note = {"step": step, self._metric: metrics[self._metric]}
             write_atomic(self._note, json.dumps(note) + "\n")
-            self._save(self._path, params=actor)
+            self._save(actor)
 
     @property
     def is_done(self) -> bool:
@@ -181,7 +180,7 @@ class PolicyKeeper:
     def finish(self, actor: Params) -> None:
         """Writes the last policy, unless the best one is written already."""
         if self._metric is None:
-            self._save(self._path, params=actor)
+            self._save(actor)
 
     def _saved_step(self) -> int:
         if not self._note.exists():

@@ -44,18 +44,27 @@ def trained_network(
 
 
 def frozen_network(
-    path: str, config: RunConfig, *, head: Head, mesh: Mesh
+    path: str, config: RunConfig, *, head: Head, mesh: Mesh, key: Array | None = None
 ) -> tuple[Transformer, Params]:
     """A checkpoint that is only read: parameters and activations as configured."""
-    module, params = read_network(path, head=head, dtype=config.dtype, mesh=mesh)
+    stored = config.lora.base_dtype or config.dtype
+    dtype = config.dtype if stored == "int8" else stored
+    module, params = read_network(path, head=head, dtype=dtype, mesh=mesh, key=key)
     return configured(module, config), params
 
 
 def read_network(
-    path: str, *, head: Head, dtype: Dtype, mesh: Mesh | None = None
+    path: str,
+    *,
+    head: Head,
+    dtype: Dtype,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
 ) -> tuple[Transformer, Params]:
     """A checkpoint with parameters and activations of one dtype."""
-    module, params = load_pretrained(path, head=head, mesh=mesh, dtype=jnp.dtype(dtype))
+    module, params = load_pretrained(
+        path, head=head, mesh=mesh, dtype=jnp.dtype(dtype), key=key
+    )
     return module.clone(dtype=jnp.dtype(dtype)), params
 
 

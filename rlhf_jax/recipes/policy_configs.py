@@ -214,6 +214,13 @@ class PolicyConfig(RewardSources, RunConfig):
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
         RunConfig.validate(self)
+        check(
+            self.lora.dropout == 0,
+            "lora.dropout",
+            self.lora.dropout,
+            "must be 0 here: with it the policy that answered and the one that learns "
+            "are two networks, whose ratio is not 1 at the first step",
+        )
         self.validate_rewards()
         check_positive(
             updates=self.updates,

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array
 from rlhf_jax.learner.train_state import TrainState
-from rlhf_jax.models.hf_weights import save_pretrained
+from rlhf_jax.recipes.adapted import save_trained
 from rlhf_jax.recipes.answers import Sampler
 from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
 from rlhf_jax.recipes.language import Language
@@ -80,11 +80,11 @@ def train_policy(
         mesh=mesh,
         key=eval_key,
     )
-    save = partial(
-        save_pretrained, module=stage.models.module, tokenizer=language.tokenizer
-    )
     with Session(config, stage=stage.name, total_steps=config.updates) as session:
         state = session.restore(state)
+        save = partial(
+            save_trained, session.run, stage.models.network, config, language, mesh
+        )
         keeper = PolicyKeeper(config, session, save)
         if session.start_step == 0:
             state = stage.begin(judge, state)

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.algo.ensembles import combine_scores
 from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.interfaces import ScoreFn
+from rlhf_jax.learner.gradients import Assemble
+from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import Policy, policy, reward_model
+from rlhf_jax.models.lora import LoraOptions
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.adapted import Network, Networks, assembling
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits, frozen_network, trained_network
+from rlhf_jax.recipes.networks import check_fits
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PolicyConfig, PPOConfig
 
 
@@ -26,21 +29,43 @@ class PolicyModels:
     score_fn: ScoreFn | None  # None: no reward model
     reference: Params | None
     reward: Params | None
+    lora: LoraOptions | None = None  # of adapters, if they are what is trained
+    frozen: ActorCritic = dataclasses.field(
+        default_factory=lambda: ActorCritic(actor=None, critic=None)
+    )
+    """what adapters of actor and critic adapt"""
+
+    @property
+    def assemble(self) -> Assemble:
+        """`(trained, frozen) -> whole`, of actor and critic or one of them."""
+        return assembling(self.lora)
+
+    @property
+    def network(self) -> Network:
+        """The policy."""
+        return Network(module=self.module, frozen=self.frozen.actor, lora=self.lora)
+
+    def actor(self, trained: Params) -> Params:
+        """The whole policy; frozen arrays are shared, not copied."""
+        return self.assemble(trained, self.frozen.actor)
 
 
 def load_policy_models(
     config: PPOConfig | GRPOConfig,
     language: Language,
-    mesh: Mesh,
+    networks: Networks,
     *,
     prompt_width: int,
 ) -> tuple[PolicyModels, Params]:
-    """The models, and where the policy starts; no two share an array.
+    """The models, and where what is trained of the policy starts.
+
+    What is trained shares no array with what is frozen. With adapters the reference is
+    the policy without them, unless another is named.
 
     Args:
         config: of the run.
         language: the policy's tokenizer, which must be that of all.
-        mesh: where the parameters go.
+        networks: reads them.
         prompt_width: longest prompt, in tokens.
 
     Raises:
@@ -48,13 +73,12 @@ def load_policy_models(
     """
     reference_path = config.reference or config.policy
     check_language(language, "reference", reference_path)
-    module, actor = trained_network(config.policy, config, head="lm", mesh=mesh)
-    networks = {"policy": module}
+    network, actor = networks.trained(config.policy, "lm")
+    module = network.module
+    modules = {"policy": module}
     reference = None
     if config.kl.place != "none":
-        reference_module, reference = frozen_network(
-            reference_path, config, head="lm", mesh=mesh
-        )
+        reference_module, reference = networks.frozen(reference_path, "lm")
         if reference_module.config != module.config:
             raise ValueError(
                 f"reference={reference_path!r}: its shape differs from that of "
@@ -63,15 +87,19 @@ def load_policy_models(
     score_fn = reward = None
     if config.reward_model is not None:
         paths = (config.reward_model, *config.ensemble)
-        score_fn, reward, judges = _load_reward_models(paths, config, language, mesh)
-        networks |= judges
-    check_networks(config, language, networks, prompt_width=prompt_width)
+        score_fn, reward, judges = _load_reward_models(
+            paths, config, language, networks
+        )
+        modules |= judges
+    check_networks(config, language, modules, prompt_width=prompt_width)
     models = PolicyModels(
         module=module,
         policy=policy(module),
         score_fn=score_fn,
         reference=reference,
         reward=reward,
+        lora=network.lora,
+        frozen=ActorCritic(actor=network.frozen, critic={}),
     )
     return models, actor
 
@@ -113,19 +141,19 @@ def check_networks(
 
 
 def _load_reward_models(
-    paths: Sequence[str], config: PolicyConfig, language: Language, mesh: Mesh
+    paths: Sequence[str], config: PolicyConfig, language: Language, networks: Networks
 ) -> tuple[ScoreFn, Params, dict[str, Transformer]]:
     """One score of one or several models, their parameters, and their networks."""
-    score_fns, params, networks = [], [], {}
+    score_fns, params, modules = [], [], {}
     for number, path in enumerate(paths):
         name = "reward-model" if number == 0 else f"ensemble {path}"
         check_language(language, name, path)
-        module, loaded = frozen_network(path, config, head="reward", mesh=mesh)
+        module, loaded = networks.frozen(path, "reward")
         score_fns.append(reward_model(module))
         params.append(loaded)
-        networks[name] = module
+        modules[name] = module
     if len(paths) == 1:
-        return score_fns[0], params[0], networks
+        return score_fns[0], params[0], modules
     combine = partial(
         combine_scores, how=config.ensemble_score, penalty=config.ensemble_penalty
     )
@@ -134,4 +162,4 @@ def _load_reward_models(
         pairs = zip(score_fns, params, strict=True)
         return combine(jnp.stack([fn(own, tokens, mask) for fn, own in pairs]))
 
-    return score, params, networks
+    return score, params, modules

@@ -38,7 +38,7 @@ Carried = dict[str, Any]
 """Fields of the state that scoring changes: the KL coefficient, the score moments."""
 
 ExperienceFn = Callable[
-    [TrainState, Params | None, Array, Rollout],
+    [TrainState, ActorCritic, Params | None, Array, Rollout],
     tuple[Experience, Carried, dict[str, Array]],
 ]
 
@@ -103,6 +103,7 @@ def make_programs(
         max_kl=config.max_update_kl,
         critic_warmup=config.critic_warmup,
         slow_critic_decay=config.advantages.slow_critic_decay,
+        assemble=None if models.lora is None else models.assemble,
         state_sharding=state_sharding,
     )
     cut = config.after_stop == "cut"
@@ -131,15 +132,15 @@ def ppo_step(
     began = time.perf_counter()
     rollout_key, _ = step_keys(state)
     rollout = jax.block_until_ready(
-        programs.sample(rollout_key, state.params.actor, prompts)
+        programs.sample(rollout_key, models.actor(state.params.actor), prompts)
     )
     rolled_out = time.perf_counter()
     rewards = reward_of(rollout)
     judged = time.perf_counter()
     experience, carried, scored = programs.experience_of(
-        state, models.reference, rewards.scores, rollout
+        state, models.frozen, models.reference, rewards.scores, rollout
     )
-    state, updated = programs.update(state, experience)
+    state, updated = programs.update(state, experience, models.frozen)
     metrics = jax.device_get(scored | updated) | rewards.metrics
     seconds = time.perf_counter() - began
     num_tokens = float(jnp.sum(rollout.lengths))
@@ -235,18 +236,26 @@ def _experience_program(
     """Scoring, shaping, advantages and the next KL coefficient as one program.
 
     Returns:
-        `(state, reference, scores, rollout) -> (experience, carried, metrics)`.
+        `(state, frozen, reference, scores, rollout) -> (experience, carried, metrics)`.
     """
     recompute = recomputes_logprobs(config)
 
     def experience_of(
-        state: TrainState, reference: Params | None, scores: Array, rollout: Rollout
+        state: TrainState,
+        frozen: ActorCritic,
+        reference: Params | None,
+        scores: Array,
+        rollout: Rollout,
     ) -> tuple[Experience, Carried, dict[str, Array]]:
+        params = models.assemble(state.params, frozen)
+        slow_critic = state.slow_critic
+        if slow_critic is not None:
+            slow_critic = models.assemble(slow_critic, frozen.critic)
         if config.after_stop == "keep":
             rollout, _ = mark_stops(rollout, stop_ids)
         scored = score_rollout(
-            state.params.actor if recompute else None,
-            models.critic_of(state.params),
+            params.actor if recompute else None,
+            models.critic_of(params),
             reference,
             scores,
             rollout,
@@ -254,7 +263,7 @@ def _experience_program(
             values_fn=models.values_fn,
             score_fn=lambda scores, tokens, mask: scores,  # they are there already
             temperature=config.temperature,
-            slow_critic=state.slow_critic,
+            slow_critic=slow_critic,
             with_end_values=config.advantages.bootstrap_truncated,
         )
         moments = state.score_moments

@@ -15,11 +15,12 @@ from rlhf_jax.learner.gradients import Objective
 from rlhf_jax.learner.preference import preference_objective, ranking_objective
 from rlhf_jax.learner.supervised import count_pairs, count_rankings
 from rlhf_jax.models.callables import reward_model
+from rlhf_jax.recipes.adapted import Networks
 from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import RewardConfig
 from rlhf_jax.recipes.feedback import read_feedback
 from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import check_fits, trained_network
+from rlhf_jax.recipes.networks import check_fits
 from rlhf_jax.recipes.session import check_start
 from rlhf_jax.recipes.supervised import SupervisedStage, train
 from rlhf_jax.runtime.mesh import make_mesh
@@ -43,9 +44,10 @@ def run(config: RewardConfig) -> RunDirectory:
 
     # ---- model ----
     head_key, run_key = jax.random.split(jax.random.key(config.seed))
-    module, params = trained_network(
-        config.model, config, head="reward", mesh=mesh, key=head_key
+    network, params = Networks(config, mesh).trained(
+        config.model, "reward", key=head_key
     )
+    module = network.module
     width = feedback.width
     check_fits(module, language, needed=width, name="the model", why="max-tokens")
     score_fn = reward_model(module)
@@ -68,7 +70,7 @@ def run(config: RewardConfig) -> RunDirectory:
         },
     )
     return train(
-        config, stage, module, params, key=run_key, language=language, mesh=mesh
+        config, stage, network, params, key=run_key, language=language, mesh=mesh
     )
 
 

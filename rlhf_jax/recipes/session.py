@@ -39,6 +39,8 @@ _MAY_DIFFER = (
     # They change memory and time, and what is learnt by rounding only.
     "remat",
     "scan_layers",
+    # What is written at the end.
+    "lora.merge",
 )
 
 StageConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
@@ -48,6 +50,8 @@ def _free_options(config: StageConfig) -> tuple[str, ...]:
     """Options that a resumed run may change."""
     trains_policy = isinstance(config, PPOConfig | GRPOConfig)
     if trains_policy and config.policy_loss.mean_of_means:
+        return _MAY_DIFFER
+    if config.lora.dropout > 0:  # each microbatch draws its own
         return _MAY_DIFFER
     # As memory and time go; what is learnt changes by rounding only.
     return (*_MAY_DIFFER, "microbatches")

@@ -10,7 +10,7 @@ from rlhf_jax.algo.types import Array, Demonstrations, Params
 from rlhf_jax.learner.imitation import imitation_losses, imitation_objective
 from rlhf_jax.learner.supervised import count_targets
 from rlhf_jax.models.callables import policy
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.adapted import Network, Networks
 from rlhf_jax.recipes.batched import map_batches
 from rlhf_jax.recipes.configs import SFTConfig
 from rlhf_jax.recipes.language import Language
@@ -18,7 +18,6 @@ from rlhf_jax.recipes.networks import (
     check_fits,
     configured,
     fresh_network,
-    trained_network,
 )
 from rlhf_jax.recipes.session import check_start
 from rlhf_jax.recipes.sft_data import read_sft_data
@@ -43,7 +42,8 @@ def run(config: SFTConfig) -> RunDirectory:
 
     # ---- model ----
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    module, params = _network(config, language, mesh, init_key)
+    network, params = _network(config, language, mesh, init_key)
+    module = network.module
     check_fits(module, language, needed=data.width, name="the model", why="max-tokens")
     token_logprobs = policy(module).token_logprobs
 
@@ -63,7 +63,7 @@ def run(config: SFTConfig) -> RunDirectory:
         shown={"loss": "train/loss", "held-out loss": "eval/loss"},
     )
     return train(
-        config, stage, module, params, key=run_key, language=language, mesh=mesh
+        config, stage, network, params, key=run_key, language=language, mesh=mesh
     )
 
 
@@ -92,10 +92,10 @@ def make_evaluation(
 
 def _network(
     config: SFTConfig, language: Language, mesh: Mesh, key: Array
-) -> tuple[Transformer, Params]:
+) -> tuple[Network, Params]:
     if config.model is not None:
-        return trained_network(config.model, config, head="lm", mesh=mesh)
+        return Networks(config, mesh).trained(config.model, "lm")
     module, params = fresh_network(
         config.fresh, vocab_size=len(language.tokenizer), key=key
     )
-    return configured(module, config), params
+    return Network(module=configured(module, config)), params

@@ -14,8 +14,7 @@ from rlhf_jax.learner.gradients import Objective
 from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
 from rlhf_jax.learner.supervised import make_supervised_step
 from rlhf_jax.learner.train_state import init_model_state
-from rlhf_jax.models.hf_weights import save_pretrained
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.adapted import Network, assembling, save_trained
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
@@ -42,7 +41,7 @@ class SupervisedStage:
 def train(
     config: SFTConfig | RewardConfig,
     stage: SupervisedStage,
-    module: Transformer,
+    network: Network,
     params: Params,
     *,
     key: Array,
@@ -54,8 +53,8 @@ def train(
     Args:
         config: of the stage, checked.
         stage: what is trained, and on what.
-        module: the model.
-        params: its parameters; given up to the training.
+        network: the model.
+        params: what is trained of it; given up to the training.
         key: root of the run's randomness.
         language: the tokenizer that is written with the model.
         mesh: where everything lives.
@@ -65,22 +64,25 @@ def train(
         NonFiniteError: on a loss or gradient that is no number.
     """
     optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
-    state, sharding = place_state(init_model_state(key, params, optimizer), mesh)
+    state = init_model_state(key, params, optimizer)
+    state, sharding = place_state(state, mesh)
     train_step = make_supervised_step(
         stage.objective,
         optimizer,
         count=stage.count,
         num_microbatches=config.microbatches,
+        assemble=None if network.lora is None else assembling(network.lora),
         state_sharding=sharding,
     )
     with Session(config, stage=stage.name, total_steps=config.steps) as session:
         state = session.restore(state)
         if session.start_step == 0:
-            session.log(0, stage.evaluate(state.params), shown=stage.shown)
+            metrics = stage.evaluate(network.whole(state.params))
+            session.log(0, metrics, shown=stage.shown)
         for step in session.steps():
             began = time.perf_counter()
             batch = put_batch(mesh, stage.batches[step - 1])
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, network.frozen)
             metrics = session.check_finite(step, state, jax.device_get(metrics))
             seconds = time.perf_counter() - began
             line = {
@@ -91,12 +93,10 @@ def train(
             }
             line |= {f"train/{name}": value for name, value in metrics.items()}
             if session.is_eval_step(step):
-                line |= stage.evaluate(state.params)
+                line |= stage.evaluate(network.whole(state.params))
             session.log(step, line, shown=stage.shown)
             session.checkpoint(step, state)
-    save_pretrained(
-        session.run.model, module, state.params, tokenizer=language.tokenizer
-    )
+    save_trained(session.run, network, config, language, mesh, state.params)
     session.report()
     return session.run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.algo.options import check
+from rlhf_jax.runtime.lora_config import LoraConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Overlong = Literal["drop", "truncate", "fail"]
@@ -162,6 +163,8 @@ class RunConfig:
     """steps between evaluations on held-out data; one also at start and end"""
     dtype: Dtype = "float32"
     """of activations and of frozen models; trained parameters are float32"""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """low-rank adapters"""
     remat: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     scan_layers: bool = False
@@ -181,6 +184,7 @@ class RunConfig:
         check_positive(
             checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
         )
+        self.lora.validate("lora")
         self.mesh.validate("mesh")
 
 

@@ -6,6 +6,7 @@ metrics.jsonl   one line of numbers per step
 samples.jsonl   prompts with answers, where the stage generates
 checkpoints/    what `--resume` goes on from
 model/          the result, as a Hugging Face directory
+adapter/        of a run with low-rank adapters: these alone, in PEFT's format
 report.html     all of it on one page
 """
 
@@ -83,6 +84,11 @@ class RunDirectory:
     def model(self) -> Path:
         """Directory of the trained model in Hugging Face format."""
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """Directory of the trained adapters in PEFT's format."""
+        return self.path / "adapter"
 
     @property
     def report(self) -> Path:
@@ -177,6 +183,7 @@ def _check_unused(run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"--run-dir {run.path} is a file; name a directory")
     traces = (run.config, run.metrics, run.samples, run.checkpoints, run.model)
+    traces += (run.adapter,)
     found = [trace.name for trace in traces if trace.exists()]
     if found:
         raise ValueError(

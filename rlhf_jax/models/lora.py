@@ -1,0 +1,174 @@
+"""Low-rank adapters: a second, small parameter tree beside a frozen one.
+
+The trained tree of a run with adapters mirrors the parameter tree:
+
+    {"layers": {"query": {"lora_a": [L, D, R], "lora_b": [L, R, F]}, …}}
+
+and beside it, trained in full, the vector `"score"` of a model that has that head. The
+two meet in `attach`, which computes as W + s A B does without ever forming it, and in
+`merge`, which does form it.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.algo.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """How matrices are adapted: W + s A B, with s = alpha / rank.
+
+    Attributes:
+        rank: R, columns of A and rows of B; at least 1. One above the size of a matrix
+            works, and wastes memory.
+        alpha: of the factor s.
+        dropout: share of the inputs of A that is set to 0 in training.
+        targets: patterns (`fnmatch`) of the names of the blocks' linear layers.
+        rslora: s = alpha / √rank, under which larger ranks do not learn more slowly.
+
+    References:
+        Hu et al., 2021, arXiv:2106.09685; Kalajdzievski, 2023, arXiv:2312.03732.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("*",)
+    rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """The factor s of A B."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def linear_layers(params: Mapping) -> tuple[str, ...]:
+    """Names of the blocks' linear layers, in order."""
+    return tuple(
+        name for name, leaves in params["layers"].items() if "kernel" in leaves
+    )
+
+
+def target_layers(params: Mapping, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The linear layers that patterns name, in order.
+
+    Raises:
+        ValueError: a pattern names none.
+    """
+    names = linear_layers(params)
+    for pattern in targets:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"lora.targets={pattern!r} names no linear layer of this model; it has "
+                f"{', '.join(names)}"
+            )
+    found = {name for pattern in targets for name in fnmatch.filter(names, pattern)}
+    return tuple(name for name in names if name in found)
+
+
+def init_adapters(key: Array, params: Params, options: LoraOptions) -> Params:
+    """Adapters that change nothing yet: A random, B zero; float32.
+
+    A is uniform in ±1/√D, the Kaiming distribution with a = √5 that PEFT draws from.
+
+    Args:
+        key: consumed.
+        params: of the model; its head, if it is a score vector, becomes part of what is
+            trained, as a copy.
+        options: rank and targets.
+
+    Raises:
+        ValueError: a target that the model does not have.
+    """
+    names = target_layers(params, options.targets)
+    layers = {}
+    for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
+        num_layers, width, features = params["layers"][name]["kernel"].shape
+        shape = (num_layers, width, options.rank)
+        bound = width**-0.5
+        layers[name] = {
+            "lora_a": jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound),
+            "lora_b": jnp.zeros((num_layers, options.rank, features)),
+        }
+    return {"layers": layers} | trained_head(params)
+
+
+def trained_head(params: Params) -> Params:
+    """A float32 copy of the score vector, `{"score": [D]}`, or nothing."""
+    if "score" not in params:
+        return {}
+    return {"score": jnp.array(params["score"], jnp.float32, copy=True)}
+
+
+def attach(
+    base: Params, trained: Params, options: LoraOptions, *, key: Array | None = None
+) -> Params:
+    """The parameter tree that computes with adapters; arrays of the base are shared.
+
+    Args:
+        base: frozen parameters, in any dtype, the kernels in 8 bits or not.
+        trained: adapters and head; a head of the base gives way to it.
+        options: give the factor and the dropout.
+        key: in training, draws what is dropped; None: nothing is.
+
+    Returns:
+        `base` with `lora_a`, and with `lora_b` times the factor, beside each adapted
+        kernel; see `rlhf_jax.models.linear`.
+    """
+    whole = dict(base) | {k: v for k, v in trained.items() if k != "layers"}
+    layers = dict(base.get("layers", {}))
+    for number, (name, pair) in enumerate(sorted(trained.get("layers", {}).items())):
+        leaves = {"lora_a": pair["lora_a"], "lora_b": options.scale * pair["lora_b"]}
+        if key is not None and options.dropout > 0:
+            num_layers = pair["lora_a"].shape[0]
+            keys = jax.random.split(jax.random.fold_in(key, number), num_layers)
+            leaves["lora_key"] = jax.random.key_data(keys)
+            leaves["lora_rate"] = jnp.full(num_layers, options.dropout, jnp.float32)
+        layers[name] = dict(layers[name]) | leaves
+    return whole | {"layers": layers} if layers else whole
+
+
+def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
+    """Plain parameters W + s A B, computed in float32, in the dtypes of the base.
+
+    Args:
+        base: parameters in floating point.
+        trained: adapters and head.
+        options: give the factor.
+
+    Raises:
+        ValueError: kernels of 8 bits, from which the change could not be told.
+    """
+    whole = dict(base) | {
+        name: jnp.asarray(leaf, base[name].dtype if name in base else leaf.dtype)
+        for name, leaf in trained.items()
+        if name != "layers"
+    }
+    layers = dict(base["layers"])
+    for name, pair in trained["layers"].items():
+        if "kernel_scale" in layers[name]:
+            raise ValueError(
+                f"layers/{name}/kernel is stored in 8 bits; merge adapters into the "
+                "floating-point parameters it was made from"
+            )
+        kernel = layers[name]["kernel"]
+        change = jnp.einsum(
+            "ldr,lrf->ldf",
+            pair["lora_a"].astype(jnp.float32),
+            pair["lora_b"].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        merged = kernel.astype(jnp.float32) + options.scale * change
+        layers[name] = dict(layers[name]) | {"kernel": merged.astype(kernel.dtype)}
+    return whole | {"layers": layers}
