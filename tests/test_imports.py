@@ -20,6 +20,7 @@ MAY_IMPORT = {
         "numpy",
         "ml_dtypes",
         "flax",
+        "huggingface_hub",
         "jinja2",
         "safetensors",
         "tokenizers",

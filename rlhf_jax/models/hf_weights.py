@@ -25,6 +25,7 @@ from rlhf_jax.models.families import (
     read_config,
 )
 from rlhf_jax.models.heads import fresh_score
+from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.leaf_placement import (
     Index,
     Piece,
@@ -65,9 +66,9 @@ def load_pretrained(
     than for a small one. Code that a checkpoint brings with it is never run.
 
     Args:
-        path: local directory with `config.json` and safetensors files (float32,
-            float16 or bfloat16), of a language model, a sequence classifier with one
-            label, or a bare trunk.
+        path: directory, or name on the Hub (`hub.local_directory`), with `config.json`
+            and safetensors files (float32, float16 or bfloat16), of a language model,
+            a sequence classifier with one label, or a bare trunk.
         head: `"value"` and `"reward"` read the classifier's `score.weight`.
         dtype: dtype of the parameters and of activations; use
             `module.clone(dtype=jnp.bfloat16)` to let the two differ.
@@ -83,9 +84,9 @@ def load_pretrained(
             missing, unknown, of the wrong shape or dtype, or holds NaN or infinite
             values; a head is wanted that the checkpoint does not have.
     """
-    path = Path(path)
     if head not in typing.get_args(Head):
         raise ValueError(f"head={head!r} must be one of {typing.get_args(Head)}")
+    path = local_directory(path)
     family, config = read_config(path)
     module = Transformer(config, head=head, dtype=dtype, param_dtype=dtype)
     shapes = parameter_shapes(module)
