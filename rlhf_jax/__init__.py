@@ -36,6 +36,7 @@ from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.logprobs import (
     before_response,
     fused_token_logprobs,
+    soft_cap,
     token_entropy,
     token_logprobs,
 )
@@ -162,6 +163,7 @@ __all__ = [
     "sampler_weights",
     "sapo_loss",
     "shape_rewards",
+    "soft_cap",
     "soft_overlong_penalty",
     "split_minibatches",
     "td_errors",

@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.algo.logprobs import (
     before_response,
     fused_token_logprobs,
+    soft_cap,
     token_entropy,
     token_logprobs,
 )
@@ -141,6 +142,44 @@ def test_fused_matches_plain(
             hidden, unembedding
         )
         for fn in (fused, plain)
+    )
+    # Sums of 15 terms over the tokens, in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want
+    )
+
+
+def test_soft_cap_by_hand():
+    # 30 · tanh(30 / 30) = 30 · 0.761594 = 22.8478; far beyond the cap it is the cap.
+    capped = soft_cap(jnp.array([0.0, 30.0, -30.0, 3000.0]), 30.0)
+    np.testing.assert_allclose(capped, [0.0, 22.8478, -22.8478, 30.0], rtol=1e-5)
+    assert soft_cap(jnp.array([5.0]), None)[0] == 5.0
+
+
+def test_fused_caps_logits_before_the_temperature(hidden, unembedding, tokens):
+    weights = jnp.array(np.random.default_rng(5).normal(size=(2, B, T)), jnp.float32)
+
+    def plain_capped(hidden, unembedding):
+        logits = 1.5 * jnp.tanh((hidden @ unembedding) / 1.5)
+        options = {"temperature": 0.7}
+        return (
+            token_logprobs(logits, tokens, **options),
+            token_entropy(logits, **options),
+        )
+
+    def fused_capped(hidden, unembedding):
+        return fused_token_logprobs(
+            hidden, unembedding, tokens, temperature=0.7, softcap=1.5, chunk_size=4
+        )
+
+    def total(fn, *args):
+        return sum(jnp.sum(w * x) for w, x in zip(weights, fn(*args), strict=True))
+
+    got, want = (fn(hidden, unembedding) for fn in (fused_capped, plain_capped))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)
+    got, want = (
+        jax.grad(functools.partial(total, fn), argnums=(0, 1))(hidden, unembedding)
+        for fn in (fused_capped, plain_capped)
     )
     # Sums of 15 terms over the tokens, in another order.
     jax.tree.map(
