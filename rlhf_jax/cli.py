@@ -19,6 +19,7 @@ from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
 from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.preset_table import find_preset
+from rlhf_jax.recipes.show_data_config import ShowDataConfig
 from rlhf_jax.recipes.tool_configs import (
     EvaluateConfig,
     GenerateConfig,
@@ -47,6 +48,7 @@ stages, in the order in which they are used:
   grpo              stage 3 without a critic: answers to a prompt against each other
 
 tools:
+  show-data         tokens of a data set, those that a stage learns in colour
   generate          answers of a model to prompts
   evaluate          held-out figures of a language model, a policy or a reward model
   presets           how known methods set the options of ppo and grpo
@@ -105,6 +107,13 @@ def annotate_read(config: AnnotateReadConfig) -> None:
     recipe.read(config)
 
 
+def show_data(config: ShowDataConfig) -> None:
+    """Prints tokens."""
+    from rlhf_jax.recipes import show_data as recipe
+
+    recipe.run(config)
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Prints figures."""
     from rlhf_jax.recipes import evaluate as recipe
@@ -150,6 +159,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "ppo": (PPOConfig, ppo),
     "grpo": (GRPOConfig, grpo),
     "presets": (PresetsConfig, presets),
+    "show-data": (ShowDataConfig, show_data),
     "generate": (GenerateConfig, generate),
     "evaluate": (EvaluateConfig, evaluate),
     "overoptimization": (OveroptimizationConfig, overoptimization),

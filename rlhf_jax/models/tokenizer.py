@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_jax.models.hub import local_directory
+
 if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for it
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -20,14 +22,14 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     `split_special_tokens`; a tokenizer saved after that no longer asks.
 
     Args:
-        path: local directory.
+        path: directory, or name on the Hub (`hub.local_directory`).
 
     Raises:
         ValueError: there is no such tokenizer, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
-    path = Path(path)
+    path = local_directory(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; a tokenizer is read from one")
     try:
@@ -120,14 +122,17 @@ def token_texts(
         tokens: ids, special ones too, whose texts are given like any other's.
     """
     texts: list[str] = []
-    known, begin = "", 0  # text of tokens[begin:i] so far; those before are settled
-    for i in range(len(tokens)):
-        text = _decode(tokenizer, tokens[begin : i + 1])
-        is_part = text.endswith("\ufffd") and i + 1 < len(tokens)
-        texts.append("" if is_part else text[len(known) :])
-        if not is_part:
-            # The next token is decoded after this one: alone it may lose its space.
-            begin, known = i, _decode(tokenizer, tokens[i : i + 1])
+    # A character or token is decoded after the one before it: alone it may lose its
+    # space. `known` is the text of the one before, tokens[before:begin].
+    known, before, begin = "", 0, 0
+    for end in range(1, len(tokens) + 1):
+        text = _decode(tokenizer, tokens[before:end])
+        if text.endswith("\ufffd") and end < len(tokens):  # part of a character
+            texts.append("")
+            continue
+        texts.append(text[len(known) :])
+        known = _decode(tokenizer, tokens[begin:end])
+        before, begin = begin, end
     return texts
 
 

@@ -33,6 +33,13 @@ class AnnotateWriteConfig(GenerateConfig):
         """Raises ValueError naming the field that cannot work."""
         super().validate()
         check(
+            not self.chat,
+            "chat",
+            self.chat,
+            "would show people another prompt than the model reads; give chat messages "
+            "as data",
+        )
+        check(
             self.kind == "rating" or self.scale == RatingScale(),
             "scale",
             self.scale,

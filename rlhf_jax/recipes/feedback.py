@@ -12,11 +12,16 @@ from rlhf_jax.recipes.texts import hold_out_groups, read_reported, read_split
 from rlhf_jax.runtime.annotation import read_annotation_file
 from rlhf_jax.runtime.batches import Batches, pad_pairs, pad_rankings
 from rlhf_jax.runtime.comparisons import Comparisons, RankedAnswers, compare
-from rlhf_jax.runtime.encoding import Encoded, encode_pairs, encode_rankings
+from rlhf_jax.runtime.encoding import (
+    Encoded,
+    EncodedPair,
+    encode_pairs,
+    encode_rankings,
+)
 from rlhf_jax.runtime.judgements import read_judgements
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.row_forms import PreferencePair
-from rlhf_jax.runtime.text_data import read_pairs
+from rlhf_jax.runtime.text_data import TextRows, read_pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,19 +41,19 @@ def read_feedback(config: RewardConfig, language: Language) -> Feedback:
         ValueError: one line, on bad input.
     """
     pairs, rankings, held_out_pairs = _read(config, language)
-    options: dict[str, Any] = {
-        "encoder": language.encoder,
-        "max_tokens": config.max_tokens,
-        "overlong": config.overlong,
-    }
-    held_out = encode_pairs(held_out_pairs, **options)
+    held_out = encode_feedback(config, language, held_out_pairs)
     encoded: Encoded[Any]
     pad_rows: Callable[..., Any]
     if config.loss == "bradley-terry":
-        encoded, pad_rows = encode_pairs(pairs, **options), pad_pairs
+        encoded, pad_rows = encode_feedback(config, language, pairs), pad_pairs
         num_answers = 2
     else:
-        encoded = encode_rankings(_usable(rankings, config), **options)
+        encoded = encode_rankings(
+            _usable(rankings, config),
+            language.encoder,
+            max_tokens=config.max_tokens,
+            overlong=config.overlong,
+        )
         num_answers = max(len(row.answers) for row in encoded.rows)
         pad_rows = partial(pad_rankings, num_answers=num_answers)
     width = max(encoded.width, held_out.width)
@@ -70,14 +75,33 @@ def read_feedback(config: RewardConfig, language: Language) -> Feedback:
     )
 
 
+def pair_reader(
+    config: RewardConfig, language: Language
+) -> Callable[[str], TextRows[PreferencePair]]:
+    """Reads the preference pairs of a file."""
+    return partial(
+        read_pairs, render_chat=language.render, on_unusable=config.unusable_pairs
+    )
+
+
+def encode_feedback(
+    config: RewardConfig, language: Language, pairs: list[PreferencePair]
+) -> Encoded[EncodedPair]:
+    """The tokens of preference pairs."""
+    return encode_pairs(
+        pairs,
+        language.encoder,
+        max_tokens=config.max_tokens,
+        overlong=config.overlong,
+    )
+
+
 def _read(
     config: RewardConfig, language: Language
 ) -> tuple[list[PreferencePair], list[RankedAnswers], list[PreferencePair]]:
     """Training pairs, the rankings they come from, if any, and held-out pairs."""
     if config.feedback == "pairs":
-        read = partial(
-            read_pairs, render_chat=language.render, on_unusable=config.unusable_pairs
-        )
+        read = pair_reader(config, language)
         pairs, held_out = read_split(config, read, prompt_of=lambda pair: pair.prompt)
         return pairs, [], held_out
     found = _compared(config.data, config, language)

@@ -44,9 +44,10 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
     """
     mesh = make_mesh()
     language = Language.load(config.model)
-    texts = _prompts(config, language)
+    asked = _prompts(config, language)
     if distinct:
-        texts = list(dict.fromkeys(texts))
+        asked = list(dict.fromkeys(asked))
+    texts = [_in_chat(config, prompt, language) for prompt in asked]
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
     longest = module.config.max_positions - config.max_new_tokens
     if longest < 1:
@@ -94,7 +95,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
     rows = []
     for number in range(config.samples):
         answers = examiner.answers(jax.random.fold_in(key, number), params, prompts)
-        pairs = zip(texts, answers.texts(language), strict=True)
+        pairs = zip(asked, answers.texts(language), strict=True)
         rows += [{"prompt": p, "response": r, "sample": number} for p, r in pairs]
     return rows
 
@@ -105,6 +106,19 @@ def _prompts(config: GenerateConfig, language: Language) -> list[str]:
     columns = Columns(prompt=config.prompt_column)
     found = read_prompts(config.data, columns=columns, render_chat=language.render)
     return found.rows[: config.limit]
+
+
+def _in_chat(config: GenerateConfig, prompt: str, language: Language) -> str:
+    """What the model reads: the prompt, or a conversation that ends with it."""
+    if not config.chat:
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    if config.system is not None:
+        messages.insert(0, {"role": "system", "content": config.system})
+    try:
+        return language.render(messages, True)
+    except ValueError as error:
+        raise ValueError(f"prompt={prompt!r}: {error}") from None
 
 
 def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_jax.models.chat import (
     special_token_pattern,
 )
 from rlhf_jax.models.generation_config import read_eos_ids, read_generation_config
+from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.tokenizer import load_tokenizer
 from rlhf_jax.runtime.text_encoder import TextEncoder
 
@@ -33,14 +35,16 @@ class Language:
     end_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def load(cls, path: str) -> "Language":
+    def load(cls, path: str | Path) -> "Language":
         """The tokenizer and the ends of answers of a Hugging Face directory."""
+        path = local_directory(path)
         tokenizer = load_tokenizer(path)
-        eos_ids = {i for i in read_eos_ids(path) if i < len(tokenizer)}
+        own = tokenizer.eos_token_id
+        ends = {i for i in read_eos_ids(path) if i < len(tokenizer) and i != own}
         return cls(
             tokenizer,
             generation_config=read_generation_config(path),
-            end_ids=frozenset(eos_ids - {tokenizer.eos_token_id}),
+            end_ids=frozenset(ends),
         )
 
     @functools.cached_property
@@ -52,6 +56,17 @@ class Language:
             bos_id=self.bos_id,
             end_ids=self.end_ids,
         )
+
+    @property
+    def generation_config_to_save(self) -> dict[str, Any]:
+        """`generation_config`, its EOS ids complete with whatever ends answers here."""
+        given = self.generation_config.get("eos_token_id")
+        listed = given if isinstance(given, list) else [given]
+        missing = sorted({self.eos_id, *self.end_ids} - set(listed))
+        ids = [i for i in listed if i is not None] + missing
+        if missing:
+            given = ids if len(ids) > 1 else ids[0]
+        return {**self.generation_config, "eos_token_id": given}
 
     @property
     def eos_id(self) -> int:
@@ -100,6 +115,13 @@ class Language:
         return render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt
         )
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that steer the model instead of being read as text."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        marked = [i for i, token in added if token.special]
+        return frozenset([*self.tokenizer.all_special_ids, *marked])
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:

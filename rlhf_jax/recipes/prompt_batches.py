@@ -1,7 +1,7 @@
 """Prompts of a run, with what reward functions are told of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlhf_jax.runtime.batches import Batches, pad_prompts
 from rlhf_jax.runtime.config import Overlong
 from rlhf_jax.runtime.encoding import Encoded, encode_prompts
 from rlhf_jax.runtime.progress import heading
-from rlhf_jax.runtime.text_data import Columns, PromptRow, read_prompt_rows
+from rlhf_jax.runtime.text_data import Columns, PromptRow, TextRows, read_prompt_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,20 @@ def encode_rows(
     return encoded, list(zip(sources, encoded.rows, strict=True))
 
 
+def prompt_reader(
+    config: PolicyConfig, language: Language
+) -> Callable[[str], TextRows[PromptRow]]:
+    """Reads the prompts of a file, and the columns that reward functions are told."""
+    told = bool(config.reward or config.eval_reward)
+    return partial(
+        read_prompt_rows,
+        columns=Columns(prompt=config.prompt_column),
+        keep=(config.reward_columns or None) if told else (),
+        render_chat=language.render,
+        on_unusable=config.unusable_prompts,
+    )
+
+
 def read_prompt_data(
     config: PolicyConfig, language: Language, *, stage: str
 ) -> PromptData:
@@ -119,14 +133,7 @@ def read_prompt_data(
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
     """
-    told = bool(config.reward or config.eval_reward)  # functions are told the columns
-    read = partial(
-        read_prompt_rows,
-        columns=Columns(prompt=config.prompt_column),
-        keep=(config.reward_columns or None) if told else (),
-        render_chat=language.render,
-        on_unusable=config.unusable_prompts,
-    )
+    read = prompt_reader(config, language)
     train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
     held_out = held_out[: config.eval_prompts]
 

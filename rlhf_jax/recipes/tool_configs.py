@@ -19,6 +19,10 @@ class GenerateConfig:
     """Hugging Face directory of a language model"""
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
+    chat: bool = False
+    """each prompt is a user's message, put into the model's chat template"""
+    system: str | None = None
+    """system message before each prompt, for chat"""
     data: str | None = None
     """file of prompts, instead of prompt"""
     prompt_column: str = "prompt"
@@ -55,6 +59,18 @@ class GenerateConfig:
             "prompt",
             self.prompt,
             "give either prompt or data",
+        )
+        check(
+            not self.chat or self.data is None,
+            "chat",
+            self.chat,
+            "is for prompt; rows of data may hold chat messages themselves",
+        )
+        check(
+            self.system is None or self.chat,
+            "system",
+            self.system,
+            "is for chat; add chat, or begin the prompt with it",
         )
         check(
             self.limit is None or (self.limit >= 1 and self.data is not None),

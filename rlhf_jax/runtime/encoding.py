@@ -34,6 +34,7 @@ class EncodedPair:
     chosen: np.ndarray  # [L] int32
     rejected: np.ndarray  # [L'] int32
     margin: float = 0.0  # by how much their scores should differ
+    prompt_length: int = 0  # tokens that both begin with, the prompt's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,14 @@ def encode_pairs(
     rows = [
         []
         if prompt is None
-        else [EncodedPair(_int32(prompt + a), _int32(prompt + b), pair.margin)]
+        else [
+            EncodedPair(
+                _int32(prompt + a),
+                _int32(prompt + b),
+                margin=pair.margin,
+                prompt_length=len(prompt),
+            )
+        ]
         for pair, prompt, a, b in zip(pairs, fitted, chosen, rejected, strict=True)
     ]
     longest = [max(len(row.chosen), len(row.rejected)) for row in _flat(rows)]
