@@ -14,7 +14,7 @@ from rlhf_jax.models.config import (
     gpt2_config,
     llama_config,
 )
-from rlhf_jax.models.rope import RopeScaling
+from rlhf_jax.models.rope import LinearRopeScaling, Rope, RopeScaling
 from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.tokenizer import train_tokenizer
 from rlhf_jax.models.transformer import Transformer
@@ -66,6 +66,42 @@ def tiny_llama(
     return _randomly(config, head, seed)
 
 
+def tiny_gemma(
+    head: Head = "lm", *, vocab_size: int = 258, max_positions: int = 64, seed: int = 0
+) -> tuple[Transformer, Params]:
+    """A random Gemma 3 of 3 layers, width 32, 4 query heads and 2 key/value heads.
+
+    Two layers see 6 tokens and one all; logits are capped, which Gemma 3 can be and is
+    not. So most of what distinguishes families is in it.
+    """
+    config = DecoderConfig(
+        family="gemma3_text",
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        width=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_width=40,
+        rope=Rope(theta=1e6, scaling=LinearRopeScaling(factor=8.0)),
+        local_rope=Rope(theta=1e4),
+        norm="rms_plus_one",
+        residual="sandwich",
+        query_key_norm="head",
+        activation="gelu_tanh",
+        attention_scale=24**-0.5,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        embedding_scale=32**0.5,
+        sliding_window=6,
+        sliding_layers=(True, False, True),
+        tie_embeddings=True,
+        norm_eps=1e-6,
+    )
+    return _randomly(config, head, seed)
+
+
 def _randomly(
     config: DecoderConfig, head: Head, seed: int
 ) -> tuple[Transformer, Params]:
@@ -79,6 +115,7 @@ def _randomly(
     rng = np.random.default_rng(seed)
     leaves = {}
     for name, leaf in parameter_shapes(module).items():
-        center = 1.0 if name.endswith("scale") else 0.0
+        is_factor = name.endswith("scale") and config.norm != "rms_plus_one"
+        center = 1.0 if is_factor else 0.0
         leaves[name] = jnp.asarray(rng.normal(center, 0.2, leaf.shape), leaf.dtype)
     return module, unflatten_dict(leaves, sep="/")

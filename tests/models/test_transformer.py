@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.tiny import tiny_gpt2, tiny_llama
+from rlhf_jax.models.tiny import tiny_gemma, tiny_gpt2, tiny_llama
 
-MODELS = pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+MODELS = pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, tiny_gemma])
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # another order of summation
 
 
