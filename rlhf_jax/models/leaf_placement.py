@@ -17,6 +17,8 @@ from rlhf_jax.algo.types import Array
 PIECE_BYTES = 64 * 2**20
 """Most of a tensor that is on the host at once. Larger pieces are no faster."""
 
+_TILE = 64
+
 Index = tuple[slice, ...]
 
 
@@ -81,13 +83,18 @@ def _fill(
     if math.prod(shape) * np.dtype(dtype).itemsize <= PIECE_BYTES:
         host = np.zeros(shape, dtype)  # small: nothing to compile
         for piece in pieces:
-            values = _as_leaf(piece.values, piece.is_turned, piece.is_stacked)
-            ends = zip(piece.start, values.shape, strict=True)
-            with np.errstate(over="ignore"):  # counted by whoever wants to know
-                host[tuple(slice(start, start + n) for start, n in ends)] = values
+            shape = _as_leaf(piece.values, piece.is_turned, piece.is_stacked).shape
+            ends = zip(piece.start, shape, strict=True)
+            target = host[tuple(slice(start, start + n) for start, n in ends)]
+            _write(target[0] if piece.is_stacked else target, piece)
         return jnp.array(host, device=device)  # a copy; device_put may alias on CPU
     array = jnp.zeros(shape, dtype, device=device)
+    on_cpu = next(iter(array.devices())).platform == "cpu"
     for piece in pieces:
+        if on_cpu and piece.is_turned:  # XLA turns matrices slowly there
+            turned = np.zeros(piece.values.shape[::-1], piece.values.dtype)
+            _write(turned, piece)
+            piece = dataclasses.replace(piece, values=turned, is_turned=False)
         array = _put(
             array,
             piece.values,
@@ -97,6 +104,22 @@ def _fill(
         )
         array.block_until_ready()  # until then it may still read the mapped file
     return array
+
+
+def _write(target: np.ndarray, piece: Piece) -> None:
+    """Values of a piece on the host, converted and turned as the target is.
+
+    Matrices are turned tile by tile, as both would not fit into the processor's cache.
+    """
+    with np.errstate(over="ignore"):  # counted by whoever wants to know
+        if not piece.is_turned or piece.values.ndim != 2:
+            target[...] = piece.values.T if piece.is_turned else piece.values
+            return
+        rows, columns = piece.values.shape
+        for i in range(0, rows, _TILE):
+            for j in range(0, columns, _TILE):
+                tile = piece.values[i : i + _TILE, j : j + _TILE]
+                target[j : j + _TILE, i : i + _TILE] = tile.T
 
 
 def _as_leaf(values: Any, is_turned: bool, is_stacked: bool) -> Any:
