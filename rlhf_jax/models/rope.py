@@ -94,11 +94,6 @@ class Rope:
         """R, the number of dimensions of a head that are turned."""
         return int(head_dim * self.share)
 
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether a token's angles depend on how long its row is."""
-        return isinstance(self.scaling, DynamicRopeScaling | LongRopeScaling)
-
 
 def rotary(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine of the angle of each pair of dimensions, by position.

@@ -13,6 +13,7 @@ from rlhf_jax.learner.gradients import Assemble
 from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import Policy, policy, reward_model
 from rlhf_jax.models.lora import LoraOptions
+from rlhf_jax.models.rope import DynamicRopeScaling, LongRopeScaling
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.adapted import Network, Networks, assembling
 from rlhf_jax.recipes.language import Language
@@ -124,6 +125,7 @@ def check_networks(
         networks: by the name of their option; `"policy"` is among them.
         prompt_width: longest prompt, in tokens.
     """
+    _check_rope(networks["policy"], prompt_width + config.max_new_tokens)
     vocabulary = networks["policy"].config.vocab_size
     for name, network in networks.items():
         if network.config.vocab_size < vocabulary:
@@ -137,6 +139,24 @@ def check_networks(
             needed=prompt_width + config.max_new_tokens,
             name=name,
             why=f"prompts of {prompt_width} + max-new-tokens={config.max_new_tokens}",
+        )
+
+
+def _check_rope(policy: Transformer, needed: int) -> None:
+    """Raises ValueError where sampling and training would turn tokens differently.
+
+    Under some scalings the angles of all tokens change as a text grows past a length.
+    A sampler keeps the keys it has turned; training reads the whole text at once.
+    """
+    scaling = policy.config.rope.scaling
+    if not isinstance(scaling, DynamicRopeScaling | LongRopeScaling):
+        return
+    if needed > scaling.original_max_positions:
+        raise ValueError(
+            f"max-prompt-tokens + max-new-tokens make up to {needed} tokens, but the "
+            "policy's rotary positions change with the length of a text beyond "
+            f"{scaling.original_max_positions}, so what is sampled would not be what "
+            "is trained; lower the limits"
         )
 
 
