@@ -5,6 +5,7 @@ a network is a frozen one, which others may share, and a small tree beside it.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -136,11 +137,16 @@ def save_trained(
     trained: Params,
 ) -> None:
     """Writes what was trained: the model, or adapters and the model with them in it."""
-    module, tokenizer = network.module, language.tokenizer
+    save = partial(
+        save_pretrained,
+        run.model,
+        network.module,
+        tokenizer=language.tokenizer,
+        generation_config=language.generation_config_to_save,
+    )
     if network.lora is None:
-        save_pretrained(run.model, module, trained, tokenizer=tokenizer)
+        save(trained)
         return
     assert network.frozen is not None
     if config.lora.merge:
-        whole = merge(network.frozen, trained, network.lora)
-        save_pretrained(run.model, module, whole, tokenizer=tokenizer)
+        save(merge(network.frozen, trained, network.lora))
