@@ -32,6 +32,7 @@ from rlhf_jax.algo.logprobs import token_logprobs
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.models import load_pretrained, save_pretrained
 from rlhf_jax.models.callables import policy
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollout import generate
 
 LENGTHS = (24, 15, 2, 1)
@@ -68,12 +69,12 @@ def compare(case: Case, directory: Path) -> Parity:
     module, params = load_pretrained(directory / "lm")
     tokens, mask = rows()
     outputs = [forward(theirs, row) for row in real(tokens, mask)]
-    apply = jax.jit(
-        lambda p, t, m, method: module.apply({"params": p}, t, m, method=method),
-        static_argnums=3,
-    )
-    logits = apply(params, tokens, mask, "__call__")
-    hidden = apply(params, tokens, mask, "hidden")
+    logits, hidden = jax.jit(
+        lambda params: (
+            module.apply({"params": params}, tokens, mask),
+            module.apply({"params": params}, tokens, mask, method="hidden"),
+        )
+    )(params)
     values, scores = _heads(case, directory / "classifier")
     want = [out.logits for out in outputs]
     return Parity(
@@ -86,6 +87,11 @@ def compare(case: Case, directory: Path) -> Parity:
         round_trip=_round_trip(directory / "lm", module, params, directory / "again"),
         bfloat16=_bfloat16(theirs, directory / "lm", want),
     )
+
+
+def scanned(module: Transformer) -> Transformer:
+    """The module with its layers under a scan, which is compiled sooner."""
+    return module.clone(scan_layers=True)
 
 
 def random_model(auto_class: Any, case: Case) -> Any:
@@ -127,13 +133,14 @@ def _heads(case: Case, directory: Path) -> tuple[float, float]:
     theirs = random_model(auto_class, case)
     theirs.save_pretrained(directory, max_shard_size=SHARD)
     tokens, mask = rows()
-    values_of, scores_of = (
-        load_pretrained(directory, head=head) for head in ("value", "reward")
-    )
-    values, scores = (
-        jax.jit(module.apply)({"params": params}, tokens, mask)
-        for module, params in (values_of, scores_of)
-    )
+    module, params = load_pretrained(directory, head="value")
+    reward_model, reward_params = load_pretrained(directory, head="reward")
+    values, scores = jax.jit(
+        lambda params, reward_params: (
+            scanned(module).apply({"params": params}, tokens, mask),
+            scanned(reward_model).apply({"params": reward_params}, tokens, mask),
+        )
+    )(params, reward_params)
     outputs = [forward(theirs, row) for row in real(tokens, mask)]
     with torch.no_grad():
         want = [theirs.score(out.hidden_states[-1])[..., 0] for out in outputs]
@@ -147,7 +154,7 @@ def _gradients(theirs: Any, module: Any, params: Any, directory: Path) -> float:
     targets = mask[:, 1:] & mask[:, :-1]
 
     def loss(params):
-        logits = module.apply({"params": params}, tokens, mask)[:, :-1]
+        logits = scanned(module).apply({"params": params}, tokens, mask)[:, :-1]
         losses = -token_logprobs(logits, jnp.asarray(tokens[:, 1:]))
         return jnp.sum(jnp.where(targets, losses, 0.0)) / targets.sum()
 
@@ -239,7 +246,8 @@ def _bfloat16(theirs: Any, path: Path, want: list[torch.Tensor]) -> float:
     """Root mean square error of our bfloat16, over that of PyTorch's."""
     tokens, mask = rows()
     module, params = load_pretrained(path, dtype=jnp.bfloat16)
-    logits = np.asarray(jax.jit(module.apply)({"params": params}, tokens, mask))
+    logits = jax.jit(scanned(module).apply)({"params": params}, tokens, mask)
+    logits = np.asarray(logits)
     exact = np.concatenate([x[0].numpy() for x in want])
     ours = np.concatenate([x[m] for x, m in zip(logits, mask, strict=True)])
     half = transformers.AutoModelForCausalLM.from_pretrained(
