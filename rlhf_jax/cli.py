@@ -16,6 +16,7 @@ from rlhf_jax.presets import PRESETS, PPOMethod
 from rlhf_jax.recipes.annotate_config import AnnotateReadConfig, AnnotateWriteConfig
 from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
+from rlhf_jax.recipes.inspect_config import InspectConfig
 from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.preset_table import find_preset
@@ -48,6 +49,7 @@ stages, in the order in which they are used:
   grpo              stage 3 without a critic: answers to a prompt against each other
 
 tools:
+  inspect           what a model is, and the memory that training it would take
   show-data         tokens of a data set, those that a stage learns in colour
   generate          answers of a model to prompts
   evaluate          held-out figures of a language model, a policy or a reward model
@@ -121,6 +123,13 @@ def evaluate(config: EvaluateConfig) -> None:
     recipe.run(config)
 
 
+def inspect_model(config: InspectConfig) -> None:
+    """Prints what a model is and needs."""
+    from rlhf_jax.recipes import inspect_model as recipe
+
+    recipe.run(config)
+
+
 def presets(config: PresetsConfig) -> None:
     """Prints presets."""
     from rlhf_jax.recipes import preset_table as recipe
@@ -158,6 +167,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "reward": (RewardConfig, reward),
     "ppo": (PPOConfig, ppo),
     "grpo": (GRPOConfig, grpo),
+    "inspect": (InspectConfig, inspect_model),
     "presets": (PresetsConfig, presets),
     "show-data": (ShowDataConfig, show_data),
     "generate": (GenerateConfig, generate),
@@ -190,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rlhf_jax.learner.finite import NonFiniteError
 
     try:
+        flags = _with_names(command, flags)
         config = parse(config_type, flags, prog=f"rlhf-jax {command}")
         quieten_libraries()
         use_compilation_cache()
@@ -236,6 +247,13 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
         description=f"{inspect.getdoc(config_type)}\n\n"
         "--config FILE reads options from YAML.",
     )
+
+
+def _with_names(command: str, flags: list[str]) -> list[str]:
+    """The flags, with the name of the one that may go without: `inspect DIRECTORY`."""
+    if command == "inspect" and flags and not flags[0].startswith("-"):
+        return ["--model", *flags]
+    return flags
 
 
 def _presets_of(config_type: type) -> Mapping[str, Callable[[], Any]]:
