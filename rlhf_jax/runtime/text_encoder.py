@@ -86,23 +86,22 @@ class TextEncoder:
         Returns:
             As many spans, of tokens; one may be empty.
         """
-        cuts = [[0, *itertools.chain(*some)] for some in spans]
+        edges = [[0, *itertools.chain(*some)] if some else [] for some in spans]
         pieces = [
-            [text[a:b] for a, b in itertools.pairwise([*some, len(text)])]
-            for text, some in zip(texts, cuts, strict=True)
+            [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
+            for text, cuts in zip(texts, edges, strict=True)
         ]
-        encoded = (
-            iter(self._ids(list(itertools.chain(*pieces)))) if pieces else iter(())
-        )
+        flat = list(itertools.chain(*pieces))
+        encoded = iter(self._ids(flat) if flat else [])
         found = []
         for text, row, some, parts in zip(texts, ids, spans, pieces, strict=True):
             alone = [next(encoded) for _ in parts]
             joined = list(itertools.chain(*alone))
-            if self._begun(joined) == row:  # no token crosses a cut
-                ends = list(itertools.accumulate(map(len, alone)))
+            if some and self._begun(joined) == row:  # no token crosses a cut
                 added = len(row) - len(joined)  # BOS
-                edges = [added + end for end in ends[:-1]]
-                found.append(list(zip(edges[::2], edges[1::2], strict=True)))
+                at = [added + n for n in itertools.accumulate(map(len, alone))]
+                # The last piece, after the last span, ends the row.
+                found.append(list(zip(at[:-1:2], at[1::2], strict=True)))
             else:
                 found.append([self._token_span(text, row, span) for span in some])
         return found

@@ -119,6 +119,15 @@ def test_all_answers_change_what_is_counted(trained):
     )
 
 
+def test_a_fresh_model_reads_conversations_too(trained):
+    """In the format of models without a template, of which only the end has a token."""
+    config = dataclasses.replace(trained, model=None)
+    language, data = read_sft_data(config)
+    learnt = np.asarray(data.held_out.target_mask)[0]
+    text = language.tokenizer.decode(np.asarray(data.held_out.tokens)[0][learnt])
+    assert text.startswith(" It is. so ") and text.endswith("<|endoftext|>")
+
+
 def test_answers_cut_off_are_counted_in_the_heading(trained, capsys):
     config = dataclasses.replace(
         trained, max_tokens=16, overlong="truncate", quiet=False

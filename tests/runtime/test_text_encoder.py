@@ -122,7 +122,7 @@ def test_spans_before_white_space_that_their_end_swallows():
 
 @given(st.lists(st.text("ab*", max_size=4), min_size=1, max_size=7), st.booleans())
 def test_spans_never_have_tokens_from_outside(parts, bos):
-    """Every second part is a span; between stars of two parts no token may be shared."""
+    """Every second part is a span; no token is shared between two parts."""
     text = "".join(f"({p})" if i % 2 else p for i, p in enumerate(parts))
     inside = [p for i, p in enumerate(parts) if i % 2]
     found = spans_of(text, bos_id=BOS if bos else None)
