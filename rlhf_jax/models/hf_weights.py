@@ -3,7 +3,7 @@
 import json
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ def load_pretrained(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     key: Array | None = None,
+    convert: Callable[[str, Array], dict[str, Array]] | None = None,
 ) -> tuple[Transformer, Params]:
     """Reads a checkpoint of any supported family (`rlhf_jax.models.families`).
 
@@ -75,6 +76,8 @@ def load_pretrained(
         mesh: places the parameters by `parameter_sharding`; each process reads only
             what its devices hold. None: everything on the default device.
         key: draws the score vector if the checkpoint has none; otherwise not used.
+        convert: `(path, leaf) -> {path: leaf}`, of what takes the place of each leaf
+            once it is loaded, such as `quantize.quantized_leaf`; one at a time.
 
     Returns:
         The module and its parameters.
@@ -104,12 +107,14 @@ def load_pretrained(
         if head == "lm" and config.tie_embeddings:
             check_tie(family, prefix + family.trunk[0].name, tensors)
         not_finite: Counter[str] = Counter()
-        leaves = {}
+        leaves: dict[str, Array] = {}
         for name, source in leaf_sources(family, prefix, shapes).items():
             pieces_of = partial(_checked_pieces, source, tensors, not_finite)
-            leaves[name] = place_leaf(
+            leaf = place_leaf(
                 source.shape, source.dtype, placements.get(name), pieces_of
             )
+            leaves |= {name: leaf} if convert is None else convert(name, leaf)
+            del leaf
         check_finite(not_finite, dtype, tensors)
     params = unflatten_dict(leaves, sep="/")
     if head != "lm" and "score" not in params:
