@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
@@ -17,7 +18,17 @@ from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.config import Head
 from rlhf_jax.models.heads import with_head
 from rlhf_jax.models.hf_weights import save_pretrained
-from rlhf_jax.models.lora import LoraOptions, attach, init_adapters, merge
+from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.lora import (
+    LoraOptions,
+    attach,
+    init_adapters,
+    merge,
+    trained_head,
+)
+from rlhf_jax.models.peft_config import is_adapter
+from rlhf_jax.models.peft_files import read_adapter, write_adapter
+from rlhf_jax.models.peft_loading import load_model
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import frozen_network, trained_network
@@ -32,6 +43,7 @@ class Network:
     module: Transformer
     frozen: Params | None = None  # what adapters adapt; None: all is trained
     lora: LoraOptions | None = None  # of the adapters, if that is what is trained
+    path: str = ""  # of the directory of what is frozen
 
     def whole(self, trained: Params) -> Params:
         """The parameters that the module reads; frozen arrays are shared."""
@@ -73,6 +85,7 @@ class Networks:
         self._mesh = mesh
         self._found: dict[Path, tuple[Transformer, Params]] = {}
         self._num_adapted = 0
+        self._options: LoraOptions | None = None
 
     def frozen(
         self, path: str, head: Head, *, key: Array | None = None
@@ -81,7 +94,7 @@ class Networks:
         config, mesh = self._config, self._mesh
         if not config.lora.is_on:
             return frozen_network(path, config, head=head, mesh=mesh, key=key)
-        place = Path(path).resolve()
+        place = local_directory(path).resolve()
         if place not in self._found:
             self._found[place] = frozen_network(
                 path, config, head=head, mesh=mesh, key=key
@@ -108,24 +121,48 @@ class Networks:
                 path, config, head=head, mesh=self._mesh, key=key
             )
             return Network(module=module), params
+        if head != "value" and is_adapter(local_directory(path)):
+            raise ValueError(
+                f"{path} holds an adapter, and an adapter of an adapter cannot be "
+                "written; give its base model here and the adapter as lora.adapter, or "
+                "merge the two first with rlhf-jax merge"
+            )
         module, params = self.frozen(path, head, key=key)
-        options = LoraOptions(
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.lora.targets,
-            rslora=config.lora.rslora,
-        )
-        trained = init_adapters(self._adapter_key(), params, options)
+        trained, options = self._adapters(module, params)
         frozen = {name: leaf for name, leaf in params.items() if name != "score"}
-        return Network(module=module, frozen=frozen, lora=options), trained
+        network = Network(module=module, frozen=frozen, lora=options, path=path)
+        return network, trained
 
-    def _adapter_key(self) -> Array:
-        """Differs between networks; none that the run splits off its seed."""
+    def _adapters(
+        self, module: Transformer, params: Params
+    ) -> tuple[Params, LoraOptions]:
+        """Those to go on training, of the first network; fresh ones of any other."""
+        lora = self._config.lora
         self._num_adapted += 1
-        return jax.random.fold_in(
+        if self._options is None and lora.adapter is not None:
+            directory = local_directory(lora.adapter)
+            trained, self._options = read_adapter(
+                directory, module, dropout=lora.dropout
+            )
+            if module.head == "lm" and "score" in trained:
+                raise ValueError(
+                    f"lora.adapter={lora.adapter!r}: adapts a sequence classifier; "
+                    "this stage trains a language model"
+                )
+            return trained_head(params) | trained, self._options
+        if self._options is None:
+            self._options = LoraOptions(
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                targets=lora.targets,
+                rslora=lora.rslora,
+            )
+        # None of the keys that the run splits off its seed.
+        key = jax.random.fold_in(
             jax.random.key(self._config.seed), 20 + self._num_adapted
         )
+        return init_adapters(key, params, self._options), self._options
 
 
 def save_trained(
@@ -136,7 +173,10 @@ def save_trained(
     mesh: Mesh,
     trained: Params,
 ) -> None:
-    """Writes what was trained: the model, or adapters and the model with them in it."""
+    """Writes what was trained: the model, or adapters and the model with them in it.
+
+    They are merged into the base as its file has it, whatever the run stored it as.
+    """
     save = partial(
         save_pretrained,
         run.model,
@@ -147,6 +187,21 @@ def save_trained(
     if network.lora is None:
         save(trained)
         return
-    assert network.frozen is not None
+    write_adapter(
+        run.adapter,
+        network.module,
+        trained,
+        network.lora,
+        base=network.path,
+        tokenizer=language.tokenizer,
+    )
     if config.lora.merge:
-        save(merge(network.frozen, trained, network.lora))
+        base = network.frozen
+        assert base is not None
+        if any(x.dtype != jnp.float32 for x in jax.tree.leaves(base)):
+            head = network.module.head
+            # The adapters bring the score vector: that of the key is not used.
+            _, base = load_model(
+                network.path, head=head, mesh=mesh, key=jax.random.key(0)
+            )
+        save(merge(base, trained, network.lora))

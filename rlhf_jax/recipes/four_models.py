@@ -88,9 +88,9 @@ def load_four_models(
         shape = critic_params["score"].shape
         drawn = config.critic_head_std * jax.random.normal(_head_key(config), shape)
         critic_params = critic_params | {"score": drawn}
-    frozen_both = dataclasses.replace(models.frozen, critic=frozen)
+    both = dataclasses.replace(models.frozen, critic=frozen)
     four = FourModels(
-        **(vars(models) | {"frozen": frozen_both}),
+        **vars(dataclasses.replace(models, frozen=both)),
         forward=forward,
         values_fn=values_fn,
         shares_trunk=config.critic_trunk == "shared",

@@ -17,6 +17,7 @@ from rlhf_jax.models.chat import (
 )
 from rlhf_jax.models.generation_config import read_eos_ids, read_generation_config
 from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.peft_loading import text_directories
 from rlhf_jax.models.tokenizer import load_tokenizer
 from rlhf_jax.runtime.text_encoder import TextEncoder
 
@@ -37,8 +38,8 @@ class Language:
     @classmethod
     def load(cls, path: str | Path) -> "Language":
         """The tokenizer and the ends of answers of a Hugging Face directory."""
-        path = local_directory(path)
-        tokenizer = load_tokenizer(path)
+        text, path = text_directories(local_directory(path))
+        tokenizer = load_tokenizer(text)
         own = tokenizer.eos_token_id
         ends = {i for i in read_eos_ids(path) if i < len(tokenizer) and i != own}
         return cls(

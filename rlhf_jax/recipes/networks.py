@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.models.config import DecoderConfig, Head, gpt2_config, llama_config
-from rlhf_jax.models.hf_weights import load_pretrained
+from rlhf_jax.models.peft_loading import load_model
+from rlhf_jax.models.quantize import quantized_leaf
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.language import Language
@@ -39,7 +40,7 @@ def trained_network(
     path: str, config: RunConfig, *, head: Head, mesh: Mesh, key: Array | None = None
 ) -> tuple[Transformer, Params]:
     """A checkpoint to go on training: float32 parameters, activations as configured."""
-    module, params = load_pretrained(path, head=head, mesh=mesh, key=key)
+    module, params = load_model(path, head=head, mesh=mesh, key=key)
     return configured(module, config), params
 
 
@@ -49,22 +50,22 @@ def frozen_network(
     """A checkpoint that is only read: parameters and activations as configured."""
     stored = config.lora.base_dtype or config.dtype
     dtype = config.dtype if stored == "int8" else stored
-    module, params = read_network(path, head=head, dtype=dtype, mesh=mesh, key=key)
+    module, params = load_model(
+        path,
+        head=head,
+        dtype=jnp.dtype(dtype),
+        mesh=mesh,
+        key=key,
+        convert=quantized_leaf if stored == "int8" else None,
+    )
     return configured(module, config), params
 
 
 def read_network(
-    path: str,
-    *,
-    head: Head,
-    dtype: Dtype,
-    mesh: Mesh | None = None,
-    key: Array | None = None,
+    path: str, *, head: Head, dtype: Dtype, mesh: Mesh | None = None
 ) -> tuple[Transformer, Params]:
     """A checkpoint with parameters and activations of one dtype."""
-    module, params = load_pretrained(
-        path, head=head, mesh=mesh, dtype=jnp.dtype(dtype), key=key
-    )
+    module, params = load_model(path, head=head, mesh=mesh, dtype=jnp.dtype(dtype))
     return module.clone(dtype=jnp.dtype(dtype)), params
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo.ensembles import combine_scores
@@ -30,21 +31,21 @@ class PolicyModels:
     score_fn: ScoreFn | None  # None: no reward model
     reference: Params | None
     reward: Params | None
-    lora: LoraOptions | None = None  # of adapters, if they are what is trained
+    network: Network | None = None  # the policy; None where it is not trained
     frozen: ActorCritic = dataclasses.field(
         default_factory=lambda: ActorCritic(actor=None, critic=None)
     )
     """what adapters of actor and critic adapt"""
 
     @property
+    def lora(self) -> LoraOptions | None:
+        """Of adapters, if they are what is trained."""
+        return None if self.network is None else self.network.lora
+
+    @property
     def assemble(self) -> Assemble:
         """`(trained, frozen) -> whole`, of actor and critic or one of them."""
         return assembling(self.lora)
-
-    @property
-    def network(self) -> Network:
-        """The policy."""
-        return Network(module=self.module, frozen=self.frozen.actor, lora=self.lora)
 
     def actor(self, trained: Params) -> Params:
         """The whole policy; frozen arrays are shared, not copied."""
@@ -80,6 +81,9 @@ def load_policy_models(
     reference = None
     if config.kl.place != "none":
         reference_module, reference = networks.frozen(reference_path, "lm")
+        if config.lora.adapter is not None and config.reference is None:
+            # The policy's start, which is not the base alone.
+            reference = network.whole(jax.tree.map(jnp.copy, actor))
         if reference_module.config != module.config:
             raise ValueError(
                 f"reference={reference_path!r}: its shape differs from that of "
@@ -99,7 +103,7 @@ def load_policy_models(
         score_fn=score_fn,
         reference=reference,
         reward=reward,
-        lora=network.lora,
+        network=network,
         frozen=ActorCritic(actor=network.frozen, critic={}),
     )
     return models, actor

@@ -1,0 +1,93 @@
+"""Directories that hold an adapter, wherever those of a model are expected."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.models.config import Head
+from rlhf_jax.models.hf_weights import load_pretrained
+from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.lora import merge
+from rlhf_jax.models.peft_config import is_adapter, read_peft_config
+from rlhf_jax.models.peft_files import read_adapter
+from rlhf_jax.models.transformer import Transformer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    head: Head = "lm",
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
+    convert: Callable[[str, Array], dict[str, Array]] | None = None,
+) -> tuple[Transformer, Params]:
+    """`load_pretrained`, also of an adapter: its base model with the adapter in it.
+
+    Args:
+        path: directory of a model or of an adapter, or a name on the Hub.
+        head: as in `load_pretrained`; an adapter of a classifier brings its score.
+        dtype: likewise.
+        mesh: likewise.
+        key: likewise.
+        convert: likewise, of the leaves of the whole model.
+
+    Raises:
+        ValueError: as `load_pretrained` and `read_adapter` do, or where an adapter's
+            base is not at hand.
+    """
+    directory = local_directory(path)
+    if not is_adapter(directory):
+        return load_pretrained(
+            directory, head=head, dtype=dtype, mesh=mesh, key=key, convert=convert
+        )
+    config = read_peft_config(directory)
+    if config.is_classifier and head == "lm":
+        raise ValueError(
+            f"{path} adapts a sequence classifier; a language model is needed"
+        )
+    drawn = jax.random.key(0) if config.is_classifier else key
+    module, params = load_pretrained(
+        base_of(directory), head=head, dtype=dtype, mesh=mesh, key=drawn
+    )
+    trained, options = read_adapter(directory, module)
+    params = merge(params, trained, options)
+    if convert is not None:
+        leaves: dict[str, Any] = flatten_dict(params, sep="/")
+        for name, leaf in list(leaves.items()):
+            leaves |= convert(name, leaf)
+        params = unflatten_dict(leaves, sep="/")
+    return module, params
+
+
+def base_of(path: Path) -> Path:
+    """The directory of the model that an adapter adapts.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    base = read_peft_config(path).base
+    found = local_directory(base) if base else Path()
+    if not (found / "config.json").is_file():
+        raise ValueError(
+            f"{path} adapts base_model_name_or_path={base!r}, and no model is there; "
+            "write the right path into its adapter_config.json"
+        )
+    return found
+
+
+def text_directories(path: Path) -> tuple[Path, Path]:
+    """Where the tokenizer and where `generation_config.json` of a directory are.
+
+    Of an adapter the second, and a tokenizer that it does not bring, are its base's.
+    """
+    if not is_adapter(path):
+        return path, path
+    base = base_of(path)
+    return (path if (path / "tokenizer_config.json").is_file() else base), base
