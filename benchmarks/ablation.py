@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timing
 from ablation_cases import list_cases, select
@@ -53,7 +53,9 @@ SMOKE: dict[str, Any] = {
 NUM_JUDGED, NUM_JUDGED_SMOKE = 1_024, 64  # prompts that every policy answers
 
 
-def train_models(root: Path, seed: int, *, smoke: bool) -> None:
+def train_models(
+    root: Path, seed: int, *, smoke: bool, family: Literal["gpt2", "llama"] = "llama"
+) -> None:
     """The quickstart's first two stages and its prompts; what is there is kept."""
     complete = root / "complete"
     if complete.exists():
@@ -62,9 +64,11 @@ def train_models(root: Path, seed: int, *, smoke: bool) -> None:
     config = QuickstartConfig(run_dir=str(root), seed=seed)
     quickstart.write_demonstrations(root, quickstart.stage_seed(config, 0))
     sft_config = quickstart.sft_config(config, root)
+    fresh = dataclasses.replace(sft_config.fresh, family=family)
     if smoke:
-        tiny = dataclasses.replace(sft_config.fresh, width=32, num_layers=1)
-        sft_config = dataclasses.replace(sft_config, fresh=tiny, steps=5)
+        fresh = dataclasses.replace(fresh, width=32, num_layers=1)
+        sft_config = dataclasses.replace(sft_config, steps=5)
+    sft_config = dataclasses.replace(sft_config, fresh=fresh)
     heading("SFT model")
     sft_run = sft.run(sft_config)
 
