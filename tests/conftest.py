@@ -13,6 +13,8 @@ if jax.__version_info__ < (0, 11):  # later ones have lost this flag and stop at
     _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # sharding tests need no accelerator
 jax.config.update("jax_numpy_rank_promotion", "warn")
