@@ -19,7 +19,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +31,7 @@ import ml_dtypes
 import numpy as np
 import timing
 from flax.traverse_util import flatten_dict, unflatten_dict
+from process_memory import PeakMemory, memory
 from safetensors import safe_open
 
 from rlhf_jax.models import leaf_placement
@@ -116,35 +116,6 @@ def drop_from_cache(directory: Path) -> None:
 
 
 # The child
-
-
-def memory(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise KeyError(field)
-
-
-class PeakMemory(threading.Thread):
-    """The most anonymous memory of this process that a sample has seen."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = 0
-        self._is_over = threading.Event()
-
-    def run(self) -> None:
-        """Samples until `stop`."""
-        while not self._is_over.wait(0.005):
-            self.peak = max(self.peak, memory("RssAnon"))
-
-    def stop(self) -> int:
-        """The peak, in bytes."""
-        self._is_over.set()
-        self.join()
-        return max(self.peak, memory("RssAnon"))
 
 
 def load_stacked(directory: Path, dtype: Any) -> Any:

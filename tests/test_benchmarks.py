@@ -168,3 +168,41 @@ def test_peer_answers_every_turn_and_its_failure_is_shown(monkeypatch, tmp_path)
         assert [echo.take_turn(), echo.take_turn()] == [{"turn": 0}, {"turn": 1}]
         with pytest.raises(RuntimeError, match="no more than two"):
             echo.take_turn()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
+def test_loading_stays_under_a_limit_of_the_kernel():
+    _, result = run_smoke("load_checkpoint.py", "--headroom-mb", "150")
+    loaded = [row for row in result["rows"] if row["loader"] == "pieces"]
+    assert {(row["stored_as"], row["devices"]) for row in loaded} >= {
+        ("float32", 1),
+        ("bfloat16", 4),
+    }
+    for row in loaded:
+        assert row["error"] is None
+        assert row["file_bytes"] > 35e6
+        assert row["peak_above_device_bytes"] < row["limit_bytes_above_device_bytes"]
+    # bfloat16 is half as many bytes in the file as in float32 on the devices.
+    widened = next(
+        row
+        for row in loaded
+        if row["loaded_as"] == "float32" and row["stored_as"] == "bfloat16"
+    )
+    assert widened["device_bytes"] == 2 * widened["file_bytes"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
+def test_the_limit_is_one():
+    flags = ["--headroom-mb", "1", "--devices", "1"]
+    _, result = run_smoke("load_checkpoint.py", *flags)
+    assert all(row["error"] is not None for row in result["rows"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
+def test_planned_memory_is_what_is_taken():
+    _, result = run_smoke("planned_memory.py", "--stages", "sft")
+    assert [row["stage"] for row in result["rows"]] == ["sft"]
+    for row in result["rows"]:
+        assert 0 < row["planned_always_bytes"] < row["planned_peak_bytes"]
+        # So small that pages and threads count: a factor, not per cent.
+        assert 0.5 < row["measured_over_planned"] < 2

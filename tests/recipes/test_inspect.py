@@ -250,17 +250,9 @@ def test_what_cannot_work(flags, message, tmp_path, capsys):
 def test_more_devices_than_there_are(tmp_path):
     path = saved(tmp_path)
     flags = ["--stages", "sft", "--batch-size", "16", "--max-tokens", "16", "--json"]
+    flags += ["--mesh.fsdp", "16"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rlhf_jax.cli",
-            "inspect",
-            path,
-            *flags,
-            "--mesh.fsdp",
-            "16",
-        ],
+        [sys.executable, "-m", "rlhf_jax.cli", "inspect", path, *flags],
         capture_output=True,
         text=True,
         timeout=300,

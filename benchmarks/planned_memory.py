@@ -1,0 +1,217 @@
+"""What `rlhf-jax inspect` says a stage takes, beside what it took.
+
+    python benchmarks/planned_memory.py
+    python benchmarks/planned_memory.py --layers 12 --batch 32 --remat
+
+A random GPT-2 is saved; its stages are planned from its `config.json`, and then a few
+steps of `sft` and of `ppo` run, with the recipes' own programs. On CPU the measure is
+the anonymous memory of the process above what it was, after compiling, before any
+array was there; on an accelerator it is the device's own peak.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+from process_memory import PeakMemory, give_back, memory
+
+from rlhf_jax.algo.types import Demonstrations, Prompts
+from rlhf_jax.learner.imitation import imitation_objective
+from rlhf_jax.learner.supervised import count_targets, make_supervised_step
+from rlhf_jax.learner.train_state import init_model_state, init_train_state
+from rlhf_jax.models import save_pretrained
+from rlhf_jax.models.callables import policy
+from rlhf_jax.models.config import gpt2_config
+from rlhf_jax.models.tiny import byte_tokenizer
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.adapted import Networks
+from rlhf_jax.recipes.configs import SFTConfig
+from rlhf_jax.recipes.four_models import load_four_models
+from rlhf_jax.recipes.inspect_config import InspectConfig
+from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.memory_plan import StageMemory, stage_memory
+from rlhf_jax.recipes.networks import place_state
+from rlhf_jax.recipes.policy_configs import PPOConfig
+from rlhf_jax.recipes.ppo_programs import make_optimizers, make_programs, ppo_step
+from rlhf_jax.recipes.rewards import Rewards
+from rlhf_jax.recipes.supervised import optimizer_of
+from rlhf_jax.runtime.mesh import make_mesh, put_batch
+
+STEPS = 2
+
+
+def save_model(directory: Path, layers: int, width: int, vocab_size: int) -> Any:
+    """A language model and a reward model; their shape."""
+    shape = gpt2_config(
+        vocab_size=vocab_size,
+        max_positions=1024,
+        width=width,
+        num_layers=layers,
+        num_heads=width // 64,
+    )
+    for head in ("lm", "reward"):
+        module = Transformer(shape, head=head)
+        ones = jnp.ones((1, 2), jnp.int32)
+        params = module.init(jax.random.key(0), ones, ones == 1)["params"]
+        save_pretrained(directory / head, module, params, tokenizer=byte_tokenizer())
+    return shape
+
+
+def sft_steps(config: SFTConfig) -> Callable[[], None]:
+    """A few steps of stage 1, each call from the files on."""
+    mesh = make_mesh()
+    assert config.model is not None
+    path = config.model
+    module = Networks(config, mesh).trained(path, "lm")[0].module
+    optimizer, _ = optimizer_of(config.optimizer, total_steps=config.steps)
+    tokens = np.ones((config.batch_size, config.max_tokens), np.int32)
+    real = np.ones(tokens.shape, bool)
+    batch = Demonstrations(tokens=tokens, mask=real, target_mask=real)
+    step = make_supervised_step(
+        imitation_objective(policy(module).token_logprobs),
+        optimizer,
+        count=count_targets,
+        num_microbatches=config.microbatches,
+    )
+
+    def run() -> None:
+        _, params = Networks(config, mesh).trained(path, "lm")
+        state = init_model_state(jax.random.key(0), params, optimizer)
+        state, _ = place_state(state, mesh)
+        del params
+        for _ in range(STEPS):
+            state, metrics = step(state, put_batch(mesh, batch))
+            jax.block_until_ready(metrics)
+
+    return run
+
+
+def ppo_steps(config: PPOConfig) -> Callable[[], None]:
+    """A few updates of stage 3, each call from the files on."""
+    mesh, language = make_mesh(), Language.load(config.policy)
+    optimizers, _ = make_optimizers(config)
+    programs = []
+
+    def run() -> None:
+        models, params = load_four_models(
+            config, language, mesh, prompt_width=config.max_prompt_tokens
+        )
+        state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.1)
+        state, sharding = place_state(state, mesh)
+        del params
+        if not programs:
+            rest: dict[str, Any] = {"stop_ids": (), "pad_id": 0}
+            rest["state_sharding"] = sharding
+            programs.append(make_programs(config, models, optimizers, **rest))
+        prompts = Prompts(
+            tokens=np.ones((config.batch_size, config.max_prompt_tokens), np.int32),
+            lengths=np.full(config.batch_size, config.max_prompt_tokens, np.int32),
+        )
+
+        def reward_of(rollout: Any) -> Rewards:
+            scores, _ = programs[0].score(models.reward, rollout)
+            return Rewards(scores=scores, metrics={})
+
+        for _ in range(STEPS):
+            state, carried, _ = ppo_step(
+                state, put_batch(mesh, prompts), models, programs[0], reward_of
+            )
+            state = dataclasses.replace(state, **carried)
+
+    return run
+
+
+def measured(run: Callable[[], None]) -> int:
+    """Bytes that the second of two calls took at its peak; the first compiles."""
+    run()
+    give_back()
+    if jax.default_backend() != "cpu":
+        return timing.device_peak_bytes() or 0
+    before = memory("RssAnon")
+    sampler = PeakMemory()
+    sampler.start()
+    run()
+    return sampler.stop() - before
+
+
+def planned(stage: str, config: InspectConfig, shape: Any) -> StageMemory:
+    """As the command works it out."""
+    return stage_memory(
+        stage,
+        config.of_stage(stage),  # pyright: ignore[reportArgumentType]
+        shape,
+        make_mesh(),
+        stop_ids=(),
+        pad_id=0,
+        compile_programs=True,
+        report=lambda text: None,
+    )
+
+
+def main() -> None:
+    """Both stages, as a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", nargs="+", default=["sft", "ppo"])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--response", type=int, default=128)
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.layers, arguments.width, arguments.vocab_size = 2, 64, 512
+        arguments.batch, arguments.prompt, arguments.response = 4, 16, 16
+    machine = timing.machine()
+    timing.print_machine(machine)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        size = (arguments.layers, arguments.width, arguments.vocab_size)
+        shape = save_model(Path(name), *size)
+        config = InspectConfig(
+            model=f"{name}/lm",
+            batch_size=arguments.batch,
+            max_tokens=arguments.prompt + arguments.response,
+            max_prompt_tokens=arguments.prompt,
+            max_new_tokens=arguments.response,
+            remat=arguments.remat,
+        )
+        for stage in arguments.stages:
+            plan = planned(stage, config, shape)
+            of_stage = config.of_stage(stage)
+            if isinstance(of_stage, PPOConfig):
+                reward = f"{name}/reward"
+                run = ppo_steps(dataclasses.replace(of_stage, reward_model=reward))
+            else:
+                assert isinstance(of_stage, SFTConfig)
+                run = sft_steps(of_stage)
+            taken = measured(run)
+            rows.append(
+                {
+                    "stage": stage,
+                    "planned_always_bytes": plan.always,
+                    "planned_peak_bytes": plan.peak,
+                    "measured_peak_bytes": taken,
+                    "measured_over_planned": taken / plan.peak,
+                }
+            )
+            print(
+                f"{stage:4} planned {plan.peak / 1e6:8,.0f} MB, of which always "
+                f"{plan.always / 1e6:6,.0f} MB; measured {taken / 1e6:8,.0f} MB, "
+                f"{taken / plan.peak:.2f} times",
+                flush=True,
+            )
+    timing.print_result({"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
