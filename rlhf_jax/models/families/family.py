@@ -105,30 +105,48 @@ def norm(name: str, leaf: str) -> tuple[TensorRule, TensorRule]:
     )
 
 
-def llama_trunk(*, norms: dict[str, str]) -> tuple[TensorRule, ...]:
-    """The names that Llama gave and most later families kept.
+PRE_NORMS = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+QUERY_KEY_NORMS = {"self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
+
+
+def llama_family(
+    model_type: str,
+    lm_class: str,
+    *,
+    read: Callable[[Fields], DecoderConfig],
+    write: Callable[[DecoderConfig], Fields],
+    score_class: str | None = None,
+    norms: dict[str, str] = PRE_NORMS,
+) -> Family:
+    """A family that kept the names which Llama gave.
 
     Args:
+        model_type: see `Family`.
+        lm_class: see `Family`.
+        read: see `Family`.
+        write: see `Family`.
+        score_class: where it is not called as the language model is.
         norms: of a layer: name in the file → leaf of ours.
     """
     layer = "layers.{layer}"
-    names = ("query", "key", "value", "output")
-    return (
-        TensorRule(name="embed_tokens.weight", leaves=("token_embedding",)),
-        *(
-            rule
-            for name, leaf in norms.items()
-            for rule in norm(f"{layer}.{name}", f"layers/{leaf}")
-        ),
-        *(
-            rule
-            for leaf in names
-            for rule in linear(f"{layer}.self_attn.{leaf[0]}_proj", leaf)
-        ),
-        *(
-            rule
-            for leaf in ("gate", "up", "down")
-            for rule in linear(f"{layer}.mlp.{leaf}_proj", leaf)
-        ),
-        *norm("norm", "final_norm"),
+    trunk = [TensorRule(name="embed_tokens.weight", leaves=("token_embedding",))]
+    for name, leaf in norms.items():
+        trunk += norm(f"{layer}.{name}", f"layers/{leaf}")
+    for leaf in ("query", "key", "value", "output"):
+        trunk += linear(f"{layer}.self_attn.{leaf[0]}_proj", leaf)
+    for leaf in ("gate", "up", "down"):
+        trunk += linear(f"{layer}.mlp.{leaf}_proj", leaf)
+    classifier = lm_class.replace("ForCausalLM", "ForSequenceClassification")
+    return Family(
+        model_type=model_type,
+        lm_class=lm_class,
+        score_class=score_class or classifier,
+        prefix="model.",
+        trunk=(*trunk, *norm("norm", "final_norm")),
+        buffers=ROTARY_BUFFERS,
+        read=read,
+        write=write,
     )

@@ -7,7 +7,7 @@ them by other angles in layers that have a window.
 from typing import Any
 
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import ROTARY_BUFFERS, Family, llama_trunk
+from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family
 from rlhf_jax.models.families.fields import (
     Fields,
     activation,
@@ -142,27 +142,18 @@ _NORMS = {
     "post_feedforward_layernorm": "post_mlp_norm",
 }
 
-GEMMA2 = Family(
-    model_type="gemma2",
-    lm_class="Gemma2ForCausalLM",
-    score_class="Gemma2ForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(norms=_NORMS),
-    buffers=ROTARY_BUFFERS,
+GEMMA2 = llama_family(
+    "gemma2",
+    "Gemma2ForCausalLM",
     read=read_gemma2,
     write=write_gemma2,
+    norms=_NORMS,
 )
-
-GEMMA3 = Family(
-    model_type="gemma3_text",
-    lm_class="Gemma3ForCausalLM",
+GEMMA3 = llama_family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
     score_class="Gemma3TextForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(
-        norms=_NORMS
-        | {"self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
-    ),
-    buffers=ROTARY_BUFFERS,
     read=read_gemma3,
     write=write_gemma3,
+    norms=_NORMS | QUERY_KEY_NORMS,
 )

@@ -1,7 +1,7 @@
 """Llama 2 and 3, SmolLM and others of their shape; and what Mistral adds, a window."""
 
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import ROTARY_BUFFERS, Family, llama_trunk
+from rlhf_jax.models.families.family import llama_family
 from rlhf_jax.models.families.fields import (
     Fields,
     activation,
@@ -71,29 +71,7 @@ def write_mistral(config: DecoderConfig) -> Fields:
     }
 
 
-_NORMS = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
-
-LLAMA = Family(
-    model_type="llama",
-    lm_class="LlamaForCausalLM",
-    score_class="LlamaForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(norms=_NORMS),
-    buffers=ROTARY_BUFFERS,
-    read=read_llama,
-    write=write_llama,
-)
-
-MISTRAL = Family(
-    model_type="mistral",
-    lm_class="MistralForCausalLM",
-    score_class="MistralForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(norms=_NORMS),
-    buffers=ROTARY_BUFFERS,
-    read=read_mistral,
-    write=write_mistral,
+LLAMA = llama_family("llama", "LlamaForCausalLM", read=read_llama, write=write_llama)
+MISTRAL = llama_family(
+    "mistral", "MistralForCausalLM", read=read_mistral, write=write_mistral
 )

@@ -1,7 +1,7 @@
 """OLMo 2: norms behind each part, and of all queries and all keys."""
 
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import ROTARY_BUFFERS, Family, llama_trunk
+from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family
 from rlhf_jax.models.families.fields import (
     Fields,
     activation,
@@ -41,20 +41,14 @@ def write(config: DecoderConfig) -> Fields:
     }
 
 
-OLMO2 = Family(
-    model_type="olmo2",
-    lm_class="Olmo2ForCausalLM",
-    score_class="Olmo2ForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(
-        norms={
-            "self_attn.q_norm": "query_norm",
-            "self_attn.k_norm": "key_norm",
-            "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_mlp_norm",
-        }
-    ),
-    buffers=ROTARY_BUFFERS,
+OLMO2 = llama_family(
+    "olmo2",
+    "Olmo2ForCausalLM",
     read=read,
     write=write,
+    norms=QUERY_KEY_NORMS
+    | {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_mlp_norm",
+    },
 )

@@ -3,7 +3,11 @@
 from typing import Any
 
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import ROTARY_BUFFERS, Family, llama_trunk
+from rlhf_jax.models.families.family import (
+    PRE_NORMS,
+    QUERY_KEY_NORMS,
+    llama_family,
+)
 from rlhf_jax.models.families.fields import (
     Fields,
     activation,
@@ -74,32 +78,11 @@ def _shared(fields: Fields) -> dict[str, Any]:
     }
 
 
-_NORMS = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
-
-QWEN2 = Family(
-    model_type="qwen2",
-    lm_class="Qwen2ForCausalLM",
-    score_class="Qwen2ForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(norms=_NORMS),
-    buffers=ROTARY_BUFFERS,
-    read=read_qwen2,
-    write=write_qwen2,
-)
-
-QWEN3 = Family(
-    model_type="qwen3",
-    lm_class="Qwen3ForCausalLM",
-    score_class="Qwen3ForSequenceClassification",
-    prefix="model.",
-    trunk=llama_trunk(
-        norms=_NORMS
-        | {"self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
-    ),
-    buffers=ROTARY_BUFFERS,
+QWEN2 = llama_family("qwen2", "Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2)
+QWEN3 = llama_family(
+    "qwen3",
+    "Qwen3ForCausalLM",
     read=read_qwen3,
     write=write_qwen3,
+    norms=PRE_NORMS | QUERY_KEY_NORMS,
 )
