@@ -151,7 +151,7 @@ def device_bytes(params: Any) -> int:
 
 def check(directory: Path, params: Any) -> None:
     """A row of three tensors, read by the library."""
-    leaves = flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
     layers = leaves["layers/down/kernel"].shape[0]
     weights = {
         "model.embed_tokens.weight": leaves["token_embedding"][7],

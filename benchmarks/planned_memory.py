@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import timing
 from process_memory import PeakMemory, give_back, memory
 
@@ -71,8 +70,8 @@ def sft_steps(config: SFTConfig) -> Callable[[], None]:
     path = config.model
     module = Networks(config, mesh).trained(path, "lm")[0].module
     optimizer, _ = optimizer_of(config.optimizer, total_steps=config.steps)
-    tokens = np.ones((config.batch_size, config.max_tokens), np.int32)
-    real = np.ones(tokens.shape, bool)
+    tokens = jnp.ones((config.batch_size, config.max_tokens), jnp.int32)
+    real = jnp.ones(tokens.shape, bool)
     batch = Demonstrations(tokens=tokens, mask=real, target_mask=real)
     step = make_supervised_step(
         imitation_objective(policy(module).token_logprobs),
@@ -111,8 +110,8 @@ def ppo_steps(config: PPOConfig) -> Callable[[], None]:
             rest["state_sharding"] = sharding
             programs.append(make_programs(config, models, optimizers, **rest))
         prompts = Prompts(
-            tokens=np.ones((config.batch_size, config.max_prompt_tokens), np.int32),
-            lengths=np.full(config.batch_size, config.max_prompt_tokens, np.int32),
+            tokens=jnp.ones((config.batch_size, config.max_prompt_tokens), jnp.int32),
+            lengths=jnp.full(config.batch_size, config.max_prompt_tokens, jnp.int32),
         )
 
         def reward_of(rollout: Any) -> Rewards:

@@ -28,7 +28,7 @@ WANTED = (
 )
 
 
-def local_directory(path: str | Path) -> Path:
+def local_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The directory of a model: the one that is there, or a download from the Hub.
 
     Files land in the cache that all Hugging Face libraries share, and are asked for
@@ -37,6 +37,7 @@ def local_directory(path: str | Path) -> Path:
     Args:
         path: a local directory, which always wins, or `"org/name"`, or
             `"org/name@revision"` with a branch, a tag or a commit of that name.
+        weights: download them, too.
 
     Returns:
         A local directory; where `path` is neither, `path` itself, for the reader to
@@ -50,11 +51,11 @@ def local_directory(path: str | Path) -> Path:
     name = None if local.exists() else _NAME.fullmatch(str(path))
     if name is None:
         return local
-    return _download(name["repo"], name["revision"])
+    return _download(name["repo"], name["revision"], weights)
 
 
 @functools.cache
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name = repo if revision is None else f"{repo}@{revision}"
@@ -65,7 +66,8 @@ def _download(repo: str, revision: str | None) -> Path:
                 repo,
                 revision=revision,
                 allow_patterns=list(WANTED),
-                ignore_patterns=["*/*"],  # patterns reach into folders
+                # Patterns reach into folders.
+                ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
             )
         )
     except errors.GatedRepoError:
@@ -90,7 +92,7 @@ def _download(repo: str, revision: str | None) -> Path:
         reason = " ".join(str(error).split()) or type(error).__name__
         problem = f"{hint} it could not be had from the Hugging Face Hub: {reason}"
     else:
-        return _checked(name, directory)
+        return _checked(name, directory) if weights else directory
     raise ValueError(problem)
 
 

@@ -17,6 +17,7 @@ from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import critic, policy, reward_model
 from rlhf_jax.models.config import DecoderConfig, Head
 from rlhf_jax.models.lora import LoraOptions, init_adapters
+from rlhf_jax.models.quantize import quantize_kernels
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
@@ -86,8 +87,10 @@ class AbstractNetworks:
         """A network that is only read."""
         config = self._config
         stored = config.lora.base_dtype or config.dtype
-        check_dtype(stored)
-        return self._network(head, stored)
+        if stored != "int8":
+            return self._network(head, stored)
+        module, params = self._network(head, config.dtype)
+        return module, place(jax.eval_shape(quantize_kernels, params), self._mesh)
 
     def trained(self, head: Head) -> tuple[Network, Params]:
         """A network to go on training, or with adapters on it, and what is trained."""
@@ -115,14 +118,6 @@ class AbstractNetworks:
         return configured(module, self._config), place(params, self._mesh)
 
 
-def check_dtype(stored: str) -> None:
-    """Raises ValueError for what is not worked out here."""
-    if stored == "int8":
-        raise ValueError(
-            "lora.base-dtype='int8': not worked out here yet; float32 or bfloat16"
-        )
-
-
 def policy_models(
     config: PPOConfig | GRPOConfig, networks: AbstractNetworks
 ) -> tuple[PolicyModels, Params]:
@@ -139,7 +134,7 @@ def policy_models(
         score_fn=reward_model(judge),
         reference=reference,
         reward=reward,
-        lora=network.lora,
+        network=network,
         frozen=ActorCritic(actor=network.frozen, critic={}),
     )
     return models, actor

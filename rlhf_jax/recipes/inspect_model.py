@@ -91,6 +91,8 @@ def describe(facts: ModelFacts) -> list[str]:
         "context": f"{config.max_positions:,} tokens",
         "parameters": f"{facts.num_parameters:,}",
     }
+    if facts.adapter is not None:
+        rows["model"] += f", base of the adapter {facts.adapter}"
     if config.sliding_window is not None:
         rows["context"] += f", windows of {config.sliding_window:,}"
     if facts.stored:
@@ -143,7 +145,7 @@ def show(size: int | None) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
             return f"{size / scale:,.{2 if size < 100 * scale else 0}f} {unit}"
-    return f"{size / 1e3:,.1f} kB"
+    return f"{size / 1e3:,.1f} kB" if size >= 1000 else f"{size} B"
 
 
 def _check_lengths(config: InspectConfig, facts: ModelFacts) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import SCORE, Family, read_config
 from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.peft_config import is_adapter
+from rlhf_jax.models.peft_loading import base_of
 from rlhf_jax.models.safetensors_files import open_tensors
 from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
@@ -27,6 +29,7 @@ class ModelFacts:
 
     Attributes:
         directory: where they are.
+        adapter: a directory of adapters on that model, if that is what was named.
         config: the shape.
         head: `"lm"`, or `"reward"` for a sequence classifier.
         num_parameters: of trunk and head.
@@ -38,6 +41,7 @@ class ModelFacts:
     """
 
     directory: Path
+    adapter: Path | None
     config: DecoderConfig
     head: str
     num_parameters: int
@@ -81,6 +85,7 @@ class ModelFacts:
         """Plain values."""
         return {
             "directory": str(self.directory),
+            "adapter": None if self.adapter is None else str(self.adapter),
             "family": self.config.family,
             "head": self.head,
             "layers": self.config.num_layers,
@@ -116,7 +121,10 @@ def read_facts(path: str) -> ModelFacts:
     Raises:
         ValueError: there is no `config.json` of a supported family.
     """
-    directory = local_directory(path)
+    directory, adapter = local_directory(path, weights=False), None
+    if is_adapter(directory):
+        adapter = directory
+        directory = base_of(adapter)
     family, config = read_config(directory)
     missing = []
     stored: Counter[str] = Counter()
@@ -134,6 +142,7 @@ def read_facts(path: str) -> ModelFacts:
     shapes = parameter_shapes(module)
     return ModelFacts(
         directory=directory,
+        adapter=adapter,
         config=config,
         head=head,
         num_parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),

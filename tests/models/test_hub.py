@@ -56,6 +56,17 @@ def test_revisions(calls, tmp_path):
     ]
 
 
+def test_without_weights(calls, tmp_path):
+    (tmp_path / "snapshot" / "model.safetensors").unlink()
+    assert local_directory(NAME, weights=False) == tmp_path / "snapshot"
+    kept = huggingface_hub.utils.filter_repo_objects(
+        ["config.json", "model.safetensors", "model.safetensors.index.json"],
+        allow_patterns=calls[0][1]["allow_patterns"],
+        ignore_patterns=calls[0][1]["ignore_patterns"],
+    )
+    assert list(kept) == ["config.json", "model.safetensors.index.json"]
+
+
 def test_only_what_is_read_is_downloaded(calls):
     local_directory(NAME)
     files = [

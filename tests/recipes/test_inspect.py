@@ -12,6 +12,8 @@ import pytest
 from rlhf_jax import cli
 from rlhf_jax.learner.train_state import init_train_state
 from rlhf_jax.models import save_pretrained
+from rlhf_jax.models.lora import LoraOptions, init_adapters
+from rlhf_jax.models.peft_files import write_adapter
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 from rlhf_jax.recipes import inspect_model
 from rlhf_jax.recipes.four_models import load_four_models
@@ -91,6 +93,14 @@ def test_adapters_are_what_is_trained():
     found = memory("sft", lora=half)
     assert found.resident["frozen model"] == 2 * LM
     assert found.gradients == 4 * adapters
+
+
+def test_a_base_of_8_bits():
+    lora = LoraConfig(rank=1, base_dtype="int8")
+    frozen = memory("sft", lora=lora, dtype="bfloat16").resident["frozen model"]
+    kernels = LAYERS - 2 * 2 * 32
+    scales = 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)  # an output each, float32
+    assert frozen == kernels + 4 * scales + 2 * (LM - kernels)
 
 
 def test_keys_and_values():
@@ -211,6 +221,18 @@ def test_json(tmp_path, capsys):
     assert found["devices"]["simulated"] is False
 
 
+def test_an_adapter_is_shown_by_its_base(tmp_path, capsys):
+    base = saved(tmp_path / "base")
+    module, params = tiny_llama()
+    options = LoraOptions(rank=2)
+    adapters = init_adapters(jax.random.key(0), params, options)
+    write_adapter(tmp_path / "adapter", module, adapters, options, base=base)
+    flags = ["--no-compile", "--max-tokens", "64", *SHORT]
+    cli.main(["inspect", str(tmp_path / "adapter"), *flags])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"base, base of the adapter {tmp_path / 'adapter'}")
+
+
 def test_nothing_is_loaded(tmp_path, monkeypatch, capsys):
     path = saved(tmp_path)
     monkeypatch.setattr("rlhf_jax.models.hf_weights.place_leaf", None)
@@ -288,4 +310,4 @@ def test_what_is_counted_is_what_a_run_holds(rank, tmp_path):
 
 def test_bytes_are_readable():
     shown = [inspect_model.show(n) for n in (12, 34_567, 8.9e6, 1.234e9, 5.678e11)]
-    assert shown == ["0.0 kB", "34.6 kB", "8.90 MB", "1.23 GB", "568 GB"]
+    assert shown == ["12 B", "34.6 kB", "8.90 MB", "1.23 GB", "568 GB"]
