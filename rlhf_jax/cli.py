@@ -24,6 +24,7 @@ from rlhf_jax.recipes.show_data_config import ShowDataConfig
 from rlhf_jax.recipes.tool_configs import (
     EvaluateConfig,
     GenerateConfig,
+    MergeConfig,
     PresetsConfig,
     QuickstartConfig,
 )
@@ -53,6 +54,7 @@ tools:
   show-data         tokens of a data set, those that a stage learns in colour
   generate          answers of a model to prompts
   evaluate          held-out figures of a language model, a policy or a reward model
+  merge             an adapter and its base model as one model
   presets           how known methods set the options of ppo and grpo
 
 `rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
@@ -130,6 +132,13 @@ def inspect_model(config: InspectConfig) -> None:
     recipe.run(config)
 
 
+def merge(config: MergeConfig) -> None:
+    """Writes a model with an adapter in it."""
+    from rlhf_jax.recipes import merge as recipe
+
+    recipe.run(config)
+
+
 def presets(config: PresetsConfig) -> None:
     """Prints presets."""
     from rlhf_jax.recipes import preset_table as recipe
@@ -168,6 +177,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "ppo": (PPOConfig, ppo),
     "grpo": (GRPOConfig, grpo),
     "inspect": (InspectConfig, inspect_model),
+    "merge": (MergeConfig, merge),
     "presets": (PresetsConfig, presets),
     "show-data": (ShowDataConfig, show_data),
     "generate": (GenerateConfig, generate),

@@ -27,6 +27,7 @@ def load_model(
     mesh: Mesh | None = None,
     key: Array | None = None,
     convert: Callable[[str, Array], dict[str, Array]] | None = None,
+    base: str | Path | None = None,
 ) -> tuple[Transformer, Params]:
     """`load_pretrained`, also of an adapter: its base model with the adapter in it.
 
@@ -37,6 +38,7 @@ def load_model(
         mesh: likewise.
         key: likewise.
         convert: likewise, of the leaves of the whole model.
+        base: of an adapter, in place of the base model that it names.
 
     Raises:
         ValueError: as `load_pretrained` and `read_adapter` do, or where an adapter's
@@ -53,9 +55,9 @@ def load_model(
             f"{path} adapts a sequence classifier; a language model is needed"
         )
     drawn = jax.random.key(0) if config.is_classifier else key
-    module, params = load_pretrained(
-        base_of(directory), head=head, dtype=dtype, mesh=mesh, key=drawn
-    )
+    if base is None:
+        base = base_of(directory)
+    module, params = load_pretrained(base, head=head, dtype=dtype, mesh=mesh, key=drawn)
     trained, options = read_adapter(directory, module)
     params = merge(params, trained, options)
     if convert is not None:
@@ -77,17 +79,19 @@ def base_of(path: Path) -> Path:
     if not (found / "config.json").is_file():
         raise ValueError(
             f"{path} adapts base_model_name_or_path={base!r}, and no model is there; "
-            "write the right path into its adapter_config.json"
+            "write the right path into its adapter_config.json, or merge the two with "
+            "rlhf-jax merge --model"
         )
     return found
 
 
-def text_directories(path: Path) -> tuple[Path, Path]:
+def text_directories(path: Path, base: Path | None = None) -> tuple[Path, Path]:
     """Where the tokenizer and where `generation_config.json` of a directory are.
 
-    Of an adapter the second, and a tokenizer that it does not bring, are its base's.
+    Of an adapter the second, and a tokenizer that it does not bring, are its base's:
+    `base`, or the one that it names.
     """
     if not is_adapter(path):
         return path, path
-    base = base_of(path)
+    base = base or base_of(path)
     return (path if (path / "tokenizer_config.json").is_file() else base), base

@@ -36,9 +36,14 @@ class Language:
     end_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def load(cls, path: str | Path) -> "Language":
-        """The tokenizer and the ends of answers of a Hugging Face directory."""
-        text, path = text_directories(local_directory(path))
+    def load(cls, path: str | Path, *, base: str | Path | None = None) -> "Language":
+        """The tokenizer and the ends of answers of a Hugging Face directory.
+
+        Of an adapter, `base` takes the place of the base model that it names.
+        """
+        text, path = text_directories(
+            local_directory(path), None if base is None else local_directory(base)
+        )
         tokenizer = load_tokenizer(text)
         own = tokenizer.eos_token_id
         ends = {i for i in read_eos_ids(path) if i < len(tokenizer) and i != own}

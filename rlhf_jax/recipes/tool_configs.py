@@ -228,6 +228,21 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """An adapter and its base model as one Hugging Face directory."""
+
+    adapter: str
+    """directory of an adapter in PEFT's format, such as adapter/ of a run"""
+    output: str
+    """directory to write"""
+    model: str | None = None
+    """Hugging Face directory of the base model; without it, the one that the adapter
+    names"""
+    dtype: Dtype = "float32"
+    """of the tensors that are written; merging is in float32"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """All three stages on short reviews, from nothing, in minutes on a laptop."""
 
