@@ -24,7 +24,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timing
 from ablation import NUM_JUDGED, NUM_JUDGED_SMOKE, train_models
@@ -77,7 +77,7 @@ def make_jobs(arguments: argparse.Namespace, root: Path, family: str) -> list[Jo
 
 
 def measure(
-    arguments: argparse.Namespace, root: Path, family: str
+    arguments: argparse.Namespace, root: Path, family: Literal["gpt2", "llama"]
 ) -> list[dict[str, Any]]:
     """A row for the SFT model and one for each case."""
     models = root / family
