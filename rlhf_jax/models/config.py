@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.models.rope import Rope, RopeScaling
+from rlhf_jax.models.rope import LongRopeScaling, Rope, RopeScaling
 
 Head = Literal["lm", "value", "reward"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -96,6 +96,14 @@ class DecoderConfig:
                 f"positions turn, {turned}; they turn pairs of dimensions, so it must "
                 "be even"
             )
+        scaling = self.rope.scaling
+        if isinstance(scaling, LongRopeScaling):
+            counts = {len(scaling.short_factor), len(scaling.long_factor)}
+            if counts != {turned // 2}:
+                raise ValueError(
+                    f"short_factor and long_factor have {sorted(counts)} numbers; give "
+                    f"one for each of the {turned // 2} pairs of dimensions"
+                )
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(
                 f"sliding_layers has {len(self.sliding_layers)} entries for "

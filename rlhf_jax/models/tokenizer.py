@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face checkpoints, and a small one trained from text."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,16 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_num_embeddings(path: str | Path) -> int | None:
+    """How many tokens a checkpoint has embeddings for; None where no file says."""
+    try:
+        fields = json.loads((Path(path) / "config.json").read_text("utf-8"))
+        size = fields.get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the model says what is wrong
+    return size if isinstance(size, int) else None
 
 
 def train_tokenizer(

@@ -18,7 +18,7 @@ from rlhf_jax.models.chat import (
 from rlhf_jax.models.generation_config import read_eos_ids, read_generation_config
 from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.peft_loading import text_directories
-from rlhf_jax.models.tokenizer import load_tokenizer
+from rlhf_jax.models.tokenizer import load_tokenizer, read_num_embeddings
 from rlhf_jax.runtime.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Language:
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # What ends an answer besides the tokenizer's EOS.
     end_ids: frozenset[int] = frozenset()
+    # How many tokens the model has embeddings for; None: for all.
+    num_embeddings: int | None = None
 
     @classmethod
     def load(cls, path: str | Path, *, base: str | Path | None = None) -> "Language":
@@ -51,6 +53,7 @@ class Language:
             tokenizer,
             generation_config=read_generation_config(path),
             end_ids=frozenset(ends),
+            num_embeddings=read_num_embeddings(path),
         )
 
     @functools.cached_property
@@ -61,6 +64,7 @@ class Language:
             eos_id=self.eos_id,
             bos_id=self.bos_id,
             end_ids=self.end_ids,
+            num_ids=self.num_embeddings,
         )
 
     @property
@@ -128,6 +132,16 @@ class Language:
         added = self.tokenizer.added_tokens_decoder.items()
         marked = [i for i, token in added if token.special]
         return frozenset([*self.tokenizer.all_special_ids, *marked])
+
+    def num_ordinary_tokens(self) -> int:
+        """One more than the last id that text or the end of an answer may become.
+
+        Special tokens may lie beyond it: the text models of Gemma 3 share a tokenizer
+        with models that read pictures, and have no embedding for those.
+        """
+        special = self.special_ids - {self.eos_id}
+        ids = self.tokenizer.get_vocab().values()
+        return 1 + max(i for i in ids if i not in special)
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:

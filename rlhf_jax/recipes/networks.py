@@ -100,7 +100,7 @@ def check_fits(
         why: where the length comes from.
     """
     vocabulary, limit = module.config.vocab_size, module.config.max_positions
-    tokens = len(language.tokenizer)
+    tokens = language.num_ordinary_tokens()
     if tokens > vocabulary:
         raise ValueError(
             f"{name}: its tokenizer has {tokens} tokens, but the model has embeddings "

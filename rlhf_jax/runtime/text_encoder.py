@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rlhf_jax.runtime.dialogues import Span
+from rlhf_jax.runtime.row_files import shown
 
 
 class Tokenizer(Protocol):
@@ -34,12 +35,14 @@ class TextEncoder:
     eos_id: int  # ends an answer that no id of the model's ends already
     bos_id: int | None = None  # begins every sequence, once; None: no BOS
     end_ids: frozenset[int] = frozenset()  # end an answer as well as `eos_id` does
+    num_ids: int | None = None  # the model knows the ids below it; None: all
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, each with one BOS where there is one.
 
         Raises:
-            ValueError: there are no texts.
+            ValueError: there are no texts, or one has a token that the model has no
+                embedding for.
         """
         return [self._begun(row) for row in self._ids(texts)]
 
@@ -120,7 +123,20 @@ class TextEncoder:
         if not texts:
             raise ValueError("there is nothing to encode: the data set has no rows")
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [list(row) for row in ids]
+        rows = [list(row) for row in ids]
+        if self.num_ids is not None:
+            self._check_known(texts, rows, self.num_ids)
+        return rows
+
+    def _check_known(
+        self, texts: Sequence[str], rows: list[list[int]], num_ids: int
+    ) -> None:
+        for text, row in zip(texts, rows, strict=True):
+            if row and max(row) >= num_ids:
+                raise ValueError(
+                    f"the text {shown(text)} has the token {max(row)}, but the model "
+                    f"has embeddings for {num_ids} only; leave such texts out"
+                )
 
     def _begun(self, row: list[int]) -> list[int]:
         if self.bos_id is None or row[:1] == [self.bos_id]:

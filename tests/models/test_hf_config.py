@@ -33,6 +33,7 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+QWEN2 = LLAMA | {"model_type": "qwen2"}
 NEOX = LLAMA | {"model_type": "gpt_neox"}
 PHI3 = LLAMA | {"model_type": "phi3"}
 OPT = LLAMA | {"model_type": "opt", "ffn_dim": 48}
@@ -164,6 +165,18 @@ def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
             LLAMA | {"rope_scaling": {"type": "dynamic", "factor": "2"}},
             "factor is '2'",
         ),
+        (
+            PHI3
+            | {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [1.0] * 5,
+                }
+            },
+            r"short_factor and long_factor have \[4, 5\] numbers; .* of the 4 pairs",
+        ),
+        (QWEN2 | {"max_window_layers": "2"}, "max_window_layers is '2'"),
         (NEOX | {"rotary_pct": 1.5}, "partial_rotary_factor=1.5"),
         (PHI3 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type="),
         (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
@@ -188,6 +201,13 @@ def test_what_cannot_be_computed_is_refused_by_name(fields, message, read):
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}") as error:
         read(fields)
     assert "\n" not in str(error.value)
+
+
+def test_first_layer_with_a_window(read):
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    for first, want in ((0, (True,) * 3), (1, (False, True, True)), (None, ())):
+        config = read(QWEN2 | window | {"max_window_layers": first})
+        assert config.sliding_layers == want  # None means 28 of them
 
 
 def test_unknown_family_names_directory_and_supported_ones(read, tmp_path):

@@ -13,6 +13,7 @@ from rlhf_jax.models.families.fields import (
     activation,
     activation_name,
     flag,
+    integer,
     llama_size_fields,
     llama_sizes,
     number,
@@ -61,12 +62,18 @@ def write_qwen3(config: DecoderConfig) -> Fields:
     return write_qwen2(config) | {"attention_bias": config.attention_bias}
 
 
+def _first_window(fields: Fields) -> int:
+    """The first layer that has a window; 0: all have one."""
+    first = fields["max_window_layers"]
+    return 0 if first == 0 else integer(fields, "max_window_layers")
+
+
 def _shared(fields: Fields) -> dict[str, Any]:
     sizes = llama_sizes(fields)
     window = None
     if flag(fields, "use_sliding_window", default=False):
         window = optional_integer({"sliding_window": 4096} | fields, "sliding_window")
-    first = fields.get("max_window_layers", 28)
+    first = 28 if fields.get("max_window_layers") is None else _first_window(fields)
     by_number = tuple(i >= first for i in range(sizes["num_layers"]))
     return {
         **sizes,
