@@ -29,7 +29,7 @@ def test_a_special_token_beyond_is_no_matter_until_a_text_has_it(model):
     assert len(language.tokenizer) == 259
     check_fits(module, language, **SIZES)
     assert language.encoder.prompts(["ab"]) == [[66, 67]]  # "!", byte 33, is 2
-    with pytest.raises(ValueError, match=r"'a<image>' has the token 258, .* for 258"):
+    with pytest.raises(ValueError, match=r'"a<image>" has the token 258, .* for 258'):
         language.encoder.prompts(["ab", "a<image>"])
 
 
