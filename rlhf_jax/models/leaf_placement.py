@@ -111,14 +111,18 @@ def _write(target: np.ndarray, piece: Piece) -> None:
 
     Matrices are turned tile by tile, as both would not fit into the processor's cache.
     """
+    values = piece.values
+    if values.dtype == target.dtype:  # NumPy copies bfloat16 number by number
+        word = f"u{values.dtype.itemsize}"
+        values, target = values.view(word), target.view(word)
     with np.errstate(over="ignore"):  # counted by whoever wants to know
-        if not piece.is_turned or piece.values.ndim != 2:
-            target[...] = piece.values.T if piece.is_turned else piece.values
+        if not piece.is_turned or values.ndim != 2:
+            target[...] = values.T if piece.is_turned else values
             return
-        rows, columns = piece.values.shape
+        rows, columns = values.shape
         for i in range(0, rows, _TILE):
             for j in range(0, columns, _TILE):
-                tile = piece.values[i : i + _TILE, j : j + _TILE]
+                tile = values[i : i + _TILE, j : j + _TILE]
                 target[j : j + _TILE, i : i + _TILE] = tile.T
 
 
