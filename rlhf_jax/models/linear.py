@@ -50,7 +50,7 @@ class Linear(nn.Module):
         y = x @ kernel.astype(self.dtype)
         scale = self._beside("kernel_scale")
         if scale is not None:
-            y = y * scale.astype(self.dtype)[None]
+            y = (y.astype(jnp.float32) * scale[None]).astype(self.dtype)
         a, b = self._beside("lora_a"), self._beside("lora_b")
         if a is not None and b is not None:
             low = self._dropped(x) @ a.astype(self.dtype)

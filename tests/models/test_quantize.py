@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import load_pretrained, save_pretrained
+from rlhf_jax.models.linear import Linear
 from rlhf_jax.models.lora import LoraOptions, init_adapters, merge
 from rlhf_jax.models.quantize import (
     dequantize,
@@ -86,3 +87,18 @@ def test_adapters_are_not_merged_into_integers():
     trained = init_adapters(jax.random.key(0), params, options)
     with pytest.raises(ValueError, match=r"layers/\w+/kernel is stored in 8 bits"):
         merge(quantize_kernels(params), trained, options)
+
+
+def test_scales_are_not_rounded_to_half_precision():
+    linear = Linear(
+        1,
+        use_bias=False,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        kernel_init=jax.nn.initializers.zeros,
+    )
+    leaves = {"kernel": jnp.array([[100]], jnp.int8), "kernel_scale": jnp.ones(1)}
+    leaves["kernel_scale"] *= 1.003  # in bfloat16 it would be 1
+    y = linear.apply({"params": leaves}, jnp.ones((1, 1)))
+    assert y.dtype == jnp.bfloat16
+    assert y[0, 0] == jnp.bfloat16(100.3) == 100.5

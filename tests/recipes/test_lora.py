@@ -21,9 +21,10 @@ from rlhf_jax.recipes.adapted import Networks
 from rlhf_jax.recipes.configs import SFTConfig
 from rlhf_jax.recipes.four_models import load_four_models
 from rlhf_jax.recipes.language import Language
+from rlhf_jax.recipes.networks import place_state
 from rlhf_jax.recipes.ppo_programs import make_optimizers
 from rlhf_jax.recipes.session import Interrupted, Session
-from rlhf_jax.runtime.config import FreshModelConfig, OptimizerConfig
+from rlhf_jax.runtime.config import FreshModelConfig, MeshConfig, OptimizerConfig
 from rlhf_jax.runtime.lora_config import LoraConfig
 from rlhf_jax.runtime.mesh import make_mesh
 from rlhf_jax.runtime.metrics import read_metrics
@@ -406,3 +407,24 @@ def test_an_adapter_of_an_adapter_is_refused(sft_run, sft_config):
     config = dataclasses.replace(sft_config, model=str(sft_run.adapter))
     with pytest.raises(ValueError, match=r"an adapter of an adapter cannot be written"):
         Networks(config, make_mesh()).trained(str(sft_run.adapter), "lm")
+
+
+def test_devices_change_nothing_but_rounding(sft_config, sft_run, tmp_path):
+    config = dataclasses.replace(
+        sft_config, run_dir=str(tmp_path / "run"), mesh=MeshConfig(data=2, fsdp=2)
+    )
+    spread = sft.run(config)
+    for one, many in zip(without_time(sft_run), without_time(spread), strict=True):
+        assert one.keys() == many.keys()
+        # Adam divides by gradients that are nearly 0, and multiplies rounding.
+        np.testing.assert_allclose(
+            list(one.values()), list(many.values()), rtol=2e-3, atol=1e-4
+        )
+    network, trained = Networks(config, make_mesh(data=2, fsdp=2)).trained(
+        sft_config.model, "lm"
+    )
+    state, _ = place_state({"params": trained}, make_mesh(data=2, fsdp=2))
+    a = state["params"]["layers"]["up"]["lora_a"]
+    assert a.addressable_shards[0].data.shape == (2, 16, 4)  # half of the inputs
+    base = network.frozen["layers"]["up"]["kernel"]
+    assert base.addressable_shards[0].data.nbytes == base.nbytes // 2
