@@ -49,8 +49,9 @@ def number(fields: Fields, name: str, default: float | None = None) -> float:
     """A positive number; `default`, where there is one, if absent or null."""
     value = fields.get(name)
     value = default if value is None else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
