@@ -154,8 +154,8 @@ def _gradients(theirs: Any, module: Any, params: Any, directory: Path) -> float:
     targets = mask[:, 1:] & mask[:, :-1]
 
     def loss(params):
-        logits = scanned(module).apply({"params": params}, tokens, mask)[:, :-1]
-        losses = -token_logprobs(logits, jnp.asarray(tokens[:, 1:]))
+        logits: Any = scanned(module).apply({"params": params}, tokens, mask)
+        losses = -token_logprobs(logits[:, :-1], jnp.asarray(tokens[:, 1:]))
         return jnp.sum(jnp.where(targets, losses, 0.0)) / targets.sum()
 
     ours = jax.jit(jax.grad(loss))(params)
@@ -232,9 +232,8 @@ def _round_trip(source: Path, module: Any, params: Any, target: Path) -> bool:
         }
         for path in (source, target)
     )
-    _, info = transformers.AutoModelForCausalLM.from_pretrained(
-        target, output_loading_info=True
-    )
+    auto_class: Any = transformers.AutoModelForCausalLM
+    _, info = auto_class.from_pretrained(target, output_loading_info=True)
     return (
         ours.keys() == theirs.keys()
         and all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -280,7 +279,9 @@ def table(found: dict[str, Parity]) -> str:
 
 def main() -> None:
     """Prints the table, and the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="every family against its PyTorch class"
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     transformers.logging.disable_progress_bar()
     found = {}
