@@ -154,7 +154,8 @@ def to_host(x: Array, layer: int | None = None) -> np.ndarray:
     gathered: all must call.
     """
     if not isinstance(x, jax.Array):
-        return np.asarray(x if layer is None else x[layer])
+        part = x if layer is None else x[layer]
+        return to_host(part) if isinstance(part, jax.Array) else np.asarray(part)
     if not x.is_fully_addressable:
         part = x if layer is None else x[layer]
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))

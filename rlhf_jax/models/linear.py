@@ -47,10 +47,15 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
         scale = self._beside("kernel_scale")
         if scale is not None:
+            # Tied to x: else XLA converts all kernels once, in front of a loop over
+            # tokens or microbatches, and holds the large ones throughout.
+            kernel, x = jax.lax.optimization_barrier((kernel, x))
+            y = x @ kernel.astype(self.dtype)
             y = (y.astype(jnp.float32) * scale[None]).astype(self.dtype)
+        else:
+            y = x @ kernel.astype(self.dtype)
         a, b = self._beside("lora_a"), self._beside("lora_b")
         if a is not None and b is not None:
             low = self._dropped(x) @ a.astype(self.dtype)

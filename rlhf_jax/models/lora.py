@@ -12,6 +12,7 @@ two meet in `attach`, which computes as W + s A B does without ever forming it, 
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,27 @@ def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
     Raises:
         ValueError: kernels of 8 bits, from which the change could not be told.
     """
+    merged = merged_when_read(base, trained, options)
+    layers = dict(merged["layers"])
+    for name in trained["layers"]:
+        layers[name] = layers[name] | {"kernel": layers[name]["kernel"].whole()}
+    return merged | {"layers": layers}
+
+
+def merged_when_read(base: Params, trained: Params, options: LoraOptions) -> Params:
+    """As `merge`, but kernels are computed layer by layer, when they are asked for.
+
+    So a large model is written without a second one in memory: `save_pretrained` asks
+    for one layer at a time.
+
+    Args:
+        base: parameters in floating point.
+        trained: adapters and head.
+        options: give the factor.
+
+    Raises:
+        ValueError: kernels of 8 bits, from which the change could not be told.
+    """
     whole = dict(base) | {
         name: jnp.asarray(leaf, base[name].dtype if name in base else leaf.dtype)
         for name, leaf in trained.items()
@@ -162,13 +184,52 @@ def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
                 f"layers/{name}/kernel is stored in 8 bits; merge adapters into the "
                 "floating-point parameters it was made from"
             )
-        kernel = layers[name]["kernel"]
-        change = jnp.einsum(
-            "ldr,lrf->ldf",
-            pair["lora_a"].astype(jnp.float32),
-            pair["lora_b"].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        merged = kernel.astype(jnp.float32) + options.scale * change
-        layers[name] = dict(layers[name]) | {"kernel": merged.astype(kernel.dtype)}
+        kernel = MergedKernel(layers[name]["kernel"], pair, options.scale)
+        layers[name] = dict(layers[name]) | {"kernel": kernel}
     return whole | {"layers": layers}
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedKernel:
+    """W + s A B of every layer, `[L, D, F]`, computed when it is read."""
+
+    kernel: Array  # [L, D, F]
+    pair: Params  # lora_a [L, D, R], lora_b [L, R, F]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernels, stacked."""
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the kernels."""
+        return self.kernel.dtype
+
+    def __getitem__(self, layer: int) -> Array:
+        a, b = (self.pair[name][layer] for name in ("lora_a", "lora_b"))
+        return _merged(self.kernel[layer], a, b, self.scale)
+
+    def whole(self) -> Array:
+        """All layers; one at a time, so that no sum of all is held in float32."""
+        return _merged_layers(
+            self.kernel, self.pair["lora_a"], self.pair["lora_b"], self.scale
+        )
+
+
+@jax.jit
+def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """`[D, F]`, of one layer."""
+    change = jnp.dot(
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+@jax.jit
+def _merged_layers(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """`[L, D, F]`."""
+    return jax.lax.map(lambda layer: _merged(*layer, scale), (kernel, a, b))

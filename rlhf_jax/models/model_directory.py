@@ -14,6 +14,8 @@ _MODEL_FILES = (
     "model*.safetensors",
     "model*.safetensors.index.json",
     "pytorch_model*",
+    "adapter_config.json",  # else an adapter that is merged is applied once more
+    "adapter_model*",
 )
 _TOKENIZER_FILES = (
     "tokenizer*",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,13 @@ class PeftConfig:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a directory holds an adapter and no whole model."""
+    """Whether a directory holds an adapter and no whole model.
+
+    A `config.json` beside the adapter, which some trainers copy there, is none.
+    """
     path = Path(path)
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+    is_whole = any(path.glob("model*.safetensors"))
+    return (path / CONFIG).is_file() and not is_whole
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -92,9 +97,20 @@ def read_peft_config(path: Path) -> PeftConfig:
         raise ValueError(f"{file} is no configuration of LoRA: {error!r}") from None
     try:
         _check_plain(fields)
+        _check_patterns(config.alpha_pattern)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config
+
+
+def _check_patterns(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"alpha_pattern has {pattern!r}, which is no regular expression: {error}"
+            ) from None
 
 
 def _check_plain(fields: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.models.families import SCORE, TensorRule, family_of
-from rlhf_jax.models.leaf_placement import to_host
+from rlhf_jax.models.leaf_placement import count_not_finite, to_host
 from rlhf_jax.models.lora import LoraOptions
 from rlhf_jax.models.model_directory import replaced_directory
 from rlhf_jax.models.peft_config import (
@@ -148,8 +148,14 @@ def read_adapter(
     trained: Params = {}
     for suffix in ("weight", "modules_to_save.weight"):
         score = tensors.pop(f"{_ROOT}score.{suffix}", None)
-        if score is not None:
-            trained["score"] = jnp.asarray(score[0], jnp.float32)
+        if score is None:
+            continue
+        if score.shape != (1, module.config.width):
+            raise ValueError(
+                f"{path / TENSORS}: score.weight has shape {score.shape}; this model "
+                f"takes (1, {module.config.width}), of a classifier with one label"
+            )
+        trained["score"] = jnp.asarray(score[0], jnp.float32)
     if tensors:
         raise ValueError(
             f"{path / TENSORS}: {min(tensors)} belongs to no linear layer of a "
@@ -226,9 +232,16 @@ def _sizes(module: Transformer, part: _Module) -> list[int]:
 def _load(path: Path) -> dict[str, np.ndarray]:
     file = path / TENSORS
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
+    for name, tensor in tensors.items():
+        bad = count_not_finite(tensor, np.float32)
+        if bad:
+            raise ValueError(
+                f"{file}: tensor {name} has {bad} values that are NaN or infinite"
+            )
+    return tensors
 
 
 def _take_module(
@@ -254,8 +267,11 @@ def _take_module(
         name = part.pattern.format(layer=layer)
         a = tensors.pop(f"{_ROOT}{name}.lora_A.weight", None)
         b = tensors.pop(f"{_ROOT}{name}.lora_B.weight", None)
-        if a is None or b is None:
+        if a is None and b is None:
             continue
+        if a is None or b is None:
+            half = "lora_A" if a is None else "lora_B"
+            raise ValueError(f"{path / TENSORS}: {name} has no {half}.weight")
         own = a.shape[0]
         if a.shape != (own, width) or b.shape != (features, own):
             raise ValueError(

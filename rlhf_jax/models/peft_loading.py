@@ -1,19 +1,20 @@
 """Directories that hold an adapter, wherever those of a model are expected."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.models.config import Head
+from rlhf_jax.models.families import read_config
 from rlhf_jax.models.hf_weights import load_pretrained
 from rlhf_jax.models.hub import local_directory
-from rlhf_jax.models.lora import merge
+from rlhf_jax.models.lora import LoraOptions, MergedKernel
 from rlhf_jax.models.peft_config import is_adapter, read_peft_config
 from rlhf_jax.models.peft_files import read_adapter
 from rlhf_jax.models.transformer import Transformer
@@ -54,18 +55,52 @@ def load_model(
         raise ValueError(
             f"{path} adapts a sequence classifier; a language model is needed"
         )
-    drawn = jax.random.key(0) if config.is_classifier else key
     if base is None:
         base = base_of(directory)
-    module, params = load_pretrained(base, head=head, dtype=dtype, mesh=mesh, key=drawn)
-    trained, options = read_adapter(directory, module)
-    params = merge(params, trained, options)
-    if convert is not None:
-        leaves: dict[str, Any] = flatten_dict(params, sep="/")
-        for name, leaf in list(leaves.items()):
-            leaves |= convert(name, leaf)
-        params = unflatten_dict(leaves, sep="/")
+    base = local_directory(base)
+    _, shape = read_config(base)
+    trained, options = read_adapter(directory, Transformer(shape, head=head))
+    brings_score = head != "lm" and "score" in trained
+    module, params = load_pretrained(
+        base,
+        head=head,
+        dtype=dtype,
+        mesh=mesh,
+        key=jax.random.key(0) if brings_score else key,  # gives way to the adapter's
+        convert=partial(_merged_leaf, trained, options, convert),
+    )
+    if brings_score:
+        drawn = params["score"]
+        score = jnp.asarray(trained["score"], drawn.dtype)
+        params = params | {"score": jax.device_put(score, drawn.sharding)}
     return module, params
+
+
+def _merged_leaf(
+    trained: Params,
+    options: LoraOptions,
+    convert: Callable[[str, Array], dict[str, Array]] | None,
+    name: str,
+    leaf: Array,
+) -> dict[str, Array]:
+    """What takes the place of a leaf of the base: with its adapter in it, converted.
+
+    One leaf after the other, so that base and sum are never both there whole.
+    """
+    *_, layer, last = ("", *name.split("/"))
+    if last == "kernel" and layer in trained["layers"]:
+        # Adapters are small: a copy on each device that has a part of the kernel.
+        pair = jax.device_put(trained["layers"][layer], _everywhere(leaf))
+        merged = MergedKernel(leaf, pair, options.scale).whole()
+        leaf = jax.device_put(merged, leaf.sharding)
+    return {name: leaf} if convert is None else convert(name, leaf)
+
+
+def _everywhere(leaf: Array) -> Sharding:
+    """Copies on all devices of an array."""
+    if isinstance(leaf.sharding, NamedSharding):
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return leaf.sharding
 
 
 def base_of(path: Path) -> Path:

@@ -5,6 +5,7 @@ a network is a frozen one, which others may share, and a small tree beside it.
 """
 
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rlhf_jax.models.lora import (
     LoraOptions,
     attach,
     init_adapters,
-    merge,
+    merged_when_read,
     trained_head,
 )
 from rlhf_jax.models.peft_config import is_adapter
@@ -170,12 +171,12 @@ def save_trained(
     network: Network,
     config: RunConfig,
     language: Language,
-    mesh: Mesh,
     trained: Params,
 ) -> None:
     """Writes what was trained: the model, or adapters and the model with them in it.
 
-    They are merged into the base as its file has it, whatever the run stored it as.
+    They are merged into the base as its file has it, whatever the run stored it as,
+    layer by layer while it is written.
     """
     save = partial(
         save_pretrained,
@@ -195,13 +196,18 @@ def save_trained(
         base=network.path,
         tokenizer=language.tokenizer,
     )
-    if config.lora.merge:
-        base = network.frozen
-        assert base is not None
-        if any(x.dtype != jnp.float32 for x in jax.tree.leaves(base)):
-            head = network.module.head
-            # The adapters bring the score vector: that of the key is not used.
+    if not config.lora.merge:  # an older model of the run has other adapters in it
+        shutil.rmtree(run.model, ignore_errors=True)
+        return
+    base, adapters = network.frozen, trained
+    assert base is not None
+    if any(x.dtype != jnp.float32 for x in jax.tree.leaves(base)):
+        # On the host: beside the run its devices may have no room for another base.
+        adapters = jax.device_get(trained)
+        with jax.default_device(jax.devices("cpu")[0]):
             _, base = load_model(
-                network.path, head=head, mesh=mesh, key=jax.random.key(0)
+                network.path,
+                head=network.module.head,
+                key=jax.random.key(0),  # the adapters bring the score vector
             )
-        save(merge(base, trained, network.lora))
+    save(merged_when_read(base, adapters, network.lora))

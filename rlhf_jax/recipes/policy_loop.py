@@ -84,7 +84,7 @@ def train_policy(
     assert network is not None
     with Session(config, stage=stage.name, total_steps=config.updates) as session:
         state = session.restore(state)
-        save = partial(save_trained, session.run, network, config, language, mesh)
+        save = partial(save_trained, session.run, network, config, language)
         keeper = PolicyKeeper(config, session, save)
         if session.start_step == 0:
             state = stage.begin(judge, state)

@@ -96,7 +96,7 @@ def train(
                 line |= stage.evaluate(network.whole(state.params))
             session.log(step, line, shown=stage.shown)
             session.checkpoint(step, state)
-    save_trained(session.run, network, config, language, mesh, state.params)
+    save_trained(session.run, network, config, language, state.params)
     session.report()
     return session.run
 
