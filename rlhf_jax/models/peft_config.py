@@ -83,7 +83,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     try:
         fields = json.loads(file.read_text("utf-8"))
         config = PeftConfig(
-            base=fields.get("base_model_name_or_path") or "",
+            base=_joined(fields.get("base_model_name_or_path"), fields.get("revision")),
             is_classifier=fields.get("task_type") == "SEQ_CLS",
             rank=int(fields["r"]),
             alpha=float(fields["lora_alpha"]),
@@ -103,13 +103,29 @@ def read_peft_config(path: Path) -> PeftConfig:
     return config
 
 
+def _joined(base: str | None, revision: str | None) -> str:
+    """Name and revision as one, as the other commands take them."""
+    is_name = base and revision and not Path(base).exists()
+    return f"{base}@{revision}" if is_name else base or ""
+
+
+def _base_fields(base: str) -> dict[str, str | None]:
+    """A directory as it is found from anywhere; of a name, the revision apart."""
+    if Path(base).exists():
+        base, revision = str(Path(base).resolve()), ""
+    else:
+        base, _, revision = base.partition("@")
+    return {"base_model_name_or_path": base, "revision": revision or None}
+
+
 def _check_patterns(patterns: Iterable[str]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"alpha_pattern has {pattern!r}, which is no regular expression: {error}"
+                f"alpha_pattern has {pattern!r}, which is no regular expression: "
+                f"{error}"
             ) from None
 
 
@@ -164,7 +180,7 @@ def peft_fields(
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        **_base_fields(base),
         "inference_mode": True,
         "r": options.rank,
         "lora_alpha": number(options.alpha),

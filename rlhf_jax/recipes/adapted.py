@@ -27,13 +27,14 @@ from rlhf_jax.models.lora import (
     merged_when_read,
     trained_head,
 )
-from rlhf_jax.models.peft_config import is_adapter
+from rlhf_jax.models.peft_config import is_adapter, read_peft_config
 from rlhf_jax.models.peft_files import read_adapter, write_adapter
 from rlhf_jax.models.peft_loading import load_model
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import frozen_network, trained_network
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
 
 
@@ -129,19 +130,29 @@ class Networks:
                 "merge the two first with rlhf-jax merge"
             )
         module, params = self.frozen(path, head, key=key)
-        trained, options = self._adapters(module, params)
+        trained, options = self._adapters(path, module, params)
         frozen = {name: leaf for name, leaf in params.items() if name != "score"}
         network = Network(module=module, frozen=frozen, lora=options, path=path)
         return network, trained
 
+    def _say_if_moved(self, adapter: Path, path: str) -> None:
+        """Says where an adapter that goes on is put on another model than its own."""
+        named = read_peft_config(adapter).base
+        if named and named != path and Path(named).resolve() != Path(path).resolve():
+            heading(
+                f"{adapter} was trained on {named}, and goes on here on {path}",
+                quiet=self._config.quiet,
+            )
+
     def _adapters(
-        self, module: Transformer, params: Params
+        self, path: str, module: Transformer, params: Params
     ) -> tuple[Params, LoraOptions]:
         """Those to go on training, of the first network; fresh ones of any other."""
         lora = self._config.lora
         self._num_adapted += 1
         if self._options is None and lora.adapter is not None:
             directory = local_directory(lora.adapter)
+            self._say_if_moved(directory, path)
             trained, self._options = read_adapter(
                 directory, module, dropout=lora.dropout
             )

@@ -8,10 +8,12 @@ from typing import Any, NoReturn, TypeVar
 import jax
 
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
+from rlhf_jax.models.hub import local_directory
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.runtime.checkpoint import Checkpointer
 from rlhf_jax.runtime.config import to_dict
+from rlhf_jax.runtime.fingerprint import fingerprint
 from rlhf_jax.runtime.interrupt import Interruptible
 from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter, read_metrics
 from rlhf_jax.runtime.progress import progress
@@ -63,6 +65,29 @@ def _stored(config: StageConfig) -> dict[str, Any]:
     return {name: values[name] for name in values if name not in ("resume", "quiet")}
 
 
+def _weights(config: StageConfig) -> dict[str, str]:
+    """Fingerprints of what the run reads and its checkpoints do not hold, by option."""
+    if isinstance(config, SFTConfig | RewardConfig):
+        paths = {"model": config.model if config.lora.is_on else None}
+    else:
+        has_reference = config.kl.place != "none"
+        stands_on_policy = has_reference and config.reference is None
+        paths = {
+            "policy": config.policy if config.lora.is_on or stands_on_policy else None,
+            "reference": config.reference,
+            "reward-model": config.reward_model,
+            **{f"ensemble {path}": path for path in config.ensemble},
+        }
+        if isinstance(config, PPOConfig) and config.lora.is_on:
+            paths["critic"] = config.critic
+        paths["lora.adapter"] = config.lora.adapter
+    return {
+        name: fingerprint(local_directory(path))
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
 def check_start(config: StageConfig, *, stage: str) -> None:
     """Raises ValueError, before any work, where the run could not start."""
     config.validate()
@@ -72,6 +97,7 @@ def check_start(config: StageConfig, *, stage: str) -> None:
         stage=stage,
         resume=config.resume,
         may_differ=_free_options(config),
+        weights=_weights(config),
     )
 
 
@@ -114,6 +140,7 @@ class Session(contextlib.ExitStack):
             stage=stage,
             resume=config.resume,
             may_differ=_free_options(config),
+            weights=_weights(config),
         )
 
     def __enter__(self) -> "Session":

@@ -116,6 +116,7 @@ def check_run(
     stage: str,
     resume: bool = False,
     may_differ: Sequence[str] = MAY_DIFFER,
+    weights: Mapping[str, str] | None = None,
 ) -> None:
     """Raises what `open_run` would raise, and writes nothing; arguments as there."""
     if jax.process_index() != 0:
@@ -123,6 +124,7 @@ def check_run(
     run, plain = RunDirectory(Path(path)), _plain(config, "")
     if resume:
         _check_resumable(run, plain, stage, may_differ)
+        _check_weights(run, weights or {})
     else:
         _check_unused(run)
 
@@ -134,6 +136,7 @@ def open_run(
     stage: str,
     resume: bool = False,
     may_differ: Sequence[str] = MAY_DIFFER,
+    weights: Mapping[str, str] | None = None,
 ) -> RunDirectory:
     """Makes the directory of a new run, or enters that of a run to go on with.
 
@@ -147,6 +150,8 @@ def open_run(
         resume: go on with the run in `path`, instead of starting one.
         may_differ: fields (dotted; a section stands for all inside it) whose stored
             value a resumed run may replace.
+        weights: fingerprints of the models that the run reads and its checkpoints do
+            not hold, by option; a resumed run must find the same.
 
     Raises:
         ValueError: if `path` holds a run already and `resume` is not set; if it is set
@@ -156,10 +161,12 @@ def open_run(
     run = RunDirectory(Path(path))
     if jax.process_index() != 0:
         return run
-    check_run(path, config, stage=stage, resume=resume, may_differ=may_differ)
+    options: dict[str, Any] = {"resume": resume, "may_differ": may_differ}
+    check_run(path, config, stage=stage, weights=weights, **options)
     plain = _plain(config, "")
     run.path.mkdir(parents=True, exist_ok=True)
-    launches = [*run.read_launches(), _launch(stage)]
+    launch = _launch(stage) | {"weights": dict(weights or {})}
+    launches = [*run.read_launches(), launch]
     write_atomic(run.launches, "".join(json.dumps(row) + "\n" for row in launches))
     # Last, because a directory with a configuration counts as a run.
     write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
@@ -190,6 +197,17 @@ def _check_unused(run: RunDirectory) -> None:
             f"--run-dir {run.path} already holds a run ({', '.join(found)}); choose "
             "another --run-dir, or pass --resume to go on with it"
         )
+
+
+def _check_weights(run: RunDirectory, weights: Mapping[str, str]) -> None:
+    first = next(iter(run.read_launches()), {})
+    for name, found in weights.items():
+        if first.get("weights", {}).get(name, found) != found:
+            raise ValueError(
+                f"cannot resume --run-dir {run.path}: the weights that {name} names "
+                "are no longer those that the run began with, and its checkpoints do "
+                "not hold them; put those back, or start again"
+            )
 
 
 def _check_resumable(
