@@ -39,11 +39,17 @@ from rlhf_jax.recipes.policy_configs import PPOConfig
 from rlhf_jax.recipes.tool_configs import QuickstartConfig
 from rlhf_jax.runtime.run_directory import write_atomic
 
-# Ten times the rates of the quickstart's PPO stage.
-RATES = "--actor-optimizer.learning-rate 1e-3 --critic-optimizer.learning-rate 3e-3"
+# Ten and five times the rates of the quickstart's PPO stage.
+RATES_10 = "--actor-optimizer.learning-rate 1e-3 --critic-optimizer.learning-rate 3e-3"
+RATES_5 = "--actor-optimizer.learning-rate 5e-4 --critic-optimizer.learning-rate 1.5e-3"
 CASES = (
     Case(name="full", title="all parameters"),
-    Case(name="rank-8", title="rank 8", flags=f"--lora.rank 8 {RATES}"),
+    Case(name="rank-8", title="rank 8", flags=f"--lora.rank 8 {RATES_10}"),
+    Case(
+        name="rank-16",
+        title="rank 16",
+        flags=f"--lora.rank 16 --lora.alpha 32 {RATES_5}",
+    ),
 )
 FULL: dict[str, Any] = {"families": ["gpt2", "llama"], "updates": 40, "batch_size": 64}
 SMOKE: dict[str, Any] = {"families": ["llama"], "updates": 2, "batch_size": 16}
