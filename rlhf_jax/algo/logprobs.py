@@ -1,7 +1,5 @@
 """Log-probabilities and entropies of tokens, with or without the logits in memory."""
 
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -152,8 +150,7 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(
+def _fused_results(
     hidden: Array,
     unembedding: Array,
     tokens: Array,
@@ -212,6 +209,7 @@ def _fused_backward(softcap, saved, cotangents):
     return d_hidden, d_unembedding.astype(unembedding.dtype), None, None
 
 
+_fused = jax.custom_vjp(_fused_results, nondiff_argnums=(4,))
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
