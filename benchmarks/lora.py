@@ -55,6 +55,11 @@ FULL: dict[str, Any] = {"families": ["gpt2", "llama"], "updates": 40, "batch_siz
 SMOKE: dict[str, Any] = {"families": ["llama"], "updates": 2, "batch_size": 16}
 
 
+def cases(*, smoke: bool) -> tuple[Case, ...]:
+    """All, or to see that it runs, one of each kind."""
+    return CASES[:2] if smoke else CASES
+
+
 def make_jobs(arguments: argparse.Namespace, root: Path, family: str) -> list[Job]:
     """Both cases with the first seed, then with the next."""
     models = root / family
@@ -70,7 +75,7 @@ def make_jobs(arguments: argparse.Namespace, root: Path, family: str) -> list[Jo
             seed=seed,
             quiet=True,
         )
-        for case in CASES:
+        for case in cases(smoke=arguments.smoke):
             run_dir = models / f"{arguments.updates}-updates" / case.name / str(seed)
             configured = dataclasses.replace(
                 case.configure(default), run_dir=str(run_dir)
@@ -94,7 +99,7 @@ def measure(
     sft = judge(models, models / "sft" / "model", jobs[0].num_judged)
     rows = [{"family": family, "case": "SFT, before PPO"} | sft]
     timings = time_updates(configs, rounds=2 if arguments.smoke else 7)
-    for case in CASES:
+    for case in cases(smoke=arguments.smoke):
         rows.append(
             {"family": family, "case": case.title, "flags": case.flags}
             | _means([run for run in runs if run.case == case.name])

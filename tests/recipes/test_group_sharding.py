@@ -49,7 +49,7 @@ def built(*, resample, mesh=None):
         optimizers,
         kl_coef=0.0,
     )
-    models = SimpleNamespace(policy=Policy(None, None, None), score_fn=None)
+    models = SimpleNamespace(policy=Policy(None, None, None), score_fn=None, lora=None)
     programs = make_grpo_programs(
         config, models, optimizers, stop_ids=(3,), pad_id=0, mesh=mesh
     )
