@@ -48,6 +48,8 @@ class _Module:
 
     pattern: str  # its name, with `{layer}`
     layers: tuple[str, ...]
+    width: int  # its inputs
+    sizes: tuple[int, ...]  # outputs of each of our layers
     rule: TensorRule
 
     def joined(self, leaves: dict[str, Any], *, layer: int | None) -> np.ndarray:
@@ -91,7 +93,7 @@ def write_adapter(
         if len(part.layers) > 1:
             joined[target] = len(names)
         for layer in range(module.config.num_layers):
-            a, b = _written(module, part, names, trained["layers"], layer)
+            a, b = _written(part, names, trained["layers"], layer)
             name = _ROOT + part.pattern.format(layer=layer)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
@@ -144,7 +146,7 @@ def read_adapter(
     for part in _modules(module):
         found = _take_module(path, module, part, tensors, config, base_scale)
         if found is not None:
-            layers |= _taken_apart(module, part, *found, rank=config.rank)
+            layers |= _taken_apart(part, *found, rank=config.rank)
     trained: Params = {}
     for suffix in ("weight", "modules_to_save.weight"):
         score = tensors.pop(f"{_ROOT}score.{suffix}", None)
@@ -187,6 +189,8 @@ def _modules(module: Transformer) -> Iterator[_Module]:
             yield _Module(
                 pattern=family.prefix + rule.name.removesuffix(".weight"),
                 layers=tuple(leaf.split("/")[1] for leaf in rule.leaves),
+                width=shapes[rule.leaves[0]].shape[1],
+                sizes=tuple(shapes[leaf].shape[-1] for leaf in rule.leaves),
                 rule=rule,
             )
 
@@ -199,7 +203,6 @@ def _short_name(part: _Module, modules: list[_Module]) -> str:
 
 
 def _written(
-    module: Transformer,
     part: _Module,
     names: list[str],
     layers: dict[str, dict[str, Array]],
@@ -216,17 +219,11 @@ def _written(
     rank = pairs[0][0].shape[1]
     blocks = {
         name: np.zeros((len(a), size), np.float32)
-        for name, size in zip(part.layers, _sizes(module, part), strict=True)
+        for name, size in zip(part.layers, part.sizes, strict=True)
     }
     for number, (name, (_, b)) in enumerate(zip(names, pairs, strict=True)):
         blocks[name][number * rank : (number + 1) * rank] = b
     return a, part.joined(blocks, layer=None).T
-
-
-def _sizes(module: Transformer, part: _Module) -> list[int]:
-    """Outputs of each of our layers in a module."""
-    shapes = parameter_shapes(module)
-    return [shapes[leaf].shape[-1] for leaf in part.rule.leaves]
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -258,8 +255,7 @@ def _take_module(
     if not names:
         return None
     count = module.config.num_layers
-    width = parameter_shapes(module)[part.rule.leaves[0]].shape[1]
-    features = sum(_sizes(module, part))
+    width, features = part.width, sum(part.sizes)
     rank = max(tensors[n].shape[0] for n in names if ".lora_A." in n)
     stacked_a = np.zeros((count, width, rank), np.float32)
     stacked_b = np.zeros((count, rank, features), np.float32)
@@ -288,21 +284,19 @@ def _take_module(
 
 
 def _taken_apart(
-    module: Transformer, part: _Module, a: np.ndarray, b: np.ndarray, *, rank: int
+    part: _Module, a: np.ndarray, b: np.ndarray, *, rank: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The adapters of our layers, from that of the module which holds them.
 
     Args:
-        module: the transformer.
         part: the module.
         a: `[L, in, n R]`.
         b: `[L, n R, out]`.
         rank: R, of adapters that were joined, if they were.
     """
-    sizes = _sizes(module, part)
     numbers = {
         name: np.full(size, i)
-        for i, (name, size) in enumerate(zip(part.layers, sizes, strict=True))
+        for i, (name, size) in enumerate(zip(part.layers, part.sizes, strict=True))
     }
     owner = part.joined(numbers, layer=None)  # [out], which layer has the column
     parts = {name: b[:, :, owner == i] for i, name in enumerate(part.layers)}

@@ -16,12 +16,12 @@ from rlhf_jax.learner.objectives import separate_networks
 from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.callables import critic, policy, reward_model
 from rlhf_jax.models.config import DecoderConfig, Head
-from rlhf_jax.models.lora import LoraOptions, init_adapters
+from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.quantize import quantize_kernels
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.recipes.adapted import Network
+from rlhf_jax.recipes.adapted import Network, lora_options
 from rlhf_jax.recipes.four_models import FourModels
 from rlhf_jax.recipes.networks import configured
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
@@ -99,13 +99,7 @@ class AbstractNetworks:
             module, params = self._network(head, "float32")
             return Network(module=module), params
         module, params = self.frozen(head)
-        options = LoraOptions(
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=lora.targets,
-            rslora=lora.rslora,
-        )
+        options = lora_options(lora)
         init = partial(init_adapters, options=options)
         trained = jax.eval_shape(init, jax.random.key(0), params)
         frozen = {name: leaf for name, leaf in params.items() if name != "score"}

@@ -34,6 +34,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import frozen_network, trained_network
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.lora_config import LoraConfig
 from rlhf_jax.runtime.progress import heading
 from rlhf_jax.runtime.run_directory import RunDirectory
 
@@ -69,6 +70,17 @@ def assembling(lora: LoraOptions | None) -> Assemble:
         return attach(frozen, trained, lora, key=key)
 
     return assemble
+
+
+def lora_options(config: LoraConfig) -> LoraOptions:
+    """Fresh adapters as a configuration describes them."""
+    return LoraOptions(
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=config.targets,
+        rslora=config.rslora,
+    )
 
 
 class Networks:
@@ -163,13 +175,7 @@ class Networks:
                 )
             return trained_head(params) | trained, self._options
         if self._options is None:
-            self._options = LoraOptions(
-                rank=lora.rank,
-                alpha=lora.alpha,
-                dropout=lora.dropout,
-                targets=lora.targets,
-                rslora=lora.rslora,
-            )
+            self._options = lora_options(lora)
         # None of the keys that the run splits off its seed.
         key = jax.random.fold_in(
             jax.random.key(self._config.seed), 20 + self._num_adapted
