@@ -30,10 +30,10 @@ from expected_gradients import (
     whole_answer_k2_gradient,
     wrong_critic,
 )
-from outcomes import CHANGES, Outcome, changed_outcome, outcome
+from outcomes import CHANGES, FINED, PLAIN, Outcome, changed_outcome, outcome
 
 from rlhf_jax.algo.options import AdvantageOptions
-from rlhf_jax.presets import PRESETS, PPOMethod
+from rlhf_jax.presets import PRESETS
 from rlhf_jax.tasks import enumerable
 
 SEEDS = range(5)
@@ -287,7 +287,8 @@ def preset_rows() -> Rows:
         "answers in effect",
     )
     tasks = [enumerable.random_task(seed) for seed in TASKS]
-    methods = {"PPOMethod()": PPOMethod()} | {n: make() for n, make in PRESETS.items()}
+    methods = {"PPOMethod()": PLAIN, 'the same, missing_eos="subtract"': FINED}
+    methods |= {name: make() for name, make in PRESETS.items()}
     for name, method in methods.items():
         yield outcome_row(name, [outcome(x, method, beta=BETA) for x in tasks])
     untrained = [

@@ -125,6 +125,7 @@ class Case:
                 clipped_policy_loss,
                 old_logprobs=jnp.asarray(self.logprobs),
                 advantages=jnp.asarray(advantages, jnp.float32),
+                mask=jnp.asarray(self.responses.mask),
             ),
             mode,
         )

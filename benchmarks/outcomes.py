@@ -16,7 +16,8 @@ from rlhf_jax.presets import PPOMethod
 from rlhf_jax.tasks import enumerable
 from rlhf_jax.tasks.enumerable import EnumerableTask
 
-PLAIN = PPOMethod(scores=ScoreOptions())  # every answer keeps its score
+PLAIN = PPOMethod()  # every answer keeps its score
+FINED = PPOMethod(scores=ScoreOptions(missing_eos="subtract"))  # or loses 1
 CHANGES: dict[str, PPOMethod] = {
     "none": PLAIN,
     "λ = 0": dataclasses.replace(PLAIN, advantages=AdvantageOptions(lam=0.0)),

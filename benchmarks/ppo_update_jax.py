@@ -73,11 +73,10 @@ def make_program(
             None,  # old log-probabilities are the sampler's, as in TRL
             state.params.critic,
             frozen.reference,
-            frozen.reward,
+            score_fn(frozen.reward, rollout.tokens, rollout.sequence_mask),
             rollout,
             token_logprobs_fn=actor.token_logprobs,
             values_fn=values_fn,
-            score_fn=score_fn,
         )
         return make_experience(scored, kl_coef=state.kl_coef)[0]
 

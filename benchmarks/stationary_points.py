@@ -180,14 +180,10 @@ def expected_step(
     by_token = method.policy_loss.aggregation == "token-mean"
 
     def loss(logprobs: Array) -> Array:
-        options = method.policy_loss
+        # No preset has a bonus for entropy, and nothing is clipped at ratio 1.
         return actor_loss(
             logprobs,
-            jnp.zeros_like(logprobs),  # entropy, for which no preset has a bonus
             experience,
-            clip_eps=options.clip_eps,
-            dual_clip=options.dual_clip,
-            log_ratio_clamp=options.log_ratio_clamp,
             kl_fn=functools.partial(
                 kl_estimate,
                 estimator=method.kl.estimator,
@@ -195,7 +191,7 @@ def expected_step(
                 log_ratio_clamp=method.kl.log_ratio_clamp,
                 clamp=method.kl.clamp,
             ),
-            aggregation=options.aggregation,
+            aggregation=method.policy_loss.aggregation,
             num_tokens=jnp.sum(weights),
             num_sequences=1.0,  # the weights add up to one answer
         )[0]

@@ -138,11 +138,10 @@ class JaxSide:
             state.params.actor,
             state.params.critic,
             frozen.reference,
-            frozen.reward,
+            self._score(frozen.reward, rollout.tokens, rollout.sequence_mask),
             rollout,
             token_logprobs_fn=self._token_logprobs,
             values_fn=self._values,
-            score_fn=self._score,
             temperature=self._method.temperature,
         )
         experience, _ = make_experience(

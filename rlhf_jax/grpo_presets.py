@@ -136,11 +136,11 @@ class GRPOMethod:
         )
         check(
             self.policy_loss.surrogate != "reinforce"
-            or (self.refresh_every == 1 and self.epochs == 1),
+            or (self.refresh_every == 1 and one_step),
             "policy-loss.surrogate",
             "reinforce",
-            "has no ratio that would notice old answers; with epochs or refresh-every "
-            "above 1 take another",
+            "has no ratio that would notice that the policy has moved: take epochs=1, "
+            "minibatches=1 and refresh-every=1, or another surrogate",
         )
         check(
             self.policy_loss.sampler_correction == "none"
@@ -171,8 +171,9 @@ def grpo() -> GRPOMethod:
 def dr_grpo() -> GRPOMethod:
     """Dr. GRPO, "GRPO done right": s − μ, no division by σ or by lengths, no KL.
 
-    Losses are summed over an answer's tokens. The paper divides by a constant besides,
-    which Adam does not see.
+    An answer's losses are summed over its tokens and divided by a constant, the limit
+    of answers, so that neither the direction of the gradient nor what clipping its norm
+    does to it depends on how long they are.
 
     References:
         Liu et al., 2025, arXiv:2503.20783.
@@ -180,15 +181,16 @@ def dr_grpo() -> GRPOMethod:
     return GRPOMethod(
         groups=GroupOptions(scale="none"),
         kl=NO_KL,
-        policy_loss=PolicyLossOptions(aggregation="seq-mean-token-sum"),
+        policy_loss=PolicyLossOptions(aggregation="seq-mean-token-sum-norm"),
     )
 
 
 def rloo() -> GRPOMethod:
     """RLOO: s − the mean of the others, KL in the reward, one step per rollout.
 
-    On policy there is no ratio to clip, and losses are summed over an answer's tokens,
-    so that the gradient is exact.
+    On policy there is no ratio to clip. Losses are summed over an answer's tokens and
+    divided by the limit of answers, a constant: the gradient is exact but for that
+    constant factor.
 
     References:
         Ahmadian et al., 2024, arXiv:2402.14740.
@@ -197,7 +199,7 @@ def rloo() -> GRPOMethod:
         groups=GroupOptions(baseline="leave-one-out", scale="none"),
         kl=KLOptions(coef=0.03),
         policy_loss=PolicyLossOptions(
-            surrogate="reinforce", aggregation="seq-mean-token-sum"
+            surrogate="reinforce", aggregation="seq-mean-token-sum-norm"
         ),
         minibatches=1,
     )
@@ -238,7 +240,7 @@ def remax() -> GRPOMethod:
         groups=GroupOptions(baseline="greedy", scale="none"),
         kl=KLOptions(coef=0.03),
         policy_loss=PolicyLossOptions(
-            surrogate="reinforce", aggregation="seq-mean-token-sum"
+            surrogate="reinforce", aggregation="seq-mean-token-sum-norm"
         ),
         minibatches=1,
     )

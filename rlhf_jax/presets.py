@@ -18,6 +18,7 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
     ValueLossOptions,
     check,
+    check_bootstrap,
 )
 from rlhf_jax.runtime.config import OptimizerConfig, check_positive
 
@@ -47,9 +48,7 @@ class PPOMethod:
     but in float32 on a CPU"""
     kl: KLOptions = dataclasses.field(default_factory=KLOptions)
     """KL to the reference"""
-    scores: ScoreOptions = dataclasses.field(
-        default_factory=lambda: ScoreOptions(missing_eos="subtract")
-    )
+    scores: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
     """scores and rewards"""
     advantages: AdvantageOptions = dataclasses.field(default_factory=AdvantageOptions)
     """advantages and value targets"""
@@ -135,6 +134,15 @@ class PPOMethod:
             self.policy_loss.sampler_correction,
             "needs old-logprobs=recomputed: the sampler's own need no correction",
         )
+        check(
+            self.policy_loss.surrogate != "reinforce"
+            or self.epochs * self.minibatches == 1,
+            "policy-loss.surrogate",
+            "reinforce",
+            "has no ratio that would notice that the policy has moved: take epochs=1 "
+            "and minibatches=1, or another surrogate",
+        )
+        check_bootstrap(self.advantages, self.scores)
         self.kl.validate("kl")
         self.scores.validate("scores")
         self.advantages.validate("advantages")

@@ -35,7 +35,7 @@ POLICY_LOSS_CASES = {
     "policy_loss.surrogate": ("gspo", {}),
     "policy_loss.ratio_bound": (0.9, {"policy_loss.surrogate": "cispo"}),
     "policy_loss.clip_eps": (0.05, {}),
-    "policy_loss.clip_eps_high": (0.05, {}),
+    "policy_loss.clip_eps_high": (0.05, {"policy_loss.clip_eps": 0.2}),
     "policy_loss.dual_clip": (1.01, {"policy_loss.clip_eps": 0.5}),
     "policy_loss.log_ratio_clamp": (0.01, {}),
     "policy_loss.aggregation": ("seq-mean-token-mean", {}),

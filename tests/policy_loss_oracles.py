@@ -1,4 +1,4 @@
-"""Policy losses without a critic once more, as float64 NumPy loops.
+"""Policy losses once more, as float64 NumPy loops.
 
 Nothing here imports `rlhf_jax`. `x` are the log-probabilities in training, `frozen` the
 same wherever the paper stops the gradient: differences in `x` alone are the gradient.
@@ -39,6 +39,11 @@ def bounded_log_ratio(log_ratio, a, low, high):
 def reinforce(x, frozen, old, a, t):
     """Plain policy gradient."""
     return -a[t] * x[t]
+
+
+def ppo(x, frozen, old, a, t, low, high):
+    """Each token's own ratio."""
+    return clipped(np.exp(x[t] - old[t]), a[t], low, high)
 
 
 def gspo(x, frozen, old, a, t, low, high):

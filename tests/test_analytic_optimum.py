@@ -76,9 +76,10 @@ def ppo_gradient(logits, advantages, weights, *, mode):
     old_logprobs = response_logprobs(logits)
 
     def loss(logits):
-        terms = clipped_policy_loss(response_logprobs(logits), old_logprobs, advantages)
-        terms = weights[:, None] * terms
-        return aggregate(terms, jnp.asarray(RESPONSES.mask), mode=mode)
+        mask = jnp.asarray(RESPONSES.mask)
+        new_logprobs = response_logprobs(logits)
+        terms = clipped_policy_loss(new_logprobs, old_logprobs, advantages, mask)
+        return aggregate(weights[:, None] * terms, mask, mode=mode)
 
     return -jax.grad(loss)(logits)
 
@@ -182,6 +183,7 @@ def test_reductions_that_divide_a_batch_by_one_number_are_exact(everything):
     divisors = {
         "token-sum": 1,
         "seq-mean-token-sum": len(RESPONSES.lengths),
+        "seq-mean-token-sum-norm": RESPONSES.mask.size,  # rows times columns
         "token-mean": int(RESPONSES.lengths.sum()),
     }
     for mode, divisor in divisors.items():
@@ -266,11 +268,10 @@ def sample_experience(state, reference, token_scores, temperature):
         state.params.actor,
         state.params.critic,
         reference,
-        token_scores,
+        score(token_scores, rollout.tokens, rollout.sequence_mask),
         rollout,
         token_logprobs_fn=TOKEN_LOGPROBS_FN,
         values_fn=VALUES_FN,
-        score_fn=score,
         temperature=temperature,
     )
     return make_experience(scored, kl_coef=state.kl_coef)[0]

@@ -63,7 +63,7 @@ def example(containing):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES[LOOP]) == 20
+    assert len(EXAMPLES[LOOP]) == 22
 
 
 def test_every_function_is_called_on_the_page():
@@ -89,7 +89,7 @@ def test_every_estimator_and_surrogate_of_the_page_is_finite():
 
 
 def test_the_whole_loss_is_its_parts():
-    names = example("ppo_loss(")
+    names = example("for_critic")
     parts = names["for_actor"] + 0.5 * names["for_critic"]
     np.testing.assert_allclose(names["loss_value"], parts, rtol=1e-6)
 
@@ -217,13 +217,16 @@ def test_two_lambdas():
 
 
 def test_truncated_answers_end_with_a_value():
-    names = example("end_values")
+    (number,) = (i for i, x in enumerate(EXAMPLES[LOOP]) if "end_values" in x)
+    cut = {"truncated": jnp.arange(64) % 3 == 0}  # the program's answers all stop
+    _, names = run(EXAMPLES[LOOP][number], LOOP, program(LOOP)[1] | cut)
     truncated, mask = np.asarray(names["truncated"]), np.asarray(names["mask"])
+    kl = 0.05 * (np.asarray(names["old"]) - np.asarray(names["ref"]))
     for row, end in enumerate(mask.sum(axis=1) - 1):
-        after = names["at_end"][row] if truncated[row] else 0.0
-        want = names["rewards"][row, end] + after  # R = A + V = r + V(end)
+        # R = A + V = r + V(end), and one of the two is there: a score, or an end.
+        worth = names["at_end"][row] if truncated[row] else names["scores"][row]
         np.testing.assert_allclose(
-            names["returns"][row, end], want, rtol=1e-4, atol=1e-5
+            names["returns"][row, end], worth - kl[row, end], rtol=1e-4, atol=1e-4
         )
     assert names["only_finished"].sum() == mask[~truncated].sum()
 
@@ -262,6 +265,38 @@ def test_one_model_needs_no_importance_weights():
     names = example("sampler_weights")
     want = np.where(names["mask"], 1.0, 0.0)
     np.testing.assert_allclose(names["weights"], want, rtol=1e-4)
+
+
+def test_a_surrogate_of_ones_own():
+    names = example("log_ratio_loss")
+    mask = np.asarray(names["mask"])
+    moved = np.clip(np.asarray(names["new"]) - names["old"], -0.5, 0.5)
+    want = -(np.asarray(names["advantages"]) * moved)[mask].mean()
+    metrics = names["metrics"]
+    np.testing.assert_allclose(metrics["policy_loss"], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        names["loss_value"],
+        metrics["policy_loss"] + metrics["value_loss"],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_estimators_of_ones_own():
+    names = example("from_the_critic_alone")
+    mask = np.asarray(names["mask"])
+    advantages = np.asarray(names["experience"].advantages)[mask]
+    np.testing.assert_allclose(advantages.mean(), 0.0, atol=1e-5)  # whitened after it
+    np.testing.assert_allclose(advantages.std(), 1.0, rtol=1e-4)
+    kl = np.where(mask, np.asarray(names["old"]) - names["ref"], 0.0)
+    worth = (np.asarray(names["scores"]) - 0.05 * kl.sum(axis=1)).reshape(-1, 8)
+    gain = (worth - np.median(worth, axis=1, keepdims=True)).reshape(-1, 1)
+    np.testing.assert_allclose(
+        names["group_experience"].advantages,
+        np.where(mask, gain, 0.0),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_whole_method():
@@ -323,10 +358,13 @@ KEYWORDS = {
     "key": jax.random.key(0),
     "num_minibatches": 2,
 }
+# Those without a default, and what the critic's losses ask for.
 EXPERIENCE = {
-    "tokens": "int [B,S]",
-    "sequence_mask": "bool [B,S]",
     "mask": "bool [B,T]",
+    "old_logprobs": "[B,T]",
+    "advantages": "[B,T]",
+    "old_values": "[B,T]",
+    "returns": "[B,T]",
 }
 
 
@@ -344,10 +382,7 @@ def argument(text):
     if text == "ScoreMoments":
         return ScoreMoments(count=0.0, mean=0.0, squares=0.0)
     if text == "Experience":
-        required = inspect.signature(Experience).parameters.values()
-        names = [p.name for p in required if p.default is p.empty]
-        fields = {n: argument(EXPERIENCE.get(n, "[B,T]")) for n in names}
-        return Experience(**fields)
+        return Experience(**{name: argument(x) for name, x in EXPERIENCE.items()})
     dtype, dims = re.fullmatch(r"(\w*) ?\[(.*)\]", text).groups()
     shape = tuple(SIZES[d] for d in dims.split(",") if d)
     return jax.ShapeDtypeStruct(shape, DTYPES[dtype])

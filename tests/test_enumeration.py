@@ -48,9 +48,10 @@ def test_expected_gradient_is_that_of_the_weighted_loss():
 
     def loss(logits):
         logprobs = jax.nn.log_softmax(logits)[responses.states, responses.tokens]
-        terms = clipped_policy_loss(logprobs, jnp.array(case.logprobs), advantages)
+        old, mask = jnp.array(case.logprobs), jnp.array(responses.mask)
+        terms = clipped_policy_loss(logprobs, old, advantages, mask)
         terms = jnp.array(case.probs, jnp.float32)[:, None] * terms
-        return aggregate(terms, jnp.array(responses.mask), mode="token-sum")
+        return aggregate(terms, mask, mode="token-sum")
 
     want = -jax.grad(loss)(jnp.array(case.logits))
     got = case.expected_gradient(case.policy_gradients(advantages))

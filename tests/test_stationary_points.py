@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax import kl_estimate
 from rlhf_jax.algo.losses import actor_loss
-from rlhf_jax.algo.options import AdvantageOptions, ScoreOptions
+from rlhf_jax.algo.options import AdvantageOptions
 from rlhf_jax.presets import PRESETS, PPOMethod
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.tasks import enumerable
@@ -61,9 +61,7 @@ def test_answers_that_go_on_after_a_stop():
 
 REDUCED = {
     "rewards whitened": outcomes.CHANGES["token rewards whitened"],
-    "not centred": PPOMethod(
-        scores=ScoreOptions(), advantages=AdvantageOptions(lam=0.9, center=False)
-    ),
+    "not centred": PPOMethod(advantages=AdvantageOptions(lam=0.9, center=False)),
     "per answer": outcomes.CHANGES["each answer divided by its length"],
     "masked": outcomes.CHANGES["answers without a stop masked"],
     "in the loss": outcomes.CHANGES["k2 in the loss, whitened"],
@@ -102,7 +100,6 @@ def test_weights_are_a_batch_in_which_rows_come_as_often_as_they_should(name):
         logprobs = language.logprobs(logits)[rows]
         return actor_loss(
             logprobs,
-            jnp.zeros_like(logprobs),
             experience,
             aggregation=method.policy_loss.aggregation,
             kl_fn=functools.partial(kl_estimate, estimator=method.kl.estimator),
@@ -158,7 +155,7 @@ def found(method, **options):
     return [outcomes.outcome(task, method, beta=BETA, **options) for task in TASKS]
 
 
-WITH_KL = {"default": PPOMethod()} | {
+WITH_KL = {"default": PPOMethod(), "subtract": outcomes.FINED} | {
     name: make() for name, make in PRESETS.items() if name != "verl"
 }
 
@@ -170,7 +167,7 @@ def test_presets_with_a_kl_stop_at_the_optimum_of_what_they_climb(name):
         assert result.own_share > 0.99999
         assert result.own_distance < 1e-5
         # That is the scores' own optimum where no answer is scored otherwise.
-        if name in ("trl", "openrlhf", "deepspeed_chat"):
+        if name in ("default", "trl", "openrlhf", "deepspeed_chat"):
             assert result.distance < 1e-5
         else:
             assert result.share < 0.9 and result.distance > 0.3

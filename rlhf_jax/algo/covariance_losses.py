@@ -17,10 +17,14 @@ auto axes or an unsharded batch.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.diagnostics import ClipEps, is_clipped
+from rlhf_jax.algo.diagnostics import is_clipped
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import masked_mean
-from rlhf_jax.algo.policy_losses import clipped_surrogate, mask_loss_inputs
+from rlhf_jax.algo.policy_losses import (
+    clipped_surrogate,
+    hold_overflow,
+    mask_loss_inputs,
+)
 from rlhf_jax.algo.types import Array, Scalar
 
 
@@ -31,7 +35,8 @@ def clip_cov_loss(
     mask: Array,
     *,
     key: Array,
-    clip_eps: ClipEps = 0.2,
+    clip_eps: Scalar = 0.2,
+    clip_eps_high: Scalar | None = None,
     fraction: float = 2e-4,
     cov_range: tuple[Scalar, Scalar] = (1.0, 5.0),
 ) -> Array:
@@ -49,7 +54,8 @@ def clip_cov_loss(
         mask: `[B, T]` bool, True on real tokens.
         key: a typed PRNG key, consumed. The draw depends on the shape: an extra pad
             column changes it.
-        clip_eps: ε, or `(ε_low, ε_high)`, of PPO's clip.
+        clip_eps: ε_low of PPO's clip.
+        clip_eps_high: ε_high; None: the same as ε_low.
         fraction: share of the real tokens to leave out, in (0, 1].
         cov_range: bounds of c, exclusive; the defaults are the authors'.
 
@@ -67,14 +73,15 @@ def clip_cov_loss(
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
-    ratio = jnp.exp(logprobs - old_logprobs)
-    clipped = is_clipped(ratio, advantages, clip_eps=clip_eps)
+    ratio = jnp.exp(hold_overflow(logprobs - old_logprobs, advantages >= 0))
+    eps = {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}
+    clipped = is_clipped(ratio, advantages, **eps)
     covariance = _token_covariances(logprobs, advantages, mask)
     least, most = cov_range
     candidates = mask & ~clipped & (covariance > least) & (covariance < most)
     lots = jnp.where(candidates, jax.random.uniform(key, mask.shape), -1.0)
     left_out = candidates & _largest(lots, _share(fraction, mask))
-    return jnp.where(left_out, 0.0, clipped_surrogate(ratio, advantages, clip_eps))
+    return jnp.where(left_out, 0.0, clipped_surrogate(ratio, advantages, **eps))
 
 
 def kl_cov_loss(

@@ -14,34 +14,41 @@ from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import aggregate, masked_mean
 from rlhf_jax.algo.types import Array, Scalar
 
-ClipEps = Scalar | tuple[Scalar, Scalar]
-
 PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
 """`(logprobs, old_logprobs, advantages, mask) -> [B, T]` unreduced."""
 
 
-def ratio_range(clip_eps: ClipEps) -> tuple[Scalar, Scalar]:
+def ratio_range(
+    clip_eps: Scalar, clip_eps_high: Scalar | None = None
+) -> tuple[Scalar, Scalar]:
     """The probability ratios that PPO leaves unclipped, (1 − ε_low, 1 + ε_high).
 
     Args:
-        clip_eps: ε for both sides, or `(ε_low, ε_high)`.
+        clip_eps: ε_low.
+        clip_eps_high: ε_high; None: the same as ε_low.
     """
-    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    return 1.0 - low, 1.0 + high
+    return 1.0 - clip_eps, 1.0 + (clip_eps if clip_eps_high is None else clip_eps_high)
 
 
-def is_clipped(ratio: Array, advantages: Array, *, clip_eps: ClipEps) -> Array:
+def is_clipped(
+    ratio: Array,
+    advantages: Array,
+    *,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None = None,
+) -> Array:
     """Whether PPO's range silences a token: ρ out of it, on the side that A pulls to.
 
     Args:
         ratio: ρ, any shape, float.
         advantages: A, the same shape, float.
-        clip_eps: ε, or `(ε_low, ε_high)`.
+        clip_eps: ε_low.
+        clip_eps_high: ε_high; None: the same as ε_low.
 
     Returns:
         bool of that shape.
     """
-    lowest, highest = ratio_range(clip_eps)
+    lowest, highest = ratio_range(clip_eps, clip_eps_high)
     return ((ratio > highest) & (advantages > 0)) | (
         (ratio < lowest) & (advantages < 0)
     )
@@ -102,7 +109,8 @@ def clip_fraction(
     advantages: Array,
     mask: Array,
     *,
-    clip_eps: ClipEps = 0.2,
+    clip_eps: Scalar = 0.2,
+    clip_eps_high: Scalar | None = None,
     num_tokens: Scalar | None = None,
 ) -> Array:
     """Share of tokens that PPO's range silences: those without a gradient by it.
@@ -115,7 +123,8 @@ def clip_fraction(
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t).
         advantages: `[B, T]` float, A.
         mask: `[B, T]` bool, True on real tokens.
-        clip_eps: ε, or `(ε_low, ε_high)`.
+        clip_eps: ε_low.
+        clip_eps_high: ε_high; None: the same as ε_low.
         num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
 
     Returns:
@@ -123,7 +132,12 @@ def clip_fraction(
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     log_ratio = kl_estimate(logprobs, old_logprobs, estimator="k1")
-    clipped = is_clipped(jnp.exp(log_ratio), advantages, clip_eps=clip_eps)
+    clipped = is_clipped(
+        jnp.exp(log_ratio),
+        advantages,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+    )
     share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
     return jax.lax.stop_gradient(share)
 

@@ -1,17 +1,19 @@
-"""The losses of PPO: per token, and reduced over the tokens of an experience."""
+"""The losses of actor and critic, reduced over the tokens of an experience."""
 
+import numbers
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo import diagnostics
-from rlhf_jax.algo.diagnostics import ClipEps, PolicyLossFn
+from rlhf_jax.algo.diagnostics import PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import Aggregation, aggregate
-from rlhf_jax.algo.policy_losses import clipped_surrogate
+from rlhf_jax.algo.policy_losses import clipped_policy_loss
 from rlhf_jax.algo.types import Array, Experience, Scalar
 
 KLFn = Callable[[Array, Array], Array]
@@ -20,72 +22,13 @@ KLFn = Callable[[Array, Array], Array]
 _k2 = partial(kl_estimate, estimator="k2")
 
 
-def clipped_policy_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    *,
-    clip_eps: ClipEps = 0.2,
-    dual_clip: Scalar | None = None,
-    log_ratio_clamp: float | None = None,
-) -> Array:
-    """PPO's clipped surrogate, negated, one term per token.
-
-        ρ = π(a) / π_old(a) = exp(logprobs − old_logprobs)
-        L = max(−ρ·A, −clip(ρ, 1 − ε_low, 1 + ε_high)·A)
-
-    and with `dual_clip` c, where A < 0: L ← min(L, −c·A), so that one token whose
-    ratio has run away cannot rule the batch.
-
-    Padding is not treated here: where it may hold NaN or inf, mask the inputs as well
-    as the result, for 0 · inf in the backward pass is NaN (`actor_loss` does both).
-
-    Args:
-        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
-        old_logprobs: `[B, T]` float, log π_old(a_t | s_t), of the policy that sampled.
-        advantages: `[B, T]` float, A_t.
-        clip_eps: ε, or `(ε_low, ε_high)`.
-        dual_clip: c, above 1; None leaves it out. For stale data, where a bad token's
-            ratio can be large; 3 in verl, where it is on by default.
-        log_ratio_clamp: bounds log ρ to [−c, c] before the exponential (20 in verl and
-            OpenRLHF), so that ρ cannot overflow; no gradient where it acts.
-
-    Returns:
-        `[B, T]` float32, unreduced, with a gradient in `logprobs` only; exactly 0
-        where the clipped branch is the larger.
-
-    Raises:
-        ValueError: when a `dual_clip` given as a Python number is not above 1.
-        AssertionError: on unequal shapes or a wrong dtype.
-
-    References:
-        Schulman et al., 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al., 2019,
-        arXiv:1912.09729, eq. 5; ε_high > ε_low: Yu et al., 2025, arXiv:2503.14476.
-    """
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages])
-    chex.assert_type([logprobs, old_logprobs, advantages], float)
-    if isinstance(dual_clip, int | float) and not dual_clip > 1:
-        raise ValueError(f"dual_clip={dual_clip}: expected above 1, or None")
-    old_logprobs, advantages = jax.lax.stop_gradient(
-        (old_logprobs.astype(jnp.float32), advantages.astype(jnp.float32))
-    )
-    log_ratio = logprobs.astype(jnp.float32) - old_logprobs
-    if log_ratio_clamp is not None:
-        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
-    loss = clipped_surrogate(jnp.exp(log_ratio), advantages, clip_eps)
-    if dual_clip is not None:
-        bounded = jnp.minimum(loss, -dual_clip * advantages)
-        loss = jnp.where(advantages < 0, bounded, loss)
-    return loss
-
-
 def clipped_value_loss(
     values: Array,
     old_values: Array,
     returns: Array,
     *,
     clip_eps: Scalar | None = 0.2,
-    scale: Scalar = 0.5,
+    half: bool = True,
 ) -> Array:
     """Squared error of the critic, clipped around its old values, one term per token.
 
@@ -95,14 +38,16 @@ def clipped_value_loss(
     The ½ is part of it, here and in every implementation we know. A larger ε lets the
     critic move further per rollout (0.5 in verl and OpenRLHF, 0.2 in the OpenAI line);
     it is in units of the score, so a critic that starts far off learns slowly.
-    Padding is not treated here, as in `clipped_policy_loss`.
+
+    Padding is not treated here: where it may hold NaN or inf, mask the inputs as well
+    as the result, for 0 · NaN in the backward pass is NaN (`critic_loss` does both).
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
         old_values: `[B, T]` float, V(s_t) when the rollout was scored.
         returns: `[B, T]` float, R_t.
         clip_eps: ε; None gives the plain ½ · (V − R)².
-        scale: 1 leaves the ½ out.
+        half: False leaves the ½ out.
 
     Returns:
         `[B, T]` float32, unreduced, with a gradient in `values` only; exactly 0 where
@@ -126,19 +71,21 @@ def clipped_value_loss(
         # Not old + clip(new − old): that is not `values` where it does not clip.
         clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
         loss = jnp.maximum(loss, jnp.square(clipped - returns))
-    return scale * loss
+    return 0.5 * loss if half else loss
 
 
 def actor_loss(
     logprobs: Array,
-    entropy: Array,
     experience: Experience,
     *,
-    clip_eps: ClipEps = 0.2,
+    entropy: Array | None = None,
+    clip_eps: Scalar = 0.2,
+    clip_eps_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
     log_ratio_clamp: float | None = None,
     policy_loss_fn: PolicyLossFn | None = None,
     kl_fn: KLFn = _k2,
+    importance_weighted_kl: bool = False,
     entropy_coef: Scalar = 0.0,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
@@ -146,22 +93,27 @@ def actor_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """The actor's part of `ppo_loss`.
 
-        w · policy_loss − entropy_coef · entropy + β · kl_fn(π, π_ref)
+        w · policy_loss − entropy_coef · entropy + β · ρ_KL · kl_fn(π, π_ref)
 
     w is `experience.weights`, β is `experience.kl_coef`; without them w = 1 and there
-    is no KL term (the KL then sits in the rewards, or nowhere).
+    is no KL term (the KL then sits in the rewards, or nowhere). ρ_KL is 1, or with
+    `importance_weighted_kl` π / π_old without a gradient.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
-        entropy: `[B, T]` float, of π(· | s_t).
         experience: read for `mask`, `old_logprobs`, `advantages`, and where they are
             used `weights`, `kl_coef` and `ref_logprobs`; padding may hold anything.
-        clip_eps: ε, or `(ε_low, ε_high)`.
-        dual_clip: see `clipped_policy_loss`.
-        log_ratio_clamp: see `clipped_policy_loss`.
-        policy_loss_fn: takes the place of `clipped_policy_loss` and its options; see
+        entropy: `[B, T]` float, of π(· | s_t); None leaves bonus and metric out.
+        clip_eps: see `clipped_policy_loss`, like the next three.
+        clip_eps_high: ε above 1.
+        dual_clip: bound where A < 0.
+        log_ratio_clamp: bound on log ρ.
+        policy_loss_fn: takes the place of `clipped_policy_loss`; see
             `rlhf_jax.algo.policy_losses`.
         kl_fn: the KL term, unreduced; an estimator whose gradient is that of the KL.
+        importance_weighted_kl: weigh each token's KL by ρ. The tokens were drawn from
+            π_old; the weight makes the expected gradient, given the states, that of
+            π's own KL after the first optimizer step too.
         entropy_coef: weight of the entropy bonus.
         aggregation: see `aggregate`.
         num_tokens: see `ppo_loss`.
@@ -175,12 +127,16 @@ def actor_loss(
         it gives no gradient.
 
     Raises:
-        ValueError: on an unknown aggregation.
+        ValueError: on an unknown aggregation, a weight without its entropy, or
+            options of PPO's clip beside a `policy_loss_fn`.
         AssertionError: on unequal shapes or a wrong dtype.
+
+    References:
+        ρ on the KL: DeepSeek-AI, 2025, arXiv:2512.02556, section 3.1.
     """
     mask = experience.mask
-    logprobs, entropy, old_logprobs, advantages = _mask_inputs(
-        mask, logprobs, entropy, experience.old_logprobs, experience.advantages
+    logprobs, old_logprobs, advantages = _mask_inputs(
+        mask, logprobs, experience.old_logprobs, experience.advantages
     )
 
     def reduce(terms: Array) -> Array:
@@ -192,44 +148,74 @@ def actor_loss(
             num_sequences=num_sequences,
         )
 
+    loss_fn, clip_fraction_fn = _surrogate(
+        policy_loss_fn, clip_eps, clip_eps_high, dual_clip, log_ratio_clamp
+    )
     ratios = (logprobs, old_logprobs)
-    if policy_loss_fn is None:
-        terms = clipped_policy_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            clip_eps=clip_eps,
-            dual_clip=dual_clip,
-            log_ratio_clamp=log_ratio_clamp,
-        )
-        clip_fraction = diagnostics.clip_fraction(
-            *ratios, advantages, mask, clip_eps=clip_eps, num_tokens=num_tokens
-        )
-    else:
-        terms = policy_loss_fn(logprobs, old_logprobs, advantages, mask)
-        clip_fraction = diagnostics.silenced_fraction(
-            policy_loss_fn, *ratios, advantages, mask, num_tokens=num_tokens
-        )
+    terms = loss_fn(*ratios, advantages, mask)
     if experience.weights is not None:
         terms = jax.lax.stop_gradient(experience.weights) * terms
-    policy_loss = reduce(terms)
+    loss = policy_loss = reduce(terms)
     metrics = {
         "policy_loss": policy_loss,
-        "entropy": aggregate(entropy, mask, num_tokens=num_tokens),
         "approx_kl": diagnostics.approx_kl(*ratios, mask, num_tokens=num_tokens),
-        "clip_fraction": clip_fraction,
+        "clip_fraction": clip_fraction_fn(
+            *ratios, advantages, mask, num_tokens=num_tokens
+        ),
         "ratio_mean": diagnostics.mean_ratio(*ratios, mask, num_tokens=num_tokens),
     }
-    loss = policy_loss - entropy_coef * reduce(entropy)
+    has_bonus = not isinstance(entropy_coef, numbers.Real) or entropy_coef != 0
+    if entropy is not None:
+        (entropy,) = _mask_inputs(mask, entropy)
+        metrics["entropy"] = aggregate(entropy, mask, num_tokens=num_tokens)
+        if has_bonus:
+            loss = loss - entropy_coef * reduce(entropy)
+    elif has_bonus:
+        raise ValueError(f"entropy_coef={entropy_coef}: needs `entropy`")
     if experience.kl_coef is not None:
         if experience.ref_logprobs is None:
             raise ValueError("a KL term (experience.kl_coef) needs ref_logprobs")
         (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
         kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
-        kl_coef = jax.lax.stop_gradient(experience.kl_coef)[:, None]
-        kl_loss = reduce(kl_coef * kl)
+        weight = jax.lax.stop_gradient(experience.kl_coef)[:, None]
+        if importance_weighted_kl:
+            weight *= jax.lax.stop_gradient(jnp.exp(logprobs - old_logprobs))
+        kl_loss = reduce(weight * kl)
         loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss}
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _surrogate(
+    policy_loss_fn: PolicyLossFn | None,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None,
+    dual_clip: Scalar | None,
+    log_ratio_clamp: float | None,
+) -> tuple[PolicyLossFn, Callable[..., Array]]:
+    """The policy loss, and what counts the tokens that it clips."""
+    if policy_loss_fn is None:
+        clip: dict[str, Any] = {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}
+        bounds: dict[str, Any] = {
+            "dual_clip": dual_clip,
+            "log_ratio_clamp": log_ratio_clamp,
+        }
+        return (
+            partial(clipped_policy_loss, **clip, **bounds),
+            partial(diagnostics.clip_fraction, **clip),
+        )
+    default = isinstance(clip_eps, numbers.Real) and clip_eps == 0.2
+    for name, value in (
+        ("clip_eps", None if default else clip_eps),
+        ("clip_eps_high", clip_eps_high),
+        ("dual_clip", dual_clip),
+        ("log_ratio_clamp", log_ratio_clamp),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value}: has no effect beside policy_loss_fn; give it to that "
+                "function with functools.partial"
+            )
+    return policy_loss_fn, partial(diagnostics.silenced_fraction, policy_loss_fn)
 
 
 def critic_loss(
@@ -237,7 +223,7 @@ def critic_loss(
     experience: Experience,
     *,
     value_clip_eps: Scalar | None = 0.2,
-    scale: Scalar = 0.5,
+    half: bool = True,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
@@ -249,7 +235,7 @@ def critic_loss(
         experience: read for `value_mask` (`mask` where that is None), `old_values` and
             `returns`; padding may hold anything.
         value_clip_eps: see `clipped_value_loss`.
-        scale: see `clipped_value_loss`.
+        half: see `clipped_value_loss`.
         aggregation: see `aggregate`.
         num_tokens: `[]`, real tokens of the whole minibatch in the critic's mask.
         num_sequences: see `ppo_loss`.
@@ -272,7 +258,7 @@ def critic_loss(
     )
     loss = aggregate(
         clipped_value_loss(
-            values, old_values, returns, clip_eps=value_clip_eps, scale=scale
+            values, old_values, returns, clip_eps=value_clip_eps, half=half
         ),
         mask,
         mode=aggregation,
@@ -296,14 +282,20 @@ def critic_loss(
 def ppo_loss(
     logprobs: Array,
     values: Array,
-    entropy: Array,
     experience: Experience,
     *,
-    clip_eps: ClipEps = 0.2,
-    value_clip_eps: Scalar | None = 0.2,
-    value_coef: Scalar = 0.1,
-    entropy_coef: Scalar = 0.0,
+    entropy: Array | None = None,
+    clip_eps: Scalar = 0.2,
+    clip_eps_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
+    log_ratio_clamp: float | None = None,
+    policy_loss_fn: PolicyLossFn | None = None,
+    kl_fn: KLFn = _k2,
+    importance_weighted_kl: bool = False,
+    entropy_coef: Scalar = 0.0,
+    value_clip_eps: Scalar | None = 0.2,
+    value_coef: Scalar = 1.0,
+    half: bool = True,
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_value_tokens: Scalar | None = None,
@@ -311,7 +303,7 @@ def ppo_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """What one optimizer step of PPO minimises.
 
-        loss = policy_loss − entropy_coef · entropy + value_coef · value_loss
+        loss = actor_loss + value_coef · critic_loss
 
     The gradient in `logprobs` and `entropy` is that of `actor_loss`, the one in
     `values` that of `critic_loss` times `value_coef`.
@@ -324,15 +316,22 @@ def ppo_loss(
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
             temperature of the sampler.
         values: `[B, T]` float, V(s_t) of the critic in training.
-        entropy: `[B, T]` float, of π(· | s_t).
         experience: read for `mask`, `old_logprobs`, `advantages`, `old_values` and
             `returns`; padding may hold anything. See `actor_loss` for a KL term in the
             loss and weights of tokens.
-        clip_eps: ε, or `(ε_low, ε_high)`, of `clipped_policy_loss`.
-        value_clip_eps: ε of `clipped_value_loss`; None for no clipping.
-        value_coef: weight of the value loss.
+        entropy: see `actor_loss`, like all down to `entropy_coef`.
+        clip_eps: ε of the policy ratio, below 1.
+        clip_eps_high: ε above 1.
+        dual_clip: bound where A < 0.
+        log_ratio_clamp: bound on log ρ.
+        policy_loss_fn: in place of PPO's clipped loss.
+        kl_fn: the KL term, where the experience has a β for it.
+        importance_weighted_kl: weigh it by ρ.
         entropy_coef: weight of the entropy bonus.
-        dual_clip: see `clipped_policy_loss`.
+        value_clip_eps: ε of `clipped_value_loss`; None for no clipping.
+        value_coef: weight of the value loss; 0.1 where actor and critic share a trunk
+            in the OpenAI line.
+        half: see `clipped_value_loss`.
         aggregation: how terms are reduced; see `aggregate`.
         num_tokens: `[]`, real tokens of the whole minibatch, the divisor of
             `"token-mean"` and of the metrics; those of `experience.mask` by default.
@@ -348,7 +347,7 @@ def ppo_loss(
         `ratio_mean`.
 
     Raises:
-        ValueError: on an unknown aggregation or a `dual_clip` of at most 1.
+        ValueError: as `actor_loss` and `critic_loss`, or on a `dual_clip` of at most 1.
         AssertionError: on unequal shapes or a wrong dtype.
 
     References:
@@ -356,10 +355,15 @@ def ppo_loss(
     """
     for_actor, actor_metrics = actor_loss(
         logprobs,
-        entropy,
         experience,
+        entropy=entropy,
         clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
         dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        policy_loss_fn=policy_loss_fn,
+        kl_fn=kl_fn,
+        importance_weighted_kl=importance_weighted_kl,
         entropy_coef=entropy_coef,
         aggregation=aggregation,
         num_tokens=num_tokens,
@@ -369,6 +373,7 @@ def ppo_loss(
         values,
         experience,
         value_clip_eps=value_clip_eps,
+        half=half,
         aggregation=aggregation,
         num_tokens=num_tokens if num_value_tokens is None else num_value_tokens,
         num_sequences=num_sequences,

@@ -6,7 +6,7 @@ NaN, and 0 · NaN is NaN.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import chex
 import jax
@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from rlhf_jax.algo.types import Array, Scalar
 
 Aggregation = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "token-sum",
 ]
 
 
@@ -205,17 +209,24 @@ def aggregate(
     mode: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
+    length: Scalar | None = None,
 ) -> Array:
     """The one reduction of per-token losses to a scalar.
 
-    =====================  ==========================================
-    `mode`                 value, with n = Σ m and b non-empty rows
-    =====================  ==========================================
-    `token-mean`           Σ m·L / n
-    `seq-mean-token-mean`  1/b · Σ_rows (Σ_t m·L / Σ_t m)
-    `seq-mean-token-sum`   1/b · Σ_rows Σ_t m·L
-    `token-sum`            Σ m·L
-    =====================  ==========================================
+    =========================  ==========================================
+    `mode`                     value, with n = Σ m and b non-empty rows
+    =========================  ==========================================
+    `token-mean`               Σ m·L / n
+    `seq-mean-token-mean`      1/b · Σ_rows (Σ_t m·L / Σ_t m)
+    `seq-mean-token-sum`       1/b · Σ_rows Σ_t m·L
+    `seq-mean-token-sum-norm`  1/b · Σ_rows (Σ_t m·L / length)
+    `token-sum`                Σ m·L
+    =========================  ==========================================
+
+    Only a divisor that is the same for all answers leaves the direction of the policy
+    gradient as it is. `seq-mean-token-sum` has none, so its gradient grows with the
+    answers until a bound on its norm acts at every step; `seq-mean-token-sum-norm`
+    (Dr. GRPO) is that over a constant.
 
     A minibatch that is read in several microbatches hands its own n and b to each of
     them: then the results, and their gradients, add up to those of the minibatch.
@@ -223,10 +234,12 @@ def aggregate(
     Args:
         terms: `[B, T]` float; may hold anything where `mask` is False.
         mask: `[B, T]` bool, True on real tokens.
-        mode: which of the four.
+        mode: which of the five.
         num_tokens: `[]`, n to divide by in `token-mean`; that of `mask` by default.
-        num_sequences: `[]`, b to divide by in the two `seq-mean` modes; the rows of
-            `mask` with at least one real token by default.
+        num_sequences: `[]`, b to divide by in the `seq-mean` modes; the rows of `mask`
+            with at least one real token by default.
+        length: `[]`, positive, what `seq-mean-token-sum-norm` divides by: the limit of
+            answers, T by default.
 
     Returns:
         `[]` float32; 0 when nothing is selected.
@@ -234,6 +247,10 @@ def aggregate(
     Raises:
         ValueError: on an unknown mode.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        The constant divisor: Liu et al., 2025, arXiv:2503.20783, section 3.2;
+        `seq-mean-token-sum-norm` is its name in verl.
     """
     chex.assert_rank([terms, mask], 2)
     chex.assert_equal_shape([terms, mask])
@@ -248,11 +265,13 @@ def aggregate(
         num_sequences = jnp.sum(jnp.any(mask, axis=1).astype(jnp.float32))
     if mode == "seq-mean-token-sum":
         return jnp.sum(terms) / _divisor(num_sequences)
+    if mode == "seq-mean-token-sum-norm":
+        length = terms.shape[1] if length is None else length
+        return jnp.sum(terms) / (_divisor(num_sequences) * length)
     if mode == "seq-mean-token-mean":
         return jnp.sum(masked_mean(terms, mask, axis=1)) / _divisor(num_sequences)
     raise ValueError(
-        f"mode={mode!r}: expected 'token-mean', 'seq-mean-token-mean', "
-        "'seq-mean-token-sum' or 'token-sum'"
+        f"mode={mode!r}: expected one of {', '.join(map(repr, get_args(Aggregation)))}"
     )
 
 

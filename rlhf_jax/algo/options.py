@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf_jax.algo.kl import KLEstimator
 from rlhf_jax.algo.masking import Aggregation
+from rlhf_jax.algo.off_policy import SAMPLER_BOUNDS, SamplerLevel
 from rlhf_jax.algo.rewards import ScorePosition
 
 
@@ -61,6 +62,9 @@ class KLOptions(Options):
     k2, or any with kl.straight-through, has that of each token's KL"""
     straight_through: bool = False
     """the estimator's value with the gradient of k2; for kl.place=loss"""
+    importance_weighted: bool = False
+    """weigh each token's KL by π/π_old, so that its gradient stays that of the KL after
+    the first optimizer step of an update; for kl.place=loss"""
     log_ratio_clamp: float | None = None
     """bound on |log π − log π_ref| before the estimator; None: none"""
     clamp: float | None = None
@@ -72,6 +76,11 @@ class KLOptions(Options):
     horizon: int = 10_000
     """episodes over which an adaptive β corrects"""
 
+    @property
+    def adapts(self) -> bool:
+        """Whether β follows the observed KL."""
+        return self.place != "none" and self.target is not None
+
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
         if self.place == "none":  # switches off whatever a preset had set
@@ -80,7 +89,8 @@ class KLOptions(Options):
         self.require_positive(name, "log_ratio_clamp", "clamp")
         if self.place == "reward":
             why = f"changes a gradient, so it needs {name}.place=loss"
-            self.require_defaults(name, "straight_through", why=why)
+            in_loss = ("straight_through", "importance_weighted")
+            self.require_defaults(name, *in_loss, why=why)
         check(
             self.place == "reward" or self.estimator != "k1" or self.straight_through,
             f"{name}.estimator",
@@ -181,7 +191,8 @@ class AdvantageOptions(Options):
     n_steps: int | None = None
     """advantages from the next n rewards and the critic after them; None: GAE"""
     bootstrap_truncated: bool = False
-    """an answer that was cut off is worth the critic's value of its end, not 0"""
+    """an answer that was cut off is worth the critic's value of its end, in place of
+    its score; for scores.missing-eos=keep"""
     slow_critic_decay: float | None = None
     """bootstrap from a copy of the critic that keeps this share of itself at every
     update, such as 0.9; None: from the critic itself"""
@@ -277,11 +288,12 @@ class PolicyLossOptions(Options):
     """PPO's clip of each token's ratio; one clipped ratio per answer (gspo); the
     geometric mean of clipped ones (gmpo); bounded weights that silence no token
     (cispo); a soft gate (sapo); no ratio at all (reinforce). gspo and gmpo want
-    aggregation seq-mean-token-mean and a clip-eps of their own: 3e-4 and 0.4"""
-    ratio_bound: float = 5.0
-    """largest weight of a token, for policy-loss.surrogate=cispo"""
-    clip_eps: float = 0.2
-    """ε of the policy ratio"""
+    aggregation seq-mean-token-mean"""
+    ratio_bound: float | None = None
+    """largest weight of a token, for policy-loss.surrogate=cispo; None: 5"""
+    clip_eps: float | None = None
+    """ε of the policy ratio; None: 0.2 for ppo, 3e-4 below 1 and 4e-4 above for gspo,
+    0.4 for gmpo"""
     clip_eps_high: float | None = None
     """ε above 1; None: the same as below"""
     dual_clip: float | None = None
@@ -289,26 +301,28 @@ class PolicyLossOptions(Options):
     log_ratio_clamp: float | None = None
     """bound on |log π − log π_old|; None: none"""
     aggregation: Aggregation = "token-mean"
-    """how token losses, of critic and actor, become one number"""
+    """how token losses, of critic and actor, become one number; seq-mean-token-sum-norm
+    divides each answer's sum by the limit of answers, as Dr. GRPO does"""
     mean_of_means: bool = False
     """average each microbatch by itself and then the averages: the result depends on
     the number of microbatches"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """importance weights for a sampler that rounds otherwise than the trainer: bounded,
+    """importance weights against a numerical mismatch of sampler and trainer: bounded,
     or 0 beyond the bound"""
-    sampler_level: Literal["token", "sequence"] = "token"
-    """one such weight per token, or one per answer: their geometric mean"""
-    sampler_bound: float = 2.0
-    """largest such weight"""
-    sampler_lower_bound: float = 0.0
-    """smallest such weight"""
+    sampler_level: SamplerLevel = "token"
+    """one such weight per token, or one per answer: the product of its tokens'
+    (sequence), or their geometric mean"""
+    sampler_bound: float | None = None
+    """largest such weight; None: 2 per token, 3 for sequence, 1.01 for geometric"""
+    sampler_lower_bound: float | None = None
+    """smallest such weight; None: 0, or 0.99 for geometric"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        check(self.clip_eps > 0, f"{name}.clip-eps", self.clip_eps, "must be above 0")
-        self.require_positive(name, "clip_eps_high", "log_ratio_clamp", "ratio_bound")
+        of_ratios = ("clip_eps", "clip_eps_high", "log_ratio_clamp", "ratio_bound")
+        self.require_positive(name, *of_ratios)
         under = f"under {name}.surrogate={self.surrogate}"
         if self.surrogate != "ppo":
             of_ppo = ("dual_clip", "log_ratio_clamp")
@@ -318,6 +332,12 @@ class PolicyLossOptions(Options):
             self.require_defaults(name, *of_clips, why=f"clips nothing {under}")
         if self.surrogate != "cispo":
             self.require_defaults(name, "ratio_bound", why=f"does nothing {under}")
+        check(
+            self.clip_eps_high is None or self.clip_eps is not None,
+            f"{name}.clip-eps-high",
+            self.clip_eps_high,
+            f"is of the pair: give {name}.clip-eps too",
+        )
         check(
             self.dual_clip is None or self.dual_clip > 1,
             f"{name}.dual-clip",
@@ -340,11 +360,16 @@ class PolicyLossOptions(Options):
             of_weights = ("sampler_level", "sampler_bound", "sampler_lower_bound")
             why = f"does nothing without {name}.sampler-correction"
             self.require_defaults(name, *of_weights, why=why)
+        lowest, largest = SAMPLER_BOUNDS[self.sampler_level]
+        if self.sampler_lower_bound is not None:
+            lowest = self.sampler_lower_bound
+        if self.sampler_bound is not None:
+            largest = self.sampler_bound
         check(
-            0 <= self.sampler_lower_bound < self.sampler_bound,
+            0 <= lowest < largest,
             f"{name}.sampler-lower-bound",
-            self.sampler_lower_bound,
-            f"must lie between 0 and {name}.sampler-bound={self.sampler_bound}",
+            lowest,
+            f"must lie between 0 and {name}.sampler-bound={largest}",
         )
 
 
@@ -364,3 +389,14 @@ class ValueLossOptions(Options):
         """Raises ValueError naming the field that cannot work."""
         self.require_positive(name, "clip_eps")
         check(self.coef > 0, f"{name}.coef", self.coef, "must be above 0")
+
+
+def check_bootstrap(advantages: AdvantageOptions, scores: ScoreOptions) -> None:
+    """Raises ValueError where a cut-off answer would be paid twice, or fined too."""
+    if not advantages.bootstrap_truncated:
+        return
+    why = (
+        "is for the scores of cut-off answers, which advantages.bootstrap-truncated "
+        "replaces by the critic's value of what was still to come"
+    )
+    scores.require_defaults("scores", "missing_eos", "overlong_buffer", why=why)

@@ -8,15 +8,18 @@ Padding may hold anything. `aggregate` reduces them. Where all ratios are 1 ever
 here has the gradient −A_t of plain policy gradient; they differ in how far they follow
 a policy that has moved away from the one that sampled.
 
-Ratios are exp(log π − log π_old) without a clamp, unlike verl's ±20: the losses and
-their gradients are finite while |log π − log π_old| < 80 at every token.
+Ratios are exp(log π − log π_old) without a clamp unless a loss has one. A ratio that
+overflows makes a loss infinite only where it really counts without bound: gradients of
+tokens that are clipped, or that have no advantage, are exactly 0 at any ratio.
 """
+
+import numbers
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.diagnostics import ClipEps, ratio_range
+from rlhf_jax.algo.diagnostics import ratio_range
 from rlhf_jax.algo.masking import masked_mean
 from rlhf_jax.algo.types import Array, Scalar
 
@@ -49,13 +52,75 @@ def reinforce_loss(
     return -advantages * logprobs
 
 
+def clipped_policy_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_eps: Scalar = 0.2,
+    clip_eps_high: Scalar | None = None,
+    dual_clip: Scalar | None = None,
+    log_ratio_clamp: float | None = None,
+) -> Array:
+    """PPO's clipped surrogate, negated, one term per token.
+
+        ρ = π(a) / π_old(a) = exp(logprobs − old_logprobs)
+        L = max(−ρ·A, −clip(ρ, 1 − ε_low, 1 + ε_high)·A)
+
+    and with `dual_clip` c, where A < 0: L ← min(L, −c·A), so that one token whose
+    ratio has run away cannot rule the batch.
+
+    Args:
+        logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t), of the policy that sampled.
+        advantages: `[B, T]` float, A_t.
+        mask: `[B, T]` bool, True on real tokens.
+        clip_eps: ε_low.
+        clip_eps_high: ε_high; None: the same as ε_low.
+        dual_clip: c, above 1; None leaves it out. For stale data, where a bad token's
+            ratio can be large; 3 in verl, where it is on by default.
+        log_ratio_clamp: bounds log ρ to [−c, c] before the exponential (20 in verl and
+            OpenRLHF), so that ρ cannot overflow; no gradient where it acts.
+
+    Returns:
+        `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where the
+        clipped branch is the larger.
+
+    Raises:
+        ValueError: when a `dual_clip` given as a number is not above 1.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Schulman et al., 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al., 2019,
+        arXiv:1912.09729, eq. 5; ε_high > ε_low: Yu et al., 2025, arXiv:2503.14476.
+    """
+    if isinstance(dual_clip, numbers.Real) and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: expected above 1, or None")
+    logprobs, old_logprobs, advantages = mask_loss_inputs(
+        logprobs, old_logprobs, advantages, mask
+    )
+    log_ratio = logprobs - old_logprobs
+    if log_ratio_clamp is not None:
+        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+    if dual_clip is not None:
+        log_ratio = hold_overflow(log_ratio, True)
+    ratio = jnp.exp(hold_overflow(log_ratio, advantages >= 0))
+    loss = clipped_surrogate(ratio, advantages, clip_eps, clip_eps_high)
+    if dual_clip is not None:
+        bounded = jnp.minimum(loss, -dual_clip * advantages)
+        loss = jnp.where(advantages < 0, bounded, loss)
+    return loss
+
+
 def gspo_loss(
     logprobs: Array,
     old_logprobs: Array,
     advantages: Array,
     mask: Array,
     *,
-    clip_eps: ClipEps = (3e-4, 4e-4),
+    clip_eps: Scalar = 3e-4,
+    clip_eps_high: Scalar | None = 4e-4,
 ) -> Array:
     """GSPO: PPO's clip on one ratio per sequence, the geometric mean of its tokens'.
 
@@ -76,7 +141,8 @@ def gspo_loss(
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t, as a rule one number per sequence.
         mask: `[B, T]` bool, True on real tokens.
-        clip_eps: ε, or `(ε_low, ε_high)`; the default is the paper's.
+        clip_eps: ε_low; this default and the next are the paper's.
+        clip_eps_high: ε_high; None: the same as ε_low.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where the
@@ -92,8 +158,9 @@ def gspo_loss(
         logprobs, old_logprobs, advantages, mask
     )
     log_ratio = masked_mean(logprobs - old_logprobs, mask, axis=1)[:, None]  # [B, 1]
-    ratio = jnp.exp(jax.lax.stop_gradient(log_ratio)) * _one(logprobs)
-    return clipped_surrogate(ratio, advantages, clip_eps)
+    log_ratio = hold_overflow(jax.lax.stop_gradient(log_ratio), advantages >= 0)
+    ratio = jnp.exp(log_ratio) * _one(logprobs)
+    return clipped_surrogate(ratio, advantages, clip_eps, clip_eps_high)
 
 
 def geometric_mean_loss(
@@ -102,7 +169,8 @@ def geometric_mean_loss(
     advantages: Array,
     mask: Array,
     *,
-    clip_eps: ClipEps = 0.4,
+    clip_eps: Scalar = 0.4,
+    clip_eps_high: Scalar | None = None,
 ) -> Array:
     """GMPO: the geometric mean over a sequence of ratios that are clipped one by one.
 
@@ -122,7 +190,8 @@ def geometric_mean_loss(
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t; the paper knows one number per sequence.
         mask: `[B, T]` bool, True on real tokens.
-        clip_eps: ε, or `(ε_low, ε_high)`, in nats; the default is the paper's.
+        clip_eps: ε_low, in nats; the default is the paper's.
+        clip_eps_high: ε_high, in nats; None: the same as ε_low.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where l_t
@@ -137,10 +206,10 @@ def geometric_mean_loss(
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
-    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    log_ratio = logprobs - old_logprobs
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    log_ratio = hold_overflow(logprobs - old_logprobs, advantages == 0)
     clipped = jnp.where(
-        advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -low)
+        advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -clip_eps)
     )
     mean = jax.lax.stop_gradient(masked_mean(clipped, mask, axis=1))[:, None]  # [B, 1]
     return -advantages * jnp.exp(mean) * _one(clipped)
@@ -152,7 +221,8 @@ def cispo_loss(
     advantages: Array,
     mask: Array,
     *,
-    ratio_bounds: tuple[Scalar | None, Scalar] = (None, 5.0),
+    bound: Scalar = 5.0,
+    lower_bound: Scalar = 0.0,
 ) -> Array:
     """CISPO: policy gradient with clipped importance weights, −sg(clip(ρ))·A·log π.
 
@@ -165,15 +235,15 @@ def cispo_loss(
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
-        ratio_bounds: `(lowest, highest)` ρ itself, not its distance from 1; None
-            leaves the low side open, as the paper does. `(None, 5.0)` is TRL's advice;
-            `(1 − ε_low, 1 + ε_high)` is what verl and slime use.
+        bound: the largest weight, a ρ and not its distance from 1; 5 is TRL's advice,
+            1 + ε_high what verl and slime use.
+        lower_bound: the smallest weight; 0 leaves the low side open, as the paper does.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False; finite for any finite input.
 
     Raises:
-        ValueError: when bounds given as Python numbers are not in order.
+        ValueError: when bounds given as numbers are not in order.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
@@ -183,13 +253,11 @@ def cispo_loss(
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
-    low, high = ratio_bounds
-    low = 0.0 if low is None else low
-    if isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
-        raise ValueError(f"ratio_bounds={ratio_bounds}: expected lowest < highest")
-    weight = jax.lax.stop_gradient(
-        jnp.clip(jnp.exp(logprobs - old_logprobs), low, high)
-    )
+    given = isinstance(bound, numbers.Real) and isinstance(lower_bound, numbers.Real)
+    if given and not lower_bound < bound:
+        raise ValueError(f"lower_bound={lower_bound}: expected below bound={bound}")
+    ratio = jnp.exp(logprobs - old_logprobs)
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, lower_bound, bound))
     return -weight * advantages * logprobs
 
 
@@ -220,20 +288,21 @@ def sapo_loss(
         `[B, T]` float32, 0 where `mask` is False.
 
     Raises:
-        ValueError: when a τ given as a Python number is not positive.
+        ValueError: when a τ given as a number is not positive.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
         Gao et al., 2025, arXiv:2511.20347.
     """
     for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
-        if isinstance(tau, int | float) and not tau > 0:
+        if isinstance(tau, numbers.Real) and not tau > 0:
             raise ValueError(f"{name}={tau}: expected above 0")
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
     tau = jnp.where(advantages > 0, tau_positive, tau_negative)
-    gate = jax.nn.sigmoid(tau * (jnp.exp(logprobs - old_logprobs) - 1.0))
+    ratio = jnp.exp(hold_overflow(logprobs - old_logprobs, True))  # closed long before
+    gate = jax.nn.sigmoid(tau * (ratio - 1.0))
     return -4.0 / tau * gate * advantages
 
 
@@ -272,17 +341,38 @@ def _one(log_x: Array) -> Array:
     return jnp.exp(log_x - jax.lax.stop_gradient(log_x))
 
 
-def clipped_surrogate(ratio: Array, advantages: Array, clip_eps: ClipEps) -> Array:
+def clipped_surrogate(
+    ratio: Array,
+    advantages: Array,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None = None,
+) -> Array:
     """PPO's max(−ρ·A, −clip(ρ, 1 − ε_low, 1 + ε_high)·A).
 
     Args:
         ratio: ρ, any shape, float32.
         advantages: A, the same shape.
-        clip_eps: ε, or `(ε_low, ε_high)`.
+        clip_eps: ε_low.
+        clip_eps_high: ε_high; None: the same as ε_low.
 
     Returns:
         float32 of that shape; its gradient in `ratio` is exactly 0 where the clipped
         branch is the larger.
     """
-    clipped_ratio = jnp.clip(ratio, *ratio_range(clip_eps))
+    clipped_ratio = jnp.clip(ratio, *ratio_range(clip_eps, clip_eps_high))
     return jnp.maximum(-ratio * advantages, -clipped_ratio * advantages)
+
+
+def hold_overflow(log_ratio: Array, where: Array | bool) -> Array:
+    """Log-ratios, held at 80 `where` the loss is the same for all ratios beyond.
+
+    e^89 is infinite in float32, and a gradient of 0 through it would be 0 · inf, NaN.
+
+    Args:
+        log_ratio: any shape, float32.
+        where: bool, broadcast to that shape.
+
+    Returns:
+        float32 of that shape, without a gradient where it is held.
+    """
+    return jnp.where((log_ratio > 80.0) & where, 80.0, log_ratio)

@@ -89,19 +89,23 @@ class ScoredRollout:
 
 @record
 class Experience:
-    """What an update learns from: sequences, and one number of each kind per token."""
+    """What an update learns from: one number of each kind per token.
 
-    tokens: Array  # [B, S] int32, prompt then response
-    sequence_mask: Array  # [B, S] bool, True on real tokens
+    The losses read the first three and, of the others, what they are asked for. An
+    objective that runs a network needs the sequences too.
+    """
+
     mask: Array  # [B, T] bool, True on response tokens
     old_logprobs: Array  # [B, T] float32
-    ref_logprobs: Array | None  # [B, T] float32, if the reference was run
-    old_values: Array | None  # [B, T] float32; None: there is no critic
     advantages: Array  # [B, T] float32
-    returns: Array | None  # [B, T] float32, what the critic should have said
+    old_values: Array | None = None  # [B, T] float32; None: there is no critic
+    returns: Array | None = None  # [B, T] float32, what the critic should have said
+    ref_logprobs: Array | None = None  # [B, T] float32, if the reference was run
     value_mask: Array | None = None  # [B, T] bool, the critic's tokens; None: `mask`
     weights: Array | None = None  # [B, T] float32, of policy terms; None: all 1
     kl_coef: Array | None = None  # [B] float32, β of a KL term in the loss; None: none
+    tokens: Array | None = None  # [B, S] int32, prompt then response
+    sequence_mask: Array | None = None  # [B, S] bool, True on real tokens
 
 
 @record

@@ -6,13 +6,19 @@ metrics that add up over microbatches; see `rlhf_jax.learner.gradients`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
-from rlhf_jax.algo.diagnostics import ClipEps, PolicyLossFn
+from rlhf_jax.algo.diagnostics import PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.losses import actor_loss, critic_loss
-from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
+from rlhf_jax.algo.options import (
+    KLOptions,
+    PolicyLossOptions,
+    ValueLossOptions,
+    check,
+)
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     geometric_mean_loss,
@@ -67,6 +73,7 @@ def ppo_objective(
     value_loss: ValueLossOptions = ValueLossOptions(),
     kl: KLOptions = KLOptions(),
     policy_loss_fn: PolicyLossFn | None = None,
+    policy_loss_key: bool = False,
     num_microbatches: int = 1,
 ) -> Objective:
     """PPO's clipped policy and value losses, with or without a KL term.
@@ -82,29 +89,33 @@ def ppo_objective(
         value_loss: options of the critic's loss.
         kl: which estimator the KL term takes, where the experience has one.
         policy_loss_fn: in place of the surrogate that `policy_loss` names; see
-            `rlhf_jax.algo.policy_losses`.
+            `rlhf_jax.algo.policy_losses`. The options of surrogates are then refused.
+        policy_loss_key: give `policy_loss_fn` a keyword `key`, a new one for every
+            microbatch: for losses that draw at random, such as `clip_cov_loss`.
         num_microbatches: how many of them make a minibatch; read for
             `policy_loss.mean_of_means`, under which each divides by its own counts.
     """
-    actor_term = _actor_term(policy_loss, kl, policy_loss_fn)
+    actor_term = _actor_term(policy_loss, kl, policy_loss_fn, policy_loss_key)
 
     def objective(
-        params: ActorCritic, experience: Experience, counts: Counts
+        params: ActorCritic,
+        experience: Experience,
+        counts: Counts,
+        key: Array | None = None,
     ) -> tuple[Array, Metrics]:
         counts = _divisors(counts, experience, policy_loss, num_microbatches)
         logprobs, entropy, values = forward(
             params,
-            experience.tokens,
-            experience.sequence_mask,
+            *_sequences(experience),
             response_length=experience.mask.shape[1],
             temperature=temperature,
         )
-        for_actor, metrics = actor_term(logprobs, entropy, experience, counts)
+        for_actor, metrics = actor_term(logprobs, entropy, experience, counts, key)
         for_critic, critic_metrics = critic_loss(
             values,
             experience,
             value_clip_eps=value_loss.clip_eps,
-            scale=0.5 if value_loss.half else 1.0,
+            half=value_loss.half,
             aggregation=policy_loss.aggregation,
             num_tokens=counts.value_tokens,
             num_sequences=counts.sequences,
@@ -125,6 +136,7 @@ def critic_free_objective(
     policy_loss: PolicyLossOptions = PolicyLossOptions(),
     kl: KLOptions = KLOptions(),
     policy_loss_fn: PolicyLossFn | None = None,
+    policy_loss_key: bool = False,
     num_microbatches: int = 1,
 ) -> Objective:
     """The actor's loss alone: GRPO and its relatives.
@@ -138,72 +150,74 @@ def critic_free_objective(
         policy_loss: options of the loss.
         kl: which estimator the KL term takes, where the experience has one.
         policy_loss_fn: as in `ppo_objective`.
+        policy_loss_key: as in `ppo_objective`.
         num_microbatches: as in `ppo_objective`.
     """
-    actor_term = _actor_term(policy_loss, kl, policy_loss_fn)
+    actor_term = _actor_term(policy_loss, kl, policy_loss_fn, policy_loss_key)
 
     def objective(
-        params: ActorCritic, experience: Experience, counts: Counts
+        params: ActorCritic,
+        experience: Experience,
+        counts: Counts,
+        key: Array | None = None,
     ) -> tuple[Array, Metrics]:
         counts = _divisors(counts, experience, policy_loss, num_microbatches)
         logprobs, entropy = token_logprobs_fn(
             params.actor,
-            experience.tokens,
-            experience.sequence_mask,
+            *_sequences(experience),
             response_length=experience.mask.shape[1],
             temperature=temperature,
         )
-        return actor_term(logprobs, entropy, experience, counts)
+        return actor_term(logprobs, entropy, experience, counts, key)
 
     return objective
 
 
-ActorTerm = Callable[[Array, Array, Experience, Counts], tuple[Array, Metrics]]
+ActorTerm = Callable[
+    [Array, Array, Experience, Counts, Array | None], tuple[Array, Metrics]
+]
 
 
 def _actor_term(
-    policy_loss: PolicyLossOptions, kl: KLOptions, policy_loss_fn: PolicyLossFn | None
+    policy_loss: PolicyLossOptions,
+    kl: KLOptions,
+    policy_loss_fn: PolicyLossFn | None,
+    policy_loss_key: bool,
 ) -> ActorTerm:
-    """`(logprobs, entropy, experience, counts) -> (loss, metrics)`."""
+    """`(logprobs, entropy, experience, counts, key) -> (loss, metrics)`."""
+    options = _surrogate_options(policy_loss, policy_loss_fn, policy_loss_key)
     kl_fn = partial(
         kl_estimate,
         estimator=kl.estimator,
-        straight_through=kl.straight_through,
+        # ρ is a weight, so that what it weighs must have the gradient of the KL.
+        straight_through=kl.straight_through or kl.importance_weighted,
         log_ratio_clamp=kl.log_ratio_clamp,
         clamp=kl.clamp,
     )
-    clip_eps = policy_loss.clip_eps
-    if policy_loss.clip_eps_high is not None:
-        clip_eps = (policy_loss.clip_eps, policy_loss.clip_eps_high)
-    if policy_loss_fn is None:
-        policy_loss_fn = _surrogate(policy_loss, clip_eps)
 
     def actor_term(
-        logprobs: Array, entropy: Array, experience: Experience, counts: Counts
+        logprobs: Array,
+        entropy: Array,
+        experience: Experience,
+        counts: Counts,
+        key: Array | None,
     ) -> tuple[Array, Metrics]:
-        if (experience.kl_coef is None) != (kl.place != "loss"):
-            raise ValueError(
-                f"kl.place={kl.place!r}: give the objective the kl options that the "
-                "experience was made with"
-            )
-        if (experience.weights is None) != (policy_loss.sampler_correction == "none"):
-            raise ValueError(
-                f"sampler_correction={policy_loss.sampler_correction!r}: give the "
-                "objective the policy_loss options that the experience was made with"
-            )
+        _check_made_with(experience, kl, policy_loss)
+        drawn: dict[str, Any] = {}
+        if policy_loss_key:
+            assert policy_loss_fn is not None
+            drawn = {"policy_loss_fn": partial(policy_loss_fn, key=key)}
         loss, metrics = actor_loss(
             logprobs,
-            entropy,
             experience,
-            clip_eps=clip_eps,
-            dual_clip=policy_loss.dual_clip,
-            log_ratio_clamp=policy_loss.log_ratio_clamp,
-            policy_loss_fn=policy_loss_fn,
+            entropy=entropy,
             kl_fn=kl_fn,
+            importance_weighted_kl=kl.importance_weighted,
             entropy_coef=policy_loss.entropy_coef,
             aggregation=policy_loss.aggregation,
             num_tokens=counts.tokens,
             num_sequences=counts.sequences,
+            **(options | drawn),
         )
         named = {
             "policy/loss": metrics["policy_loss"],
@@ -219,20 +233,72 @@ def _actor_term(
     return actor_term
 
 
-def _surrogate(options: PolicyLossOptions, clip_eps: ClipEps) -> PolicyLossFn | None:
-    """The loss that the options name; None: PPO's, which `actor_loss` has itself."""
+def _check_made_with(
+    experience: Experience, kl: KLOptions, policy_loss: PolicyLossOptions
+) -> None:
+    """Raises ValueError where the experience was made with other options."""
+    if (experience.kl_coef is None) != (kl.place != "loss"):
+        raise ValueError(
+            f"kl.place={kl.place!r}: give the objective the kl options that the "
+            "experience was made with"
+        )
+    if (experience.weights is None) != (policy_loss.sampler_correction == "none"):
+        raise ValueError(
+            f"sampler_correction={policy_loss.sampler_correction!r}: give the "
+            "objective the policy_loss options that the experience was made with"
+        )
+
+
+def _sequences(experience: Experience) -> tuple[Array, Array]:
+    """Tokens and mask, `[B, S]`, which an objective needs to run its network."""
+    if experience.tokens is None or experience.sequence_mask is None:
+        raise ValueError("the experience has no tokens and sequence_mask to read")
+    return experience.tokens, experience.sequence_mask
+
+
+_OF_SURROGATES = (
+    "surrogate",
+    "ratio_bound",
+    "clip_eps",
+    "clip_eps_high",
+    "dual_clip",
+    "log_ratio_clamp",
+)
+
+
+def _surrogate_options(
+    options: PolicyLossOptions,
+    policy_loss_fn: PolicyLossFn | None,
+    policy_loss_key: bool,
+) -> dict[str, Any]:
+    """Keywords of `actor_loss`: what is not given is left at the loss's own default."""
+    if policy_loss_fn is not None:
+        why = "is not read beside policy_loss_fn"
+        options.require_defaults("policy_loss", *_OF_SURROGATES, why=why)
+        return {"policy_loss_fn": policy_loss_fn}
+    check(
+        not policy_loss_key, "policy_loss_key", policy_loss_key, "needs policy_loss_fn"
+    )
+    clips: dict[str, Any] = {}
+    if options.clip_eps is not None:
+        clips = {"clip_eps": options.clip_eps, "clip_eps_high": options.clip_eps_high}
     match options.surrogate:
         case "gspo":
-            return partial(gspo_loss, clip_eps=clip_eps)
+            return {"policy_loss_fn": partial(gspo_loss, **clips)}
         case "gmpo":
-            return partial(geometric_mean_loss, clip_eps=clip_eps)
+            return {"policy_loss_fn": partial(geometric_mean_loss, **clips)}
+        case "cispo" if options.ratio_bound is not None:
+            return {"policy_loss_fn": partial(cispo_loss, bound=options.ratio_bound)}
         case "cispo":
-            return partial(cispo_loss, ratio_bounds=(None, options.ratio_bound))
+            return {"policy_loss_fn": cispo_loss}
         case "sapo":
-            return sapo_loss
+            return {"policy_loss_fn": sapo_loss}
         case "reinforce":
-            return reinforce_loss
-    return None
+            return {"policy_loss_fn": reinforce_loss}
+    return clips | {
+        "dual_clip": options.dual_clip,
+        "log_ratio_clamp": options.log_ratio_clamp,
+    }
 
 
 def _divisors(

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.algo.options import KLOptions, check
+from rlhf_jax.algo.options import KLOptions, ScoreOptions, check
 from rlhf_jax.grpo_presets import GRPO_PRESETS
 from rlhf_jax.recipes import grpo, ppo, sft
 from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
@@ -234,6 +234,7 @@ def policy_config(config: ArithmeticConfig, root: Path) -> PPOConfig | GRPOConfi
             epochs=1,
             minibatches=1,
             kl=KLOptions(coef=KL_COEF),
+            scores=ScoreOptions(missing_eos="subtract"),
             actor_optimizer=optimizer,
             critic_optimizer=optimizer,
         )

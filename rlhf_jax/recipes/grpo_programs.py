@@ -24,7 +24,7 @@ from rlhf_jax.recipes.ppo_programs import Carried, next_kl_coef, recomputes_logp
 from rlhf_jax.recipes.prompt_batches import PromptBatch
 from rlhf_jax.recipes.rewards import Rewards, ScoreRollout, score_program
 from rlhf_jax.recipes.supervised import optimizer_of
-from rlhf_jax.rollout.experience import final_scores, used_answers
+from rlhf_jax.rollout.experience import sampler_gap, used_answers
 from rlhf_jax.rollout.group_experience import make_group_experience
 from rlhf_jax.rollout.scoring import score_rollout
 
@@ -194,9 +194,10 @@ def sample_groups(
 ) -> tuple[Judged, PromptBatch, dict[str, float]]:
     """Answers in groups; those without a signal replaced, as far as rounds allow.
 
-    A group has no signal where all its answers end up with the same score, after
-    clipping and penalties (`config.scores`), or are all left out of the loss. Replacing
-    such groups keeps the batch, and with it the step, of one size.
+    A group has no signal where all its answers that are trained on have the same score,
+    before clipping and penalties: a length penalty alone would teach length, and an
+    answer that is left out of the loss teaches nothing. Replacing such groups keeps the
+    batch, and with it the step, of one size.
 
     Args:
         state: the policy that answers.
@@ -282,11 +283,12 @@ def _fill(
 
 
 def _has_signal(judged: Judged, *, config: GRPOConfig) -> Array:
-    """`[N]` bool: the scores of a group differ, and some of it is trained on."""
-    scores = final_scores(judged.rollout, judged.scores, config.scores)
-    groups = scores.reshape(-1, config.group_size)
-    used = used_answers(judged.rollout, config.scores).reshape(groups.shape)
-    return (jnp.max(groups, axis=1) > jnp.min(groups, axis=1)) & used.any(axis=1)
+    """`[N]` bool: raw scores differ among a group's answers that are trained on."""
+    scores = judged.scores.reshape(-1, config.group_size)
+    used = used_answers(judged.rollout, config.scores).reshape(scores.shape)
+    best = jnp.max(jnp.where(used, scores, -jnp.inf), axis=1)
+    worst = jnp.min(jnp.where(used, scores, jnp.inf), axis=1)
+    return best > worst
 
 
 def _replace_rows(kept: Judged, drawn: Judged, index: Array) -> Judged:
@@ -350,7 +352,6 @@ def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceF
             judged.rollout,
             token_logprobs_fn=models.policy.token_logprobs,
             values_fn=None,
-            score_fn=lambda scores, tokens, mask: scores,  # they are there already
             temperature=config.temperature,
         )
         baseline = None
@@ -369,6 +370,8 @@ def _experience_program(config: GRPOConfig, models: PolicyModels) -> ExperienceF
             policy_loss=config.policy_loss,
             greedy=baseline,
         )
+        if recompute:
+            metrics |= sampler_gap(scored)
         kl_coef = next_kl_coef(config, state.kl_coef, metrics)
         return experience, {"kl_coef": kl_coef}, metrics
 

@@ -27,7 +27,7 @@ from rlhf_jax.recipes.four_models import FourModels
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.rewards import Judge, Rewards, ScoreRollout, score_program
 from rlhf_jax.recipes.supervised import optimizer_of
-from rlhf_jax.rollout.experience import make_experience, whiten_minibatch
+from rlhf_jax.rollout.experience import make_experience, sampler_gap, whiten_minibatch
 from rlhf_jax.rollout.scoring import mark_stops, score_rollout
 from rlhf_jax.runtime.batches import Batches
 from rlhf_jax.runtime.mesh import put_batch
@@ -261,7 +261,6 @@ def _experience_program(
             rollout,
             token_logprobs_fn=models.policy.token_logprobs,
             values_fn=models.values_fn,
-            score_fn=lambda scores, tokens, mask: scores,  # they are there already
             temperature=config.temperature,
             slow_critic=slow_critic,
             with_end_values=config.advantages.bootstrap_truncated,
@@ -278,6 +277,8 @@ def _experience_program(
             policy_loss=config.policy_loss,
             score_moments=None if config.scores.normalization == "none" else moments,
         )
+        if recompute:
+            metrics |= sampler_gap(scored)
         kl_coef = next_kl_coef(config, state.kl_coef, metrics)
         return experience, {"kl_coef": kl_coef, "score_moments": moments}, metrics
 
@@ -296,8 +297,9 @@ def next_kl_coef(
     config: PPOConfig | GRPOConfig, kl_coef: Array, metrics: dict[str, Array]
 ) -> Array:
     """`[]`, β of the next update; the same where it is not adaptive."""
-    if config.kl.target is None:
+    if not config.kl.adapts:
         return kl_coef
+    assert config.kl.target is not None
     unit = {"sequence-sum": "kl/sequence", "token-mean": "kl/token"}
     return adapt_kl_coef(
         kl_coef,

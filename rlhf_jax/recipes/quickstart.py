@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.algo.options import KLOptions
+from rlhf_jax.algo.options import KLOptions, ScoreOptions
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
@@ -179,6 +179,7 @@ def ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
         eval_every=15,
         checkpoint_every=30,
         kl=KLOptions(coef=0.1),
+        scores=ScoreOptions(missing_eos="subtract"),  # reviews have to end
         seed=config.seed,
         quiet=config.quiet,
     )

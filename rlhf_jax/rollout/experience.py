@@ -1,6 +1,7 @@
 """A scored rollout to experience: the PPO-RLHF recipe on arrays."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -8,16 +9,20 @@ from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns
 from rlhf_jax.algo.diagnostics import explained_variance
 from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.masking import include_end_state, masked_mean, masked_whiten
-from rlhf_jax.algo.off_policy import sampler_weights
+from rlhf_jax.algo.off_policy import sampler_ratio, sampler_weights
 from rlhf_jax.algo.options import (
     AdvantageOptions,
     KLOptions,
     PolicyLossOptions,
     ScoreOptions,
+    check_bootstrap,
 )
 from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
 from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores, score_std
 from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
+
+AdvantageFn = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""`(rewards, values, mask) -> (advantages, returns)`, all `[B, T]`; as `gae` is."""
 
 
 def make_experience(
@@ -29,6 +34,7 @@ def make_experience(
     advantages: AdvantageOptions = AdvantageOptions(),
     policy_loss: PolicyLossOptions = PolicyLossOptions(),
     score_moments: ScoreMoments | None = None,
+    advantage_fn: AdvantageFn | None = None,
 ) -> tuple[Experience, dict[str, Array]]:
     """Shaped rewards, advantages and returns of one rollout.
 
@@ -45,6 +51,9 @@ def make_experience(
             raw here: `whiten_minibatch` is for the update.
         policy_loss: read for `sampler_correction`.
         score_moments: normalise scores by these; None: not.
+        advantage_fn: in place of GAE and the estimators that `advantages` names; of
+            those options only whitening is then read. It gets token rewards, values
+            and the mask of rewarded states, all 0 or False on padding.
 
     Returns:
         The experience and scalar float32 metrics over the whole batch. `kl/sequence`
@@ -62,16 +71,28 @@ def make_experience(
         ("policy_loss", policy_loss),
     ):
         options.validate(name)
+    check_bootstrap(advantages, scores)
     if scored.values is None:
         raise ValueError("scored.values is None: make_experience needs a critic's")
     states = rewarded_states(scored.rollout.mask, scores)
     rewards = token_rewards(
-        scored, kl_coef=kl_coef, kl=kl, scores=scores, score_moments=score_moments
+        scored,
+        kl_coef=kl_coef,
+        kl=kl,
+        scores=scores,
+        score_moments=score_moments,
+        bootstrap_truncated=advantages.bootstrap_truncated,
     )
     valued = scored.rollout.mask if scores.end_value == "zero" else states
-    raw, returns = _advantages_and_returns(
-        scored, scored.values, rewards, states, valued, advantages
-    )
+    values = jnp.where(valued, scored.values, 0.0)
+    if advantage_fn is None:
+        raw, returns = _advantages_and_returns(
+            scored, values, rewards, states, valued, advantages
+        )
+    else:
+        why = "is not read beside advantage_fn"
+        advantages.require_defaults("advantages", *_OF_ESTIMATORS, why=why)
+        raw, returns = advantage_fn(rewards, values, states)
     used = used_answers(scored.rollout, scores)[:, None]
     mask = learned = scored.rollout.mask & used
     if scores.end_value == "learned":
@@ -89,6 +110,7 @@ def make_experience(
         value_mask=learned if scores.position == "after_last_token" else None,
     )
     metrics = rollout_metrics(scored, rewards, kl_coef=kl_coef, kl=kl) | {
+        **share_beyond_bounds(scored, mask, policy_loss),
         "value/explained_variance": explained_variance(old_values, returns, learned),
         "value/mean": masked_mean(old_values, learned),
         "value/return_mean": masked_mean(returns, learned),
@@ -97,6 +119,17 @@ def make_experience(
         metrics["reward/normalization_mean"] = score_moments.mean
         metrics["reward/normalization_std"] = score_std(score_moments)
     return experience, metrics
+
+
+_OF_ESTIMATORS = (
+    "gamma",
+    "lam",
+    "value_lam",
+    "lam_alpha",
+    "n_steps",
+    "bootstrap_truncated",
+    "slow_critic_decay",
+)
 
 
 def used_answers(rollout: Rollout, options: ScoreOptions) -> Array:
@@ -126,17 +159,7 @@ def actor_experience(
         policy_loss: read for `sampler_correction`.
     """
     rollout = scored.rollout
-    weights = loss_kl_coef = None
-    if policy_loss.sampler_correction != "none":
-        weights = sampler_weights(
-            scored.logprobs,
-            rollout.logprobs,
-            mask,
-            bound=policy_loss.sampler_bound,
-            lower_bound=policy_loss.sampler_lower_bound,
-            level=policy_loss.sampler_level,
-            mode=policy_loss.sampler_correction,
-        )
+    loss_kl_coef = None
     if kl.place == "loss" and scored.ref_logprobs is None:
         raise ValueError('kl.place="loss" needs the reference\'s ref_logprobs')
     if kl.place == "loss":
@@ -156,7 +179,7 @@ def actor_experience(
         old_values=None,
         advantages=masked(advantages),
         returns=None,
-        weights=weights,
+        weights=_sampler_weights(scored, mask, policy_loss),
         kl_coef=loss_kl_coef,
     )
 
@@ -174,15 +197,24 @@ def token_rewards(
     kl: KLOptions = KLOptions(),
     scores: ScoreOptions = ScoreOptions(),
     score_moments: ScoreMoments | None = None,
+    bootstrap_truncated: bool = False,
 ) -> Array:
-    """`[B, T]` float32: the score at the end, minus β·KL at every token, whitened."""
+    """`[B, T]` float32: the score at the end, minus β·KL at every token, whitened.
+
+    With `bootstrap_truncated` an answer that was cut off gets no score: the critic's
+    value of its end, which the estimator of advantages adds, already is what the
+    answer could still have earned.
+    """
     mask, ref_logprobs = scored.rollout.mask, scored.logprobs
     if kl.place == "reward":
         if scored.ref_logprobs is None:
             raise ValueError('kl.place="reward" needs the reference\'s ref_logprobs')
         ref_logprobs = scored.ref_logprobs
+    paid = final_scores(scored.rollout, scored.scores, scores, score_moments)
+    if bootstrap_truncated:
+        paid = jnp.where(scored.rollout.truncated, 0.0, paid)
     rewards, _ = shape_rewards(
-        final_scores(scored.rollout, scored.scores, scores, score_moments),
+        paid,
         scored.logprobs,
         ref_logprobs,  # without a KL in the reward, the policy's own: a KL of 0
         mask,
@@ -255,7 +287,6 @@ def _advantages_and_returns(
     options: AdvantageOptions,
 ) -> tuple[Array, Array]:
     """Raw advantages and value targets, `[B, T]`; V = 0 in states not `valued`."""
-    values = jnp.where(valued, values, 0.0)
     if options.n_steps is not None:
         returns = n_step_returns(
             rewards, values, states, n=options.n_steps, gamma=options.gamma
@@ -317,3 +348,51 @@ def rollout_metrics(
     if kl.place != "none":
         metrics["kl/coef"] = jnp.asarray(kl_coef, jnp.float32)
     return metrics
+
+
+def sampler_gap(scored: ScoredRollout) -> dict[str, Array]:
+    """How far recomputed log-probabilities are from those of the sampler.
+
+    `sampler/log_ratio` is the mean over tokens of |log π_old − log π_sampler| in nats,
+    `sampler/log_ratio_max` the largest. Both are rounding: where they are not small,
+    see `sampler_weights`.
+    """
+    mask = scored.rollout.mask
+    gap = jnp.abs(jnp.where(mask, scored.logprobs - scored.rollout.logprobs, 0.0))
+    return {
+        "sampler/log_ratio": masked_mean(gap, mask),
+        "sampler/log_ratio_max": jnp.max(gap),
+    }
+
+
+def share_beyond_bounds(
+    scored: ScoredRollout, mask: Array, policy_loss: PolicyLossOptions
+) -> dict[str, Array]:
+    """The share of tokens whose weight the correction, if any, truncates or masks."""
+    weights = _sampler_weights(scored, mask, policy_loss)
+    if weights is None:
+        return {}
+    ratio = sampler_ratio(
+        scored.logprobs,
+        scored.rollout.logprobs,
+        mask,
+        level=policy_loss.sampler_level,
+    )
+    changed = (weights != ratio).astype(jnp.float32)
+    return {"sampler/beyond_bounds": masked_mean(changed, mask)}
+
+
+def _sampler_weights(
+    scored: ScoredRollout, mask: Array, policy_loss: PolicyLossOptions
+) -> Array | None:
+    if policy_loss.sampler_correction == "none":
+        return None
+    return sampler_weights(
+        scored.logprobs,
+        scored.rollout.logprobs,
+        mask,
+        bound=policy_loss.sampler_bound,
+        lower_bound=policy_loss.sampler_lower_bound,
+        level=policy_loss.sampler_level,
+        mode=policy_loss.sampler_correction,
+    )

@@ -1,5 +1,7 @@
 """A scored rollout to experience without a critic: GRPO and its relatives on arrays."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from rlhf_jax.algo.critic_free import (
@@ -22,9 +24,13 @@ from rlhf_jax.rollout.experience import (
     actor_experience,
     final_scores,
     rollout_metrics,
+    share_beyond_bounds,
     token_rewards,
     used_answers,
 )
+
+GroupAdvantageFn = Callable[[Array, Array, int], Array]
+"""`(rewards [B, T], mask [B, T], group_size) -> [B, T]`: advantages of each token."""
 
 
 def make_group_experience(
@@ -37,6 +43,7 @@ def make_group_experience(
     groups: GroupOptions = GroupOptions(),
     policy_loss: PolicyLossOptions = PolicyLossOptions(),
     greedy: tuple[Rollout, Array] | None = None,
+    advantage_fn: GroupAdvantageFn | None = None,
 ) -> tuple[Experience, dict[str, Array]]:
     """Advantages of answers against each other, or against the likeliest answer.
 
@@ -55,6 +62,9 @@ def make_group_experience(
         policy_loss: read for `sampler_correction`.
         greedy: for `groups.baseline="greedy"`: the likeliest answer to the prompt of
             each row, and its `[B]` score.
+        advantage_fn: in place of `token_advantages` and all options in `groups`. It
+            gets token rewards, the mask, and the group size; the rewards of a row sum
+            to what its answer earned.
 
     Returns:
         The experience, without old values and returns, and scalar float32 metrics over
@@ -81,14 +91,19 @@ def make_group_experience(
     rollout = scored.rollout
     rewards = token_rewards(scored, kl_coef=kl_coef, kl=kl, scores=scores)
     trained = rollout.mask & used_answers(rollout, scores)[:, None]
-    advantages = token_advantages(
-        rewards,
-        rollout.mask,
-        group_size,
-        groups,
-        trained=trained,
-        greedy_scores=None if greedy is None else final_scores(*greedy, scores),
-    )
+    if advantage_fn is None:
+        advantages = token_advantages(
+            rewards,
+            rollout.mask,
+            group_size,
+            groups,
+            trained=trained,
+            greedy_scores=None if greedy is None else final_scores(*greedy, scores),
+        )
+    elif groups != GroupOptions():
+        raise ValueError(f"groups={groups}: is not read beside advantage_fn")
+    else:
+        advantages = advantage_fn(rewards, rollout.mask, group_size)
     experience = actor_experience(
         scored,
         advantages,
@@ -98,6 +113,7 @@ def make_group_experience(
         policy_loss=policy_loss,
     )
     metrics = rollout_metrics(scored, rewards, kl_coef=kl_coef, kl=kl)
+    metrics |= share_beyond_bounds(scored, trained, policy_loss)
     if groups.compares:
         inside = group_std(scored.scores, group_size, ddof=0)
         metrics["group/score_std"] = jnp.mean(inside)

@@ -1,4 +1,4 @@
-"""A rollout, and what actor, critic, reference and reward model say of it."""
+"""A rollout, and what actor, critic and reference say of it beside its scores."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,25 +8,23 @@ import jax.numpy as jnp
 
 from rlhf_jax.algo.masking import response_mask
 from rlhf_jax.algo.types import Array, Params, Rollout, Scalar, ScoredRollout
-from rlhf_jax.interfaces import ScoreFn, TokenLogprobsFn, ValuesFn
+from rlhf_jax.interfaces import TokenLogprobsFn, ValuesFn
 
 
 def score_rollout(
     actor: Params | None,
     critic: Params | None,
     reference: Params | None,
-    reward: Params,
+    scores: Array,
     rollout: Rollout,
     *,
     token_logprobs_fn: TokenLogprobsFn,
     values_fn: ValuesFn | None,
-    score_fn: ScoreFn,
     temperature: Scalar = 1.0,
-    score_mask: Array | None = None,
     slow_critic: Params | None = None,
     with_end_values: bool = False,
 ) -> ScoredRollout:
-    """Old and reference log-probabilities, values and scores of one rollout.
+    """Old and reference log-probabilities and values of one rollout, with its scores.
 
     Args:
         actor: parameters to recompute the old log-probabilities with; None keeps the
@@ -34,15 +32,13 @@ def score_rollout(
             float32 and the sampler only divided by the temperature.
         critic: parameters of `values_fn`; None where there is no critic.
         reference: parameters of `token_logprobs_fn`, frozen; None: there is none.
-        reward: parameters of `score_fn`, frozen.
+        scores: `[B]` float, one number per answer, of a reward model that reads prompt
+            and answer through the first stop token, or of anything else.
         rollout: answers sampled at `temperature`.
         token_logprobs_fn: of actor and reference.
         values_fn: of the critic; None: there is none.
-        score_fn: reads prompt and answer through the first stop token.
         temperature: the sampler's; the same for actor and reference, or the KL
             between two equal models is not zero.
-        score_mask: `[B, T]` bool, the response tokens that the reward model reads,
-            where those are not all of `rollout.mask`.
         slow_critic: parameters of `values_fn` for `target_values`.
         with_end_values: also ask the critic (the slow one, where there is one) for the
             value of the state after column T, at the price of one column more.
@@ -84,16 +80,13 @@ def score_rollout(
         values, end_values = values_of(values_fn, critic)
     if values_fn is not None and slow_critic is not None:
         target_values, end_values = values_of(values_fn, slow_critic)
-    read = mask
-    if score_mask is not None:
-        read = jnp.concatenate([rollout.prompts.mask, score_mask], axis=1)
     return jax.lax.stop_gradient(
         ScoredRollout(
             rollout=rollout,
             logprobs=rollout.logprobs if actor is None else logprobs_of(actor),
             ref_logprobs=None if reference is None else logprobs_of(reference),
             values=values,
-            scores=score_fn(reward, tokens, read),
+            scores=scores,
             target_values=target_values,
             end_values=end_values,
         )

@@ -27,16 +27,19 @@ def test_policy_diagnostics_by_hand(maybe_jit):
 
 
 @pytest.mark.parametrize(
-    ("clip_eps", "want"),
+    ("options", "want"),
     [
-        (0.2, 3 / 5),  # ρ = 1.5 and 1.4 with A > 0, and ρ = 0.5 with A < 0
-        ((0.2, 0.6), 1 / 5),
-        ((0.6, 0.2), 2 / 5),
-        (0.6, 0.0),
+        (
+            {"clip_eps": 0.2},
+            3 / 5,
+        ),  # ρ = 1.5 and 1.4 with A > 0, and ρ = 0.5 with A < 0
+        ({"clip_eps": 0.2, "clip_eps_high": 0.6}, 1 / 5),
+        ({"clip_eps": 0.6, "clip_eps_high": 0.2}, 2 / 5),
+        ({"clip_eps": 0.6}, 0.0),
     ],
 )
-def test_clip_fraction_by_hand(maybe_jit, clip_eps, want):
-    fn = functools.partial(diagnostics.clip_fraction, clip_eps=clip_eps)
+def test_clip_fraction_by_hand(maybe_jit, options, want):
+    fn = functools.partial(diagnostics.clip_fraction, **options)
     got = maybe_jit(fn)(LOGPROBS, OLD, ADVANTAGES, MASK)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 

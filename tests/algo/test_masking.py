@@ -1,6 +1,7 @@
 """`masking.py` by hand, against NumPy, and by invariance."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.algo import masking
 
-MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"]
+MODES = get_args(masking.Aggregation)
 
 
 def test_response_mask_by_hand(maybe_jit):
@@ -173,6 +174,7 @@ AGGREGATED = {
     "token-mean": 12.5 / 4,
     "seq-mean-token-mean": (1.5 + 11 / 3) / 2,
     "seq-mean-token-sum": (1.5 + 11.0) / 2,
+    "seq-mean-token-sum-norm": (1.5 + 11.0) / 3 / 2,  # answers may have 3 tokens
     "token-sum": 12.5,
 }
 
@@ -198,9 +200,21 @@ def test_aggregate_never_reads_padding(mode):
     np.testing.assert_array_equal(np.asarray(grad)[~TERMS_MASK], 0)
     wider = np.pad(TERMS, ((0, 0), (0, 2)), constant_values=np.nan)
     wider_mask = np.pad(TERMS_MASK, ((0, 0), (0, 2)))
-    np.testing.assert_allclose(
-        fn(jnp.array(wider), jnp.array(wider_mask)), AGGREGATED[mode], rtol=1e-6
-    )
+    got = fn(jnp.array(wider), jnp.array(wider_mask), length=3)
+    np.testing.assert_allclose(got, AGGREGATED[mode], rtol=1e-6)
+
+
+def test_the_norm_is_the_limit_of_answers_and_not_their_length():
+    norm = functools.partial(masking.aggregate, mode="seq-mean-token-sum-norm")
+    args = (jnp.array(TERMS), jnp.array(TERMS_MASK))
+    np.testing.assert_allclose(norm(*args, length=10), 12.5 / 10 / 2, rtol=1e-6)
+    # Two columns of padding: T = 5 is taken for the limit.
+    wider = [jnp.pad(x, ((0, 0), (0, 2))) for x in args]
+    np.testing.assert_allclose(norm(*wider), 12.5 / 5 / 2, rtol=1e-6)
+    # A constant: the gradient points where that of the sums does, in every answer.
+    grad = jax.grad(norm)(*args)
+    sums = functools.partial(masking.aggregate, mode="seq-mean-token-sum")
+    np.testing.assert_allclose(3 * grad, jax.grad(sums)(*args), rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -124,8 +124,6 @@ def test_loss_and_gradient_with_an_empty_shard(mesh, data):
 
     def fn(x):
         experience = Experience(
-            tokens=jnp.zeros_like(x["mask"], jnp.int32),
-            sequence_mask=x["mask"],
             mask=x["mask"],
             old_logprobs=x["ref_logprobs"],
             ref_logprobs=x["ref_logprobs"],
@@ -134,7 +132,7 @@ def test_loss_and_gradient_with_an_empty_shard(mesh, data):
             returns=x["logprobs"],
         )
         grad = jax.value_and_grad(ppo_loss, argnums=(0, 1), has_aux=True)
-        return grad(x["logprobs"], x["values"], x["values"], experience)
+        return grad(x["logprobs"], x["values"], experience, entropy=x["values"])
 
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
         want = jax.jit(fn)(jax.tree.map(jnp.asarray, data))

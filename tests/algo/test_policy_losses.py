@@ -12,6 +12,7 @@ from rlhf_jax.algo.covariance_losses import clip_cov_loss, kl_cov_loss
 from rlhf_jax.algo.masking import aggregate
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
+    clipped_policy_loss,
     geometric_mean_loss,
     gspo_loss,
     reinforce_loss,
@@ -24,9 +25,12 @@ KEY = jax.random.key(0)
 # Options under which each loss clips, gates or selects some of the tokens below.
 LOSSES = {
     "reinforce": reinforce_loss,
-    "gspo": functools.partial(gspo_loss, clip_eps=(0.1, 0.15)),
-    "geometric_mean": functools.partial(geometric_mean_loss, clip_eps=(0.3, 0.4)),
-    "cispo": functools.partial(cispo_loss, ratio_bounds=(0.8, 1.5)),
+    "ppo": functools.partial(clipped_policy_loss, clip_eps=0.2, clip_eps_high=0.3),
+    "gspo": functools.partial(gspo_loss, clip_eps=0.1, clip_eps_high=0.15),
+    "geometric_mean": functools.partial(
+        geometric_mean_loss, clip_eps=0.3, clip_eps_high=0.4
+    ),
+    "cispo": functools.partial(cispo_loss, lower_bound=0.8, bound=1.5),
     "sapo": functools.partial(sapo_loss, tau_positive=1.5, tau_negative=2.5),
     "clip_cov": functools.partial(
         clip_cov_loss, key=KEY, fraction=0.3, cov_range=(0.01, 5.0)
@@ -51,6 +55,7 @@ def loss_fn(request):
 
 LOOPS = {
     "reinforce": functools.partial(oracles.by_rows, oracles.reinforce),
+    "ppo": functools.partial(oracles.by_rows, oracles.ppo, low=0.2, high=0.3),
     "gspo": functools.partial(oracles.by_rows, oracles.gspo, low=0.1, high=0.15),
     "geometric_mean": functools.partial(
         oracles.by_rows, oracles.geometric_mean, low=0.3, high=0.4
@@ -138,7 +143,7 @@ def test_reinforce_by_hand():
 def test_gspo_by_hand():
     # log s = (0.5 − 0.1) / 2 = 0.2, s = 1.2214: above 1.1, so the token that wants more
     # is clipped, −1.1 · 2, and the one that wants less learns, 1.2214 · 0.5.
-    loss_fn = functools.partial(gspo_loss, clip_eps=0.1)
+    loss_fn = functools.partial(gspo_loss, clip_eps=0.1, clip_eps_high=None)
     check(
         one_row(loss_fn, [0.5, -0.1], [2.0, -0.5]),
         [-2.2, 0.61070138],
@@ -171,7 +176,7 @@ def test_cispo_by_hand():
         [-10.0, -0.2],
     )
     # verl's form, 1 ± 0.2: 6 → 1.2, 0.1 → 0.8. Clipped, and yet a gradient.
-    verl = functools.partial(cispo_loss, ratio_bounds=(0.8, 1.2))
+    verl = functools.partial(cispo_loss, bound=1.2, lower_bound=0.8)
     np.testing.assert_allclose(
         one_row(verl, logs, [2.0, 2.0])[1], [-2.4, -1.6], rtol=1e-5
     )
@@ -234,7 +239,7 @@ def test_gspo_is_clipped_by_whole_sequences(rng, arrays, mask):
     for b in range(3):
         moved[b] += shift[b] - moved[b][mask[b]].mean()
     logprobs = old + jnp.array(moved, jnp.float32)
-    fn = functools.partial(gspo_loss, clip_eps=0.2)
+    fn = functools.partial(gspo_loss, clip_eps=0.2, clip_eps_high=0.2)
     grad = jax.grad(lambda x: jnp.sum(fn(x, old, advantages, jnp.array(mask))))
     learns = np.asarray(grad(logprobs)) != 0
     # Row 0 is above 1.2 and wants more; row 2 below 0.8 and wants less.
@@ -257,14 +262,6 @@ def test_cispo_stops_no_token(arrays, mask):
         lambda x: jnp.sum(LOSSES["cispo"](x, old, advantages, jnp.array(mask)))
     )(logprobs)
     np.testing.assert_array_equal(np.asarray(grad) != 0, mask)
-
-
-def test_open_and_zero_lower_bounds_agree(arrays, mask):
-    args = (*arrays, jnp.array(mask))
-    np.testing.assert_array_equal(
-        cispo_loss(*args, ratio_bounds=(None, 1.3)),
-        cispo_loss(*args, ratio_bounds=(0.0, 1.3)),
-    )
 
 
 # ---- what all of them promise ----
@@ -373,8 +370,11 @@ def test_integers_and_wrong_shapes_are_refused(loss_fn, arrays, mask):
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
-        (functools.partial(cispo_loss, ratio_bounds=(1.2, 0.8)), "expected lowest <"),
-        (functools.partial(cispo_loss, ratio_bounds=(None, 0.0)), "expected lowest <"),
+        (
+            functools.partial(cispo_loss, lower_bound=1.2, bound=0.8),
+            r"lower_bound=1\.2: ",
+        ),
+        (functools.partial(cispo_loss, bound=0.0), r"expected below bound=0\.0"),
         (functools.partial(sapo_loss, tau_negative=0.0), r"tau_negative=0\.0"),
         (functools.partial(kl_cov_loss, fraction=0.0), r"fraction=0\.0: expected in"),
         (functools.partial(clip_cov_loss, key=KEY, fraction=1.5), r"fraction=1\.5"),

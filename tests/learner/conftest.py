@@ -83,9 +83,8 @@ def on_policy(rollout):
             actor,
             critic,
             reference,
-            None,
+            jnp.sum(jnp.where(rollout.sequence_mask, rollout.tokens, 0), 1) / V,
             rollout,
-            score_fn=lambda _, tokens, mask: jnp.sum(jnp.where(mask, tokens, 0), 1) / V,
             **NETWORKS,
         )
         return make_experience(scored, kl_coef=0.05)[0]

@@ -100,9 +100,8 @@ def test_it_learns(model):
             state.params.actor,
             state.params.critic,
             reference,
-            None,
+            counting_score(None, rollout.tokens, rollout.sequence_mask),
             rollout,
-            score_fn=counting_score,
             **networks,
         )
         return make_experience(scored, kl_coef=state.kl_coef)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +10,8 @@ import optax
 import pytest
 from bare_models import context_logits, context_params, context_values
 
-from rlhf_jax.algo.kl import kl_estimate
-from rlhf_jax.algo.losses import actor_loss, clipped_policy_loss, critic_loss
+from rlhf_jax.algo.losses import critic_loss
 from rlhf_jax.algo.options import GroupOptions, KLOptions, PolicyLossOptions
-from rlhf_jax.algo.policy_losses import (
-    cispo_loss,
-    geometric_mean_loss,
-    gspo_loss,
-    reinforce_loss,
-    sapo_loss,
-)
 from rlhf_jax.learner import (
     ActorCritic,
     count_experience,
@@ -69,11 +60,10 @@ def scored(rollout, actor):
         actor,
         None,
         reference,
-        None,
+        jnp.sum(jnp.where(rollout.sequence_mask, rollout.tokens, 0), 1) / V,
         rollout,
         token_logprobs_fn=token_logprobs,
         values_fn=None,
-        score_fn=lambda _, tokens, mask: jnp.sum(jnp.where(mask, tokens, 0), 1) / V,
         temperature=TEMPERATURE,
     )
 
@@ -170,22 +160,6 @@ def test_it_is_the_actors_half_of_ppo(actor, grouped):
     assert metrics["policy/kl_loss"] > 0 and metrics["policy/clip_fraction"] > 0
 
 
-def without_mask(loss_fn, **options):
-    """PPO's surrogate, called as the others are."""
-    return lambda new, old, advantages, mask: loss_fn(new, old, advantages, **options)
-
-
-CLIP = {"clip_eps": 0.05, "clip_eps_high": 0.3}
-SURROGATES = {
-    "ppo": (CLIP, without_mask(clipped_policy_loss, clip_eps=(0.05, 0.3))),
-    "gspo": (CLIP, partial(gspo_loss, clip_eps=(0.05, 0.3))),
-    "gmpo": (CLIP, partial(geometric_mean_loss, clip_eps=(0.05, 0.3))),
-    "cispo": ({"ratio_bound": 1.2}, partial(cispo_loss, ratio_bounds=(None, 1.2))),
-    "sapo": ({}, sapo_loss),
-    "reinforce": ({}, reinforce_loss),
-}
-
-
 def tabular(params, tokens, mask, /, *, response_length, temperature):
     """The parameters are the log-probabilities."""
     return params, jnp.ones_like(params)
@@ -198,54 +172,6 @@ def by_table(experience, kl=LOSS_KL, **options):
     params = ActorCritic(actor=jnp.asarray(table), critic={})
     (_, metrics), grads = gradients(objective, params, experience)
     return params.actor, metrics, grads.actor
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_the_surrogate_is_the_function_of_that_name(grouped, surrogate):
-    changes, function = SURROGATES[surrogate]
-    options = PolicyLossOptions(surrogate=surrogate, **changes)
-    table, metrics, grads = by_table(grouped, policy_loss=options)
-
-    def directly(logprobs):
-        return actor_loss(
-            logprobs,
-            jnp.ones_like(logprobs),
-            grouped,
-            policy_loss_fn=function,
-            kl_fn=partial(kl_estimate, estimator="k2"),
-        )
-
-    want, direct_metrics = jax.grad(directly, has_aux=True)(table)
-    close(grads, want)
-    close(metrics["policy/loss"], direct_metrics["policy_loss"])
-    mask = np.asarray(grouped.mask)
-    terms = function(table, grouped.old_logprobs, grouped.advantages, grouped.mask)
-    close(metrics["policy/loss"], np.asarray(terms)[mask].mean())
-
-
-def test_the_surrogates_differ(grouped):
-    mask = np.asarray(grouped.mask)
-    found = []
-    for surrogate, (changes, _) in SURROGATES.items():
-        options = PolicyLossOptions(surrogate=surrogate, **changes)
-        _, _, grads = by_table(grouped, policy_loss=options)
-        assert all(np.abs((grads - x)[mask]).max() > 1e-4 for x in found), surrogate
-        found.append(grads)
-
-
-def test_every_surrogate_has_a_case():
-    names = get_args(get_type_hints(PolicyLossOptions)["surrogate"])
-    assert SURROGATES.keys() == set(names)
-
-
-def test_a_function_takes_the_place_of_the_surrogate(grouped):
-    options = PolicyLossOptions(surrogate="reinforce")
-    _, metrics, grads = by_table(grouped, policy_loss=options, policy_loss_fn=sapo_loss)
-    _, want, want_grads = by_table(
-        grouped, policy_loss=PolicyLossOptions(surrogate="sapo")
-    )
-    close(metrics["policy/loss"], want["policy/loss"])
-    close(grads, want_grads)
 
 
 def test_options_other_than_those_of_the_experience(grouped):

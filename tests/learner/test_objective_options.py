@@ -131,6 +131,7 @@ def test_dual_clip_and_the_clamp_of_the_ratio(evaluate, x):
         ("token-mean", mean),
         ("token-sum", lambda x, m=MASK: x[m].sum()),
         ("seq-mean-token-sum", lambda x, m=MASK: x[m].sum() / 3),
+        ("seq-mean-token-sum-norm", lambda x, m=MASK: x[m].sum() / 3 / 5),
         (
             "seq-mean-token-mean",
             lambda x, m=MASK: np.mean([row[k].mean() for row, k in zip(x, m)]),  # noqa: B905
@@ -207,6 +208,23 @@ def test_a_kl_term_in_the_loss(evaluate, x, options, value_of, slope_of):
     pulled = np.asarray(grads.actor) - plain_grads.actor
     np.testing.assert_allclose(pulled, slope, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(grads.critic, plain_grads.critic)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_term_weighted_by_the_ratio(evaluate, x, estimator):
+    # ρ · β · k as value; the gradient is ρ · β · ℓ, that of k2, whatever k is.
+    kl = KLOptions(place="loss", estimator=estimator, importance_weighted=True)
+    (plain, _), plain_grads = evaluate()
+    (loss, metrics), grads = evaluate({"kl_coef": BETA}, kl=kl)
+    log_ratio = x["logprobs"] - x["ref_logprobs"]
+    weight = BETA[:, None] * np.exp(x["logprobs"] - x["old_logprobs"])
+    k3 = np.expm1(-log_ratio) + log_ratio
+    want = mean(weight * (log_ratio**2 / 2 if estimator == "k2" else k3))
+    np.testing.assert_allclose(metrics["policy/kl_loss"], want, **TOLERANCE)
+    np.testing.assert_allclose(loss - plain, want, rtol=1e-4, atol=1e-6)
+    slope = np.where(MASK, weight * log_ratio, 0) / MASK.sum()
+    pulled = np.asarray(grads.actor) - plain_grads.actor
+    np.testing.assert_allclose(pulled, slope, rtol=1e-4, atol=1e-6)
 
 
 # ---- the critic ----

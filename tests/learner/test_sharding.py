@@ -60,15 +60,15 @@ def callables(networks):
 @pytest.fixture(scope="module")
 def experience_of(networks, callables):
     """`(params of the four, rollout) -> (Experience, metrics)`."""
+    score_fn = reward_model(networks["reward"][0])
 
     def experience_of(params, rollout):
         scored = score_rollout(
             params["actor"],
             params["critic"],
             params["reference"],
-            params["reward"],
+            score_fn(params["reward"], rollout.tokens, rollout.sequence_mask),
             rollout,
-            score_fn=reward_model(networks["reward"][0]),
             **callables,
         )
         return make_experience(scored, kl_coef=0.05)

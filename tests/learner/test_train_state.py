@@ -86,9 +86,8 @@ def train(optimizers):
             None,
             state.params.critic,
             reference,
-            None,
+            jnp.mean(rollout.tokens == 4, axis=1),
             rollout,
-            score_fn=lambda _, tokens, mask: jnp.mean(tokens == 4, axis=1),
             **networks,
         )
         experience, _ = make_experience(scored, kl_coef=state.kl_coef)

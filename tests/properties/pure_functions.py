@@ -21,10 +21,8 @@ from rlhf_jax.algo.types import Experience
 
 
 def experience_of(x, **fields):
-    """The frozen part of a batch. No network reads it, so tokens hold anything."""
+    """The frozen part of a batch. No network reads it, so it has no tokens."""
     return Experience(
-        tokens=jnp.zeros_like(x["mask"], jnp.int32),
-        sequence_mask=x["mask"],
         mask=x["mask"],
         old_logprobs=x["old_logprobs"],
         ref_logprobs=x["ref_logprobs"],
@@ -51,7 +49,7 @@ def actor(x, *, weighted=False, **options):
     experience = experience_of(x, **fields)
 
     def loss(logprobs, entropy):
-        return losses.actor_loss(logprobs, entropy, experience, **options)
+        return losses.actor_loss(logprobs, experience, entropy=entropy, **options)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
         x["logprobs"], x["entropy"]
@@ -100,11 +98,16 @@ FUNCTIONS = {
         x["old_logprobs"], x["sampler_logprobs"], x["mask"], lower_bound=0.5
     ),
     "sampler_weights, by sequence": lambda x: sampler_weights(
+        x["old_logprobs"], x["sampler_logprobs"], x["mask"], level="sequence"
+    ),
+    "sampler_weights, by geometric mean": lambda x: sampler_weights(
         x["old_logprobs"],
         x["sampler_logprobs"],
         x["mask"],
         mode="mask",
-        level="sequence",
+        level="geometric",
+        bound=2.0,
+        lower_bound=0.0,
     ),
     "masked_mean": lambda x: masking.masked_mean(x["values"], x["mask"]),
     "masked_mean, by row": lambda x: masking.masked_mean(
@@ -121,7 +124,8 @@ FUNCTIONS = {
     "actor_loss, all options": lambda x: actor(
         x,
         weighted=True,
-        clip_eps=(0.1, 0.3),
+        clip_eps=0.1,
+        clip_eps_high=0.3,
         dual_clip=3.0,
         log_ratio_clamp=1.5,
         entropy_coef=0.1,
@@ -132,8 +136,9 @@ FUNCTIONS = {
     ),
     "critic_loss": lambda x: critic(x),
     "critic_loss, unclipped": lambda x: critic(
-        x, value_clip_eps=None, scale=1.0, aggregation="seq-mean-token-mean"
+        x, value_clip_eps=None, half=False, aggregation="seq-mean-token-mean"
     ),
+    "clipped_policy_loss": lambda x: policy_terms(x, policy_losses.clipped_policy_loss),
     "gspo_loss": lambda x: policy_terms(x, policy_losses.gspo_loss),
     "geometric_mean_loss": lambda x: policy_terms(x, policy_losses.geometric_mean_loss),
     "cispo_loss": lambda x: policy_terms(x, policy_losses.cispo_loss),

@@ -21,7 +21,9 @@ KL_COEF, GAMMA, LAM = 0.25, 0.9, 0.8
 
 @jax.jit
 def reported(x):
-    loss, metrics = ppo_loss(x["logprobs"], x["values"], x["entropy"], experience_of(x))
+    loss, metrics = ppo_loss(
+        x["logprobs"], x["values"], experience_of(x), entropy=x["entropy"]
+    )
     return loss, metrics, explained_variance(x["values"], x["returns"], x["mask"])
 
 
@@ -138,12 +140,14 @@ def test_whitening_moves_advantages_and_never_returns(batch):
 
 @given(batch=batches(masks=ragged_masks()))
 @CHECK
-def test_only_answers_that_were_cut_off_are_bootstrapped(batch):
+def test_answers_that_were_cut_off_are_worth_their_end_and_no_score(batch):
     _, (plain, _), (cut, _) = experiences(batch)
     mask, lengths = batch["mask"], batch["mask"].sum(axis=1)
-    worth = np.where(batch["truncated"], batch["end_values"], 0.0)[:, None]
+    # γ·V(s_T) stands where the score was paid.
+    gain = GAMMA * batch["end_values"] - batch["scores"]
+    worth = np.where(batch["truncated"], gain, 0.0)[:, None]
     tokens_after = np.maximum(lengths[:, None] - 1 - np.arange(T), 0)
-    want = np.where(mask, GAMMA * worth * (GAMMA * LAM) ** tokens_after, 0)
+    want = np.where(mask, worth * (GAMMA * LAM) ** tokens_after, 0)
     for name in ("advantages", "returns"):
         np.testing.assert_allclose(
             getattr(cut, name), getattr(plain, name) + want, **TOLERANCE

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ from properties.strategies import (
 
 from rlhf_jax.algo import losses, policy_losses
 from rlhf_jax.algo.covariance_losses import clip_cov_loss
-from rlhf_jax.algo.masking import aggregate
+from rlhf_jax.algo.masking import Aggregation, aggregate
 
 EPS = st.sampled_from([0.1, 0.2, 0.4])
-MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"]
+MODES = get_args(Aggregation)
 
 
 @jax.jit
@@ -35,11 +36,13 @@ def policy_terms(x, low, high, dual_clip=None, clamp=None):
     """Loss of every token, and its gradient in log π."""
 
     def total(logprobs):
-        terms = losses.clipped_policy_loss(
+        terms = policy_losses.clipped_policy_loss(
             logprobs,
             x["old_logprobs"],
             x["advantages"],
-            clip_eps=(low, high),
+            jnp.ones((B, T), bool),
+            clip_eps=low,
+            clip_eps_high=high,
             dual_clip=dual_clip,
             log_ratio_clamp=clamp,
         )
@@ -49,15 +52,15 @@ def policy_terms(x, low, high, dual_clip=None, clamp=None):
     return terms, gradient
 
 
-@partial(jax.jit, static_argnames="clip")
-def value_terms(x, eps, scale=0.5, *, clip=True):
+@partial(jax.jit, static_argnames=("half", "clip"))
+def value_terms(x, eps, half=True, *, clip=True):
     def total(values):
         terms = losses.clipped_value_loss(
             values,
             x["old_values"],
             x["returns"],
             clip_eps=eps if clip else None,
-            scale=scale,
+            half=half,
         )
         return jnp.sum(terms), terms
 
@@ -139,8 +142,8 @@ def test_a_clamp_keeps_any_ratio_finite(advantages, far):
 
 POLICY_LOSSES = {
     "ppo": None,
-    "dual clip": lambda logprobs, old, advantages, mask: losses.clipped_policy_loss(
-        logprobs, old, advantages, dual_clip=3.0, log_ratio_clamp=20.0
+    "dual clip": partial(
+        policy_losses.clipped_policy_loss, dual_clip=3.0, log_ratio_clamp=20.0
     ),
     "reinforce": policy_losses.reinforce_loss,
     "gspo": policy_losses.gspo_loss,
@@ -156,7 +159,7 @@ POLICY_LOSSES = {
 def actor_gradient(x, loss):
     experience = experience_of(x)
     fn = partial(losses.actor_loss, policy_loss_fn=POLICY_LOSSES[loss])
-    return jax.grad(fn, has_aux=True)(x["logprobs"], x["entropy"], experience)
+    return jax.grad(fn, has_aux=True)(x["logprobs"], experience)
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
@@ -198,12 +201,12 @@ def test_the_value_clip_only_adds(batch, eps):
     np.testing.assert_allclose(unmoved, (old - target) ** 2 / 2, **TOLERANCE)
 
 
-@given(batch=batches(), eps=EPS, scale=st.sampled_from([1.0, 0.25, 2.0]))
+@given(batch=batches(), eps=EPS)
 @CHECK
-def test_the_half_is_a_scale(batch, eps, scale):
-    halves, full = value_terms(batch, eps), value_terms(batch, eps, scale)
+def test_the_half_is_a_scale(batch, eps):
+    halves, full = value_terms(batch, eps), value_terms(batch, eps, False)
     for half, whole in zip(halves, full, strict=True):  # terms and gradients
-        np.testing.assert_allclose(whole, 2 * scale * half, rtol=1e-6)
+        np.testing.assert_allclose(whole, 2 * half, rtol=1e-6)
 
 
 # ---- where gradients go ----
@@ -215,7 +218,7 @@ def gradient_in_the_frozen(x):
 
     def total(frozen):
         given = dataclasses.replace(experience, **frozen)
-        actor, _ = losses.actor_loss(x["logprobs"], x["entropy"], given)
+        actor, _ = losses.actor_loss(x["logprobs"], given)
         critic, _ = losses.critic_loss(x["values"], given)
         return actor + critic
 
@@ -240,7 +243,12 @@ def weighted_actor(x):
 
     def loss(logprobs):
         return losses.actor_loss(
-            logprobs, x["entropy"], experience, entropy_coef=0.25, clip_eps=(0.1, 0.3)
+            logprobs,
+            experience,
+            entropy=x["entropy"],
+            entropy_coef=0.25,
+            clip_eps=0.1,
+            clip_eps_high=0.3,
         )
 
     return jax.value_and_grad(loss, has_aux=True)(x["logprobs"])
@@ -275,7 +283,7 @@ def masked_critic(x, value_mask):
     experience = experience_of(x, value_mask=value_mask)
 
     def loss(values):
-        return losses.critic_loss(values, experience, scale=1.0)
+        return losses.critic_loss(values, experience, half=False)
 
     return jax.value_and_grad(loss, has_aux=True)(x["values"])
 
@@ -289,7 +297,7 @@ def test_the_critic_has_a_mask_of_its_own(batch, value_mask):
     terms = 2 * oracles.value_terms(*(batch[n] for n in names), 0.2)
     np.testing.assert_allclose(loss, terms.sum(where=value_mask) / count, **TOLERANCE)
     assert metrics["value_loss"] == loss
-    _, free = value_terms(batch, 0.2, 1.0)
+    _, free = value_terms(batch, 0.2, False)
     want = np.where(value_mask, free, 0) / count
     np.testing.assert_allclose(gradient, want, **TOLERANCE)
 
@@ -309,6 +317,7 @@ def test_each_reduction_by_loops(terms, mask):
         "token-sum": total,
         "token-mean": total / max(tokens, 1),
         "seq-mean-token-sum": total / max(len(rows), 1),
+        "seq-mean-token-sum-norm": total / max(len(rows), 1) / T,
         "seq-mean-token-mean": sum(row.mean() for row in rows) / max(len(rows), 1),
     }
     for mode in MODES:

@@ -1,6 +1,7 @@
 """Running moments of scores, and importance weights of a sampler that rounds."""
 
 from functools import partial
+from typing import get_args
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties.strategies import CHECK, TOLERANCE, B, arrays, batches
 
-from rlhf_jax.algo.off_policy import sampler_weights
+from rlhf_jax.algo.off_policy import SamplerLevel, sampler_weights
 from rlhf_jax.algo.score_moments import (
     init_score_moments,
     normalize_scores,
@@ -76,24 +77,23 @@ def test_before_anything_was_seen_and_after_one_score_it_is_finite(scores):
 weigh = {
     (mode, level): jax.jit(partial(sampler_weights, mode=mode, level=level))
     for mode in ("truncate", "mask")
-    for level in ("token", "sequence")
+    for level in get_args(SamplerLevel)
 }
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", get_args(SamplerLevel))
 @given(batch=batches(), bounds=st.sampled_from([(0.0, 2.0), (0.5, 1.5), (0.9, 5.0)]))
 @CHECK
 def test_sampler_weights_by_their_definition(level, batch, bounds):
     names = ("old_logprobs", "sampler_logprobs", "mask")
     old, sampler, mask = (batch[name] for name in names)
     log_ratio = old.astype(np.float64) - sampler
-    if level == "sequence":
-        rows = [
-            x[m].mean() if m.any() else 0.0
-            for x, m in zip(log_ratio, mask, strict=True)
-        ]
-        log_ratio = np.broadcast_to(np.array(rows)[:, None], mask.shape)
     ratio, (low, high) = np.exp(log_ratio), bounds
+    if level != "token":
+        rows = [np.prod(x[m]) for x, m in zip(ratio, mask, strict=True)]
+        if level == "geometric":
+            rows = [x ** (1 / max(m.sum(), 1)) for x, m in zip(rows, mask, strict=True)]
+        ratio = np.broadcast_to(np.array(rows)[:, None], mask.shape)
     inside = (ratio >= low) & (ratio <= high)
     for mode, want in (
         ("truncate", np.minimum(np.maximum(ratio, low), high)),
@@ -128,5 +128,5 @@ def test_unknown_modes_and_levels_are_named():
     x = np.zeros((1, 2), np.float32)
     with pytest.raises(ValueError, match="mode='clip': expected 'truncate' or 'mask'"):
         sampler_weights(x, x, x == 0, mode="clip")
-    with pytest.raises(ValueError, match="level='row': expected 'token' or 'sequence'"):
+    with pytest.raises(ValueError, match="level='row': expected 'token', 'sequence'"):
         sampler_weights(x, x, x == 0, level="row")

@@ -89,20 +89,16 @@ def experience_of():
             truncated=~jnp.any(responses == STOP, axis=1),
             logprobs=jnp.zeros(mask.shape),
         )
+        text = jnp.where(rollout.sequence_mask, rollout.tokens, 0)
+        worth = jnp.sum(text, axis=1, dtype=jnp.int32)
         scored = score_rollout(
             actor,
             critic,
             reference,
-            None,
+            worth.astype(jnp.float32) / 7.0,
             rollout,
             token_logprobs_fn=token_logprobs_from_logits(context_logits),
             values_fn=values_from_sequence(context_values),
-            score_fn=lambda _, tokens, mask: (
-                jnp.sum(jnp.where(mask, tokens, 0), axis=1, dtype=jnp.int32).astype(
-                    jnp.float32
-                )
-                / 7.0
-            ),
         )
         return make_experience(scored, kl_coef=0.25)
 

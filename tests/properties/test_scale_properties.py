@@ -1,6 +1,7 @@
 """One minibatch, read in microbatches or by several devices, gives one result."""
 
 from functools import partial
+from typing import get_args
 
 import chex
 import jax
@@ -14,9 +15,9 @@ from properties.pure_functions import experience_of
 from properties.strategies import CHECK, TOLERANCE, B, batches, ragged_masks
 
 from rlhf_jax.algo import losses
-from rlhf_jax.algo.masking import masked_whiten
+from rlhf_jax.algo.masking import Aggregation, masked_whiten
 
-MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"]
+MODES = get_args(Aggregation)
 
 
 @partial(jax.jit, static_argnames="mode")
@@ -30,8 +31,8 @@ def loss_and_gradients(x, value_mask, counts, mode):
     def loss(logprobs, entropy, values):
         actor, of_actor = losses.actor_loss(
             logprobs,
-            entropy,
             experience,
+            entropy=entropy,
             entropy_coef=0.1,
             aggregation=mode,
             num_tokens=tokens,

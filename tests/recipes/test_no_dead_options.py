@@ -61,6 +61,7 @@ CASES = {
     "kl.coef": (0.5, {}),
     "kl.estimator": ("k3", {}),
     "kl.straight_through": (True, LOSS_KL),
+    "kl.importance_weighted": (True, LOSS_KL),
     "kl.log_ratio_clamp": (0.01, {}),
     "kl.clamp": (0.01, {}),
     "kl.target": (100.0, TARGET),

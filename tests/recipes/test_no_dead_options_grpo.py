@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from option_flips import (
+    CORRECTED,
     POLICY,
     POLICY_LOSS_CASES,
     SIZES,
@@ -69,6 +70,7 @@ CASES = {
     "kl.coef": (0.5, {}),
     "kl.estimator": ("k3", STRONG),
     "kl.straight_through": (True, STRONG | {"kl.estimator": "k3"}),
+    "kl.importance_weighted": (True, STRONG),
     "kl.log_ratio_clamp": (0.01, STRONG),
     "kl.clamp": (0.01, STRONG),
     "kl.target": (100.0, TARGET),
@@ -208,7 +210,12 @@ def test_no_two_choices_of_an_option_learn_the_same():
     variants += [
         {"policy_loss.surrogate": x}
         for x in choices(PolicyLossOptions, "surrogate")
-        if x != "ppo"
+        if x not in ("ppo", "reinforce")
+    ]
+    variants += [{"policy_loss.surrogate": "reinforce", "minibatches": 1}]
+    variants += [
+        {"policy_loss.sampler_level": x} | CORRECTED
+        for x in choices(PolicyLossOptions, "sampler_level")
     ]
     found = [learned(tuple((fine | variant).items())) for variant in variants]
     for i, one in enumerate(found):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from option_flips import POLICY, SIZES, STOP, actor_params, configured
 
-from rlhf_jax.algo.types import Prompts
+from rlhf_jax.algo.types import Prompts, Rollout
 from rlhf_jax.learner import ActorCritic, init_train_state
 from rlhf_jax.recipes.grpo_programs import (
+    Judged,
     _fill,
     make_grpo_optimizers,
     make_grpo_programs,
@@ -165,14 +166,47 @@ def test_without_resampling_they_stay(state, programs):
     assert not found[2].keys() & {"group/resampled", "group/kept_without_signal"}
 
 
-def test_scores_that_the_clip_makes_equal_are_no_signal(state, programs):
-    config = configured(CONFIG, {"scores.clip": 2.0, "resample": 1})
-    clipped = dataclasses.replace(programs, signal=programs_of(config).signal)
-    script = Script([[(2, 3), (1, 2), (-3, -2), (0, 9)], [(4, 5), (1, 3), FLAT, FLAT]])
-    found = sampled(script, state, clipped, config)
-    assert_made_of(found, script, [(1, 1), (0, 1), (0, 2), (0, 3)])
-    assert found[2]["group/no_signal"] == pytest.approx((2 + 3) / 8)
-    assert found[2]["group/kept_without_signal"] == 1
+def judged(scores, lengths, truncated):
+    """One group of answers of at most 4 tokens."""
+    rows = len(scores)
+    rollout = Rollout(
+        prompts=Prompts(
+            tokens=jnp.ones((rows, 1), jnp.int32), lengths=jnp.ones(rows, jnp.int32)
+        ),
+        responses=jnp.ones((rows, 4), jnp.int32),
+        lengths=jnp.array(lengths),
+        truncated=jnp.array(truncated),
+        logprobs=jnp.zeros((rows, 4)),
+    )
+    return Judged(rollout=rollout, scores=jnp.array(scores, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores", "signal"),
+    [  # answers of 1, 2, 3 and 4 tokens; the last was cut off
+        ({}, (0, 0, 0, 0), False),
+        ({}, (0, 0, 0, 1), True),
+        # Four wrong answers that differ only by the ramp would learn to be short.
+        ({"scores.overlong_buffer": 3}, (0, 0, 0, 0), False),
+        ({"scores.overlong_buffer": 3}, (0, 1, 0, 0), True),
+        ({"scores.missing_eos": "subtract"}, (0, 0, 0, 0), False),
+        # Raw scores differ where clipped ones do not.
+        ({"scores.clip": 2.0}, (3, 4, 3, 3), True),
+        # The only answer that differs is not trained on.
+        ({"scores.missing_eos": "mask"}, (0, 0, 0, 1), False),
+        ({"scores.missing_eos": "mask"}, (0, 1, 0, 1), True),
+    ],
+)
+def test_a_signal_is_in_raw_scores_of_what_is_trained_on(changes, scores, signal):
+    config = configured(CONFIG, {"group_size": 4, **changes})
+    group = judged(scores, [1, 2, 3, 4], [False, False, False, True])
+    np.testing.assert_array_equal(programs_of(config).signal(group), [signal])
+
+
+def test_one_trained_answer_has_nothing_to_differ_from():
+    config = configured(CONFIG, {"group_size": 4, "scores.missing_eos": "mask"})
+    group = judged((0, 1, 2, 3), [1, 4, 4, 4], [False, True, True, True])
+    np.testing.assert_array_equal(programs_of(config).signal(group), [False])
 
 
 def test_groups_that_are_left_out_of_the_loss_are_no_signal(state, programs):
@@ -180,7 +214,8 @@ def test_groups_that_are_left_out_of_the_loss_are_no_signal(state, programs):
     masking = dataclasses.replace(programs, signal=programs_of(config).signal)
     script = Script([[(0, 1)] * N])
     found = sampled(script, state, masking, config)
-    left_out = script.asked[0].truncated.reshape(N, G).all(axis=1)
+    # Of two answers both have to be trained on for their scores to differ.
+    left_out = script.asked[0].truncated.reshape(N, G).any(axis=1)
     assert found[2]["group/no_signal"] == left_out.mean() > 0
 
 

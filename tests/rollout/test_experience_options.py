@@ -33,8 +33,9 @@ from rlhf_jax.algo.options import (
     PolicyLossOptions,
     ScoreOptions,
 )
+from rlhf_jax.presets import PPOMethod
 from rlhf_jax.rollout import make_experience
-from rlhf_jax.rollout.experience import whiten_minibatch
+from rlhf_jax.rollout.experience import sampler_gap, whiten_minibatch
 
 # ---- advantages ----
 
@@ -82,12 +83,11 @@ def test_n_steps(n):
 
 
 def test_what_was_cut_off_could_have_earned_more():
-    # γ·V(s_T) = .9 · .625 is as good as a reward on the last token of the third row.
+    # γ·V(s_T) = .9 · .625 stands for the score 2.5 on the last token of the third row.
     ended = dataclasses.replace(SCORED, end_values=jnp.float32(X["end_values"]))
     experience = experience_under(ended, bootstrap_truncated=True)
-    assert_learns(
-        experience, *gae(rewards_of(X["scores"] + [0, 0, 0.5625, 0]), X["values"])
-    )
+    worth = np.array([0.75, -1.25, 0.5625, 0.375])
+    assert_learns(experience, *gae(rewards_of(worth), X["values"]))
     others = [0, 1, 3]
     without = experience_under(ended)
     for name in ("advantages", "returns"):
@@ -96,6 +96,32 @@ def test_what_was_cut_off_could_have_earned_more():
         )
     with pytest.raises(ValueError, match="bootstrap_truncated=True needs end_values"):
         experience_under(SCORED, bootstrap_truncated=True)
+    # Whatever it was scored.
+    other = dataclasses.replace(ended, scores=ended.scores.at[2].set(-7.5))
+    for name in ("advantages", "returns"):
+        np.testing.assert_array_equal(
+            getattr(experience_under(other, bootstrap_truncated=True), name),
+            getattr(experience, name),
+        )
+
+
+@pytest.mark.parametrize(
+    ("scores", "field"),
+    [
+        (ScoreOptions(missing_eos="mask"), "scores.missing-eos='mask'"),
+        (ScoreOptions(missing_eos="subtract"), "scores.missing-eos='subtract'"),
+        (ScoreOptions(overlong_buffer=2), "scores.overlong-buffer=2"),
+    ],
+)
+def test_a_fine_for_what_is_bootstrapped_is_refused(scores, field):
+    ended = dataclasses.replace(SCORED, end_values=jnp.float32(X["end_values"]))
+    with pytest.raises(ValueError, match=f"^{field}: is for the scores of cut-off"):
+        experience_under(ended, scores, bootstrap_truncated=True)
+    method = PPOMethod(
+        scores=scores, advantages=AdvantageOptions(bootstrap_truncated=True)
+    )
+    with pytest.raises(ValueError, match=f"^{field}: is for the scores of cut-off"):
+        method.validate()
 
 
 def test_another_critic_for_the_next_state():
@@ -203,26 +229,37 @@ def test_without_a_reference():
 
 
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 def test_weights_of_a_sampler_that_rounds(mode, level):
-    low, high = (0.5, 1.25) if level == "token" else (0.9, 1.1)
+    low, high = (0.9, 1.1) if level == "geometric" else (0.5, 1.25)
     options = PolicyLossOptions(
         sampler_correction=mode,
         sampler_level=level,
         sampler_bound=high,
         sampler_lower_bound=low,
     )
-    experience, _ = make_experience(SCORED, kl_coef=0.0, policy_loss=options)
+    experience, metrics = make_experience(SCORED, kl_coef=0.0, policy_loss=options)
     log_ratio = X["logprobs"] - X["sampler"]
     if level == "sequence":
+        log_ratio[:] = np.nansum(log_ratio, axis=1, keepdims=True)
+    if level == "geometric":
         log_ratio[:] = np.nanmean(log_ratio, axis=1, keepdims=True)
     ratio = np.exp(log_ratio)
     assert (ratio[MASK] > high).any() and (ratio[MASK] < low).any()
     bounded = np.clip(ratio, low, high)
     want = bounded if mode == "truncate" else np.where(bounded == ratio, ratio, 0)
     close(experience.weights, np.where(MASK, want, 0))
-    plain, _ = make_experience(SCORED, kl_coef=0.0)
-    assert plain.weights is None
+    beyond = (ratio < low) | (ratio > high)
+    close(metrics["sampler/beyond_bounds"], beyond[MASK].mean())
+    plain, metrics = make_experience(SCORED, kl_coef=0.0)
+    assert plain.weights is None and "sampler/beyond_bounds" not in metrics
+
+
+def test_how_far_recomputed_log_probabilities_are_from_the_samplers():
+    gap = np.abs(X["logprobs"] - X["sampler"])[MASK]
+    metrics = sampler_gap(SCORED)
+    close(metrics["sampler/log_ratio"], gap.mean())
+    close(metrics["sampler/log_ratio_max"], gap.max())
 
 
 # ---- whatever the options ----
@@ -232,8 +269,6 @@ ALL_OPTIONS = {
     "scores": ScoreOptions(
         normalization="running",
         clip=2.0,
-        missing_eos="mask",
-        overlong_buffer=3,
         position="after_last_token",
         whiten_rewards=True,
     ),

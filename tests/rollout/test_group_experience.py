@@ -315,12 +315,14 @@ def test_without_a_reference():
 def test_weights_for_another_sampler():
     plain, _ = group_experience(SCORED)
     assert plain.weights is None
-    corrected, _ = group_experience(
+    corrected, metrics = group_experience(
         SCORED,
         policy_loss=PolicyLossOptions(sampler_correction="truncate", sampler_bound=1.5),
     )
-    want = np.minimum(np.exp(LOGPROBS - SAMPLER), 1.5)
-    close(corrected.weights, np.where(MASK, want, 0.0))
+    ratio = np.exp(LOGPROBS - SAMPLER)
+    close(corrected.weights, np.where(MASK, np.minimum(ratio, 1.5), 0.0))
+    close(metrics["sampler/beyond_bounds"], (ratio[MASK] > 1.5).mean())
+    assert (ratio[MASK] > 1.5).any()
 
 
 # ---- invariances ----

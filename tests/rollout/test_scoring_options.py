@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from bare_models import context_logits, context_params, context_values, left_padded
 
 from rlhf_jax.algo.types import Prompts, Rollout
+from rlhf_jax.recipes.rewards import score_program
 from rlhf_jax.rollout import (
     score_rollout,
     token_logprobs_from_logits,
@@ -21,20 +23,23 @@ V, P, T = 9, 3, 4
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def mean_id(_, tokens, mask):
-    """A reward model: the mean id of what it reads."""
-    return jnp.sum(jnp.where(mask, tokens, 0), axis=1) / jnp.sum(mask, axis=1)
-
-
 score = jax.jit(
     partial(
         score_rollout,
         token_logprobs_fn=token_logprobs_from_logits(context_logits),
         values_fn=values_from_sequence(context_values),
-        score_fn=mean_id,
+        scores=jnp.array([0.5, -1.25, 0.75]),
     ),
     static_argnames="with_end_values",
 )
+
+
+def mean_id(_, tokens, mask):
+    """A reward model: the mean id of what it reads."""
+    return jnp.sum(jnp.where(mask, tokens, 0), axis=1) / jnp.sum(mask, axis=1)
+
+
+READER = SimpleNamespace(score_fn=mean_id)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +77,8 @@ def continued(rollout):
 
 def test_the_value_of_the_end_is_that_before_one_token_more(models, rollout):
     params, _ = models
-    scored = score(**params, reward=None, rollout=rollout, with_end_values=True)
-    longer = score(**params, reward=None, rollout=continued(rollout))
+    scored = score(**params, rollout=rollout, with_end_values=True)
+    longer = score(**params, rollout=continued(rollout))
     cut = np.array([0, 1])  # only these go on after the last column
     np.testing.assert_allclose(
         scored.end_values[cut], longer.values[cut, T], **TOLERANCE
@@ -81,7 +86,7 @@ def test_the_value_of_the_end_is_that_before_one_token_more(models, rollout):
     assert scored.end_values.shape == (3,)
     assert np.isfinite(scored.end_values).all()
     # All else is as without it.
-    plain = score(**params, reward=None, rollout=rollout)
+    plain = score(**params, rollout=rollout)
     assert plain.end_values is None
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -92,13 +97,9 @@ def test_the_value_of_the_end_is_that_before_one_token_more(models, rollout):
 
 def test_a_slow_critic_speaks_for_the_states_ahead(models, rollout):
     params, slow = models
-    scored = score(
-        **params, reward=None, rollout=rollout, slow_critic=slow, with_end_values=True
-    )
-    fast = score(**params, reward=None, rollout=rollout, with_end_values=True)
-    by_slow = score(
-        **params | {"critic": slow}, reward=None, rollout=rollout, with_end_values=True
-    )
+    scored = score(**params, rollout=rollout, slow_critic=slow, with_end_values=True)
+    fast = score(**params, rollout=rollout, with_end_values=True)
+    by_slow = score(**params | {"critic": slow}, rollout=rollout, with_end_values=True)
     np.testing.assert_array_equal(scored.values, fast.values)
     np.testing.assert_array_equal(scored.target_values, by_slow.values)
     np.testing.assert_array_equal(scored.end_values, by_slow.end_values)
@@ -109,9 +110,9 @@ def test_a_slow_critic_speaks_for_the_states_ahead(models, rollout):
 
 def test_there_may_be_no_reference(models, rollout):
     params, _ = models
-    alone = score(**params | {"reference": None}, reward=None, rollout=rollout)
+    alone = score(**params | {"reference": None}, rollout=rollout)
     assert alone.ref_logprobs is None
-    with_one = score(**params, reward=None, rollout=rollout)
+    with_one = score(**params, rollout=rollout)
     np.testing.assert_array_equal(alone.logprobs, with_one.logprobs)
 
 
@@ -119,7 +120,7 @@ def test_no_gradient_flows_through_either_critic(models, rollout):
     params, slow = models
 
     def total(critic, slow):
-        given = params | {"critic": critic, "reward": None, "slow_critic": slow}
+        given = params | {"critic": critic, "slow_critic": slow}
         scored = score(**given, rollout=rollout, with_end_values=True)
         return jnp.sum(scored.target_values) + jnp.sum(scored.end_values)
 
@@ -165,13 +166,27 @@ def test_the_reward_model_reads_through_the_stop_and_the_others_go_on(
     models, uncut, rollout
 ):
     params, _ = models
-    marked, read = mark_stops(uncut, (2,))
-    scored = score(**params, reward=None, rollout=marked, score_mask=read)
-    cut = score(**params, reward=None, rollout=rollout)
-    whole = score(**params, reward=None, rollout=uncut)
-    np.testing.assert_allclose(scored.scores, cut.scores, **TOLERANCE)
+    marked, _ = mark_stops(uncut, (2,))
+    program = score_program(READER, stop_ids=(2,), cut=False)
+    scores, lengths = program(None, marked)
+    cut, cut_lengths = score_program(READER, stop_ids=(2,), cut=True)(None, rollout)
+    np.testing.assert_allclose(scores, cut, **TOLERANCE)
+    np.testing.assert_array_equal(lengths, [4, 4, 2])
+    np.testing.assert_array_equal(cut_lengths, [4, 4, 2])
     # (5 + 8 + 6 + 2) / 4 without the two 7s
-    np.testing.assert_allclose(scored.scores[2], 5.25, rtol=1e-6)
-    np.testing.assert_allclose(whole.scores[2], 35 / 6, rtol=1e-6)
+    np.testing.assert_allclose(scores[2], 5.25, rtol=1e-6)
+    whole, _ = score_program(READER, stop_ids=(2,), cut=True)(None, uncut)
+    np.testing.assert_allclose(whole[2], 35 / 6, rtol=1e-6)
+    assert scores.dtype == jnp.float32
     for name in ("logprobs", "ref_logprobs", "values"):
-        np.testing.assert_array_equal(getattr(scored, name), getattr(whole, name))
+        by_mark, by_none = (
+            getattr(score(**params, rollout=x), name) for x in (marked, uncut)
+        )
+        np.testing.assert_array_equal(by_mark, by_none)
+
+
+def test_without_a_reward_model_scores_are_zero(uncut):
+    without = SimpleNamespace(score_fn=None)
+    scores, lengths = score_program(without, stop_ids=(2,), cut=False)(None, uncut)
+    np.testing.assert_array_equal(scores, np.zeros(3))
+    np.testing.assert_array_equal(lengths, [4, 4, 2])
