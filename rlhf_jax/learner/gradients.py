@@ -68,7 +68,8 @@ def accumulate_gradients(
             argument; None: objectives take three.
 
     Returns:
-        What one call on the whole batch would give, gradients summed in float32.
+        What one call on the whole batch would give, gradients in the dtypes of
+        `params`; their sum over microbatches is taken in float32.
 
     Raises:
         ValueError: when `num_microbatches` does not divide B.
@@ -102,7 +103,8 @@ def accumulate_gradients(
     grads = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), grads)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
     (loss, metrics, grads), _ = jax.lax.scan(add, zeros, (split, *keys))
-    return loss, metrics, grads
+    # As one microbatch has them: optimizer states take their dtypes from these.
+    return loss, metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def apply_gradients(
