@@ -17,6 +17,11 @@ Objective = Callable[[Params, Batch, Any], tuple[Array, Metrics]]
 `divisor` is the number of tokens, pairs or whatever the objective averages over (an
 array, or a record of several), counted over the *whole* batch: then the losses, metrics
 and gradients of its microbatches sum to those of the batch, however unequal they are.
+
+A metric whose name ends in `loss` is a term of the loss: where the loss, one of those
+or the norm of a gradient is not finite, no optimizer step is taken. The other metrics
+are there to be watched. They may overflow, as the mean ratio does long before a clipped
+loss, and decide nothing.
 """
 Assemble = Callable[..., Params]
 """`(params, frozen, key=None) -> params` of the whole network: what is trained and what

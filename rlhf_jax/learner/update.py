@@ -63,7 +63,8 @@ def make_update(
         prepare: applied to every whole minibatch, such as whitening of its advantages.
         max_kl: early stop: once a minibatch finds the policy this many nats per token
             from the one that answered, neither its step nor any later one of this
-            update is taken. None: never.
+            update is taken; a KL that has overflowed, or is NaN, is past every
+            limit. None: never.
         critic_warmup: updates at the start of the run in which only the critic learns.
         slow_critic_decay: d; after the update the slow critic becomes d · slow +
             (1 − d) · critic. The state must have one.
@@ -76,9 +77,13 @@ def make_update(
     Returns:
         A compiled function; rebind the state, its old buffers are reused. Metrics are
         float32 scalars, means over the minibatches that were looked at; with `max_kl`,
-        `policy/steps` is the number of steps taken. Where a loss or gradient is not
-        finite the state stays as it was before that optimizer step, `step` does not
-        advance, and `first_nonfinite/<term>` says where.
+        `policy/steps` is the number of steps taken.
+
+        Where a term of the loss (see `Objective`) or the norm of a gradient is not
+        finite, that optimizer step and the later ones of this update are not taken,
+        `step` does not advance, and `first_nonfinite/<term>` says at which it was. The
+        state is then that before the failed step. Earlier steps of the same update are
+        in it, so it is there to be looked into, not to go on from.
     """
 
     def update(
@@ -183,12 +188,16 @@ def _minibatch_step(
         norms = {"actor": optax.tree.norm(grads.actor)}
         if jax.tree.leaves(grads.critic):
             norms["critic"] = optax.tree.norm(grads.critic)
-        terms = {name.replace("/", "_"): value for name, value in metrics.items()}
+        terms = {
+            name.replace("/", "_"): value
+            for name, value in metrics.items()
+            if name.endswith("loss")
+        }
         terms |= {f"{name}_gradient": norm for name, norm in norms.items()}
         terms["total_loss"] = loss
         healthy &= jnp.isfinite(jnp.stack(list(terms.values()))).all()
         if max_kl is not None:
-            going &= metrics["policy/approx_kl"] <= max_kl
+            going &= metrics["policy/approx_kl"] <= max_kl  # False of NaN
         actor, actor_opt = apply_gradients(
             optimizers.actor,
             grads.actor,

@@ -1,6 +1,7 @@
 """What surrounds every training loop: files, terminal, signals, checkpoints."""
 
 import contextlib
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -16,7 +17,7 @@ from rlhf_jax.runtime.config import to_dict
 from rlhf_jax.runtime.fingerprint import fingerprint
 from rlhf_jax.runtime.interrupt import Interruptible
 from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter, read_metrics
-from rlhf_jax.runtime.progress import progress
+from rlhf_jax.runtime.progress import progress, warn
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import (
     MAY_DIFFER,
@@ -145,6 +146,7 @@ class Session(contextlib.ExitStack):
 
     def __enter__(self) -> "Session":
         super().__enter__()
+        self._overflowed: set[str] = set()  # metrics that a warning has named
         config, run = self.config, self.run
         self._checkpointer = self.enter_context(Checkpointer(run.checkpoints))
         self.start_step = (
@@ -209,8 +211,19 @@ class Session(contextlib.ExitStack):
     def log(
         self, step: int, metrics: Mapping[str, float], *, shown: Mapping[str, str]
     ) -> None:
-        """Writes a step's line; shows the metrics `shown` names, by label."""
+        """Writes a step's line; shows the metrics `shown` names, by label.
+
+        A metric that is not finite is written as it is, and a warning names it, the
+        first time only.
+        """
         self._metrics.write(step, metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value) and name not in self._overflowed:
+                self._overflowed.add(name)
+                warn(
+                    f"step {step}: {name} is {float(value)}; training goes on, as the "
+                    "loss and its gradients are finite (said once per metric)"
+                )
         found = {label: name for label, name in shown.items() if name in metrics}
         self._progress.update(
             step, {label: metrics[name] for label, name in found.items()}
