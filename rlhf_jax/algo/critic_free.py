@@ -234,7 +234,7 @@ def gpg_advantages(
     return jax.lax.stop_gradient(alpha * advantages)
 
 
-def passk_advantages(
+def pass_at_k_advantages(
     scores: Array,
     groups: Array | int,
     *,

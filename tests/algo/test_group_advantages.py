@@ -92,7 +92,7 @@ def test_size_and_ids_agree(maybe_jit, rng, scale, baseline):
     scores = jnp.array(rng.normal(size=12), jnp.float32)
     ids = np.repeat([3, 9, 5], 4)
     fn = functools.partial(group_advantages, scale=scale, baseline=baseline)
-    by_size = maybe_jit(functools.partial(fn, group_ids_or_size=4))(scores)
+    by_size = maybe_jit(functools.partial(fn, groups=4))(scores)
     by_id = maybe_jit(fn)(scores, jnp.array(ids))
     np.testing.assert_allclose(by_size, by_id, rtol=1e-5, atol=1e-6)
     order = rng.permutation(12)
@@ -148,11 +148,11 @@ def test_half_precision_and_integers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_ids_or_size": 4}, "group size 4: expected a divisor of the 6"),
-        ({"group_ids_or_size": 0}, "group size 0"),
-        ({"group_ids_or_size": 3, "scale": "batch"}, "scale='batch'"),
-        ({"group_ids_or_size": 3, "baseline": "loo"}, "baseline='loo'"),
-        ({"group_ids_or_size": 3, "baseline": "none"}, "scale='std': expected 'none'"),
+        ({"groups": 4}, "group size 4: expected a divisor of the 6"),
+        ({"groups": 0}, "group size 0"),
+        ({"groups": 3, "scale": "batch"}, "scale='batch'"),
+        ({"groups": 3, "baseline": "loo"}, "baseline='loo'"),
+        ({"groups": 3, "baseline": "none"}, "scale='std': expected 'none'"),
     ],
 )
 def test_wrong_options_are_named(options, message):
