@@ -1,8 +1,10 @@
 """Advantages without a critic: each answer against the others to its prompt."""
 
+from numbers import Integral
 from typing import Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo.types import Array, Scalar
@@ -56,7 +58,7 @@ def group_advantages(
         eps: added to σ or σ_B, positive; bounds what nearly equal scores can become.
 
     Returns:
-        `[B]` float32.
+        `[B]` float32, without a gradient.
 
     Raises:
         ValueError: when G does not divide B, on an unknown option, or when scores are
@@ -69,7 +71,10 @@ def group_advantages(
         al., 2025, arXiv:2508.08221.
     """
     _check_options(scores, scale, baseline)
-    scores = scores.astype(jnp.float32)
+    # A baseline is no function of the scores to be learned from, and √ has no
+    # derivative at the 0 of equal scores.
+    scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+    eps = jnp.asarray(eps, jnp.float32)
     if baseline == "none":
         return scores
     advantages = center_in_groups(scores, groups)
@@ -125,8 +130,8 @@ def group_sum(x: Array, groups: Array | int) -> Array:
     Raises:
         ValueError: when a group size does not divide B.
     """
-    if isinstance(groups, int):
-        size = _check_size(groups, x.shape[0])
+    if isinstance(groups, int | Integral):
+        size = _check_size(int(groups), x.shape[0])
         rows = x.reshape(-1, size)
         sums = jnp.sum(rows, axis=1, keepdims=True)
         return jnp.broadcast_to(sums, rows.shape).reshape(x.shape)
@@ -152,7 +157,7 @@ def group_std(scores: Array, groups: Array | int, *, ddof: int = 1) -> Array:
     centred = center_in_groups(scores, groups)
     squares = group_sum(jnp.square(centred), groups)
     count = group_sum(jnp.ones_like(scores), groups)
-    return _root(squares, count - ddof)
+    return _root(squares, count - jnp.asarray(ddof, jnp.float32))
 
 
 def largest_of_others(x: Array, groups: Array | int) -> Array:
@@ -168,8 +173,8 @@ def largest_of_others(x: Array, groups: Array | int) -> Array:
     Raises:
         ValueError: when a group size does not divide B.
     """
-    if isinstance(groups, int):
-        size = _check_size(groups, x.shape[0])
+    if isinstance(groups, int | Integral):
+        size = _check_size(int(groups), x.shape[0])
         rows = x.reshape(-1, 1, size)  # [B/G, 1, G], against [G, G]
         others = ~jnp.eye(size, dtype=bool)[None]
         largest = jnp.max(jnp.where(others, rows, -jnp.inf), axis=2)
@@ -193,7 +198,7 @@ def _check_options(scores: Array, scale: str, baseline: str) -> None:
 
 
 def _root(squares: Array, freedom: Scalar) -> Array:
-    return jnp.sqrt(squares / jnp.maximum(freedom, 1.0))
+    return jnp.sqrt(squares / jnp.maximum(jnp.asarray(freedom, jnp.float32), 1.0))
 
 
 def _check_size(size: int, batch: int) -> int:

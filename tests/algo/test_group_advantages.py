@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -158,3 +159,31 @@ def test_half_precision_and_integers():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(jnp.array(SCORES), **options)
+
+
+@pytest.mark.parametrize("scale", ["std", "batch-std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("scores", [[0.5, 1.5, 2.5, 2.5], [0.7] * 4])
+def test_no_gradient_flows_through_it(scale, baseline, scores):
+    # Weighted, for the sum over a group is constant anyway.
+    def total(scores):
+        out = group_advantages(scores, 2, scale=scale, baseline=baseline)
+        return jnp.sum(jnp.array([1.0, 2.0, 3.0, 4.0]) * out)
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.array(scores)), np.zeros(4))
+
+
+def test_scores_without_a_baseline_have_no_gradient_either():
+    def total(scores):
+        return jnp.sum(group_advantages(scores, 2, scale="none", baseline="none"))
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.array(SCORES)), np.zeros(6))
+
+
+def test_a_numpy_group_size_by_hand(maybe_jit):
+    # Means 1, 3 and 0.
+    fn = functools.partial(group_advantages, groups=np.int64(2), scale="none")
+    got = maybe_jit(fn)(jnp.array(SCORES))
+    np.testing.assert_array_equal(got, [-0.5, 0.5, -0.5, 0.5, -0.25, 0.25])
+    with pytest.raises(ValueError, match="group size 4: expected a divisor of the 6"):
+        group_advantages(jnp.array(SCORES), np.int64(4))
