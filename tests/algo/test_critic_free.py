@@ -251,6 +251,18 @@ def test_no_gradient(name):
     np.testing.assert_array_equal(grad(SCORES), np.zeros(7))
 
 
+def test_no_gradient_through_tokens():
+    # Of the two that give one number per token.
+    mask = jnp.arange(7)[:, None] >= jnp.array([[0, 1, 9]])
+    weights = jnp.arange(21.0).reshape(7, 3)
+    for fn in (
+        lambda s: broadcast_over_tokens(s, mask),
+        lambda s: reinforce_plus_plus_baseline_advantages(s, IDS, mask),
+    ):
+        grad = jax.grad(lambda s, fn=fn: jnp.sum(fn(s) * weights))(SCORES)
+        np.testing.assert_array_equal(grad, np.zeros(7))
+
+
 def test_wrong_options_are_named():
     for fn in (gpg_advantages, pass_at_k_advantages):
         with pytest.raises(ValueError, match="scale='batch': expected"):

@@ -1,7 +1,8 @@
-"""Options may be NumPy's numbers as well as Python's, with 64-bit types on or off.
+"""Every function under every way of calling it.
 
-Results are compared with those of the same Python numbers, which the other files hold
-against hand arithmetic; dtypes are float32 by contract.
+NumPy's numbers as options, 64-bit types, `vmap`, half precision, one row of one token.
+Results are compared with those of plain calls, which the other files hold against hand
+arithmetic; float32 is what is promised.
 """
 
 import functools
@@ -23,9 +24,9 @@ B, T, V = 4, 3, 5
 MASK = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).astype(bool)
 
 
-def arrays():
+def arrays(seed=3):
     """Rows of 3, 2, 1 and 0 tokens, NaN beneath the padding."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
 
     def per_token():
         return jnp.array(np.where(MASK, rng.normal(size=(B, T)), np.nan), jnp.float32)
@@ -81,7 +82,7 @@ CASES = {
         {"kl_coef": 0.3},
     ),
     "penalize_missing_eos": (
-        lambda x, **o: rj.penalize_missing_eos(x["scores"], x["mask"][:, 2], **o),
+        lambda x, **o: rj.penalize_missing_eos(x["scores"], x["mask"][:, -1], **o),
         {"penalty": 0.3},
     ),
     "group_advantages": (
@@ -234,6 +235,57 @@ def test_results_are_float32_with_64_bit_types_on(maybe_jit, name):
             got,
             want,
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_and_empty_rows_leave_no_nan(name):
+    fn, options = CASES[name]
+    for result in jax.tree.leaves(fn(arrays(), **options)):
+        assert not np.isnan(result).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_is_a_loop(name):
+    fn, options = CASES[name]
+    fn = functools.partial(fn, **options)
+    batches = [arrays(seed) for seed in (3, 4)]
+    got = jax.vmap(fn)(jax.tree.map(lambda *x: jnp.stack(x), *batches))
+    want = jax.tree.map(lambda *x: np.stack(x), *map(fn, batches))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want
+    )
+
+
+# These give back the dtype they got, multiply in it, or are parts that take float32.
+IN_THEIR_OWN_DTYPE = {"soft_cap", "split_minibatches", "fused_token_logprobs"} | {
+    *("center_in_groups", "group_sum", "group_std", "largest_of_others")
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - IN_THEIR_OWN_DTYPE))
+def test_half_precision_is_read_as_float32(name):
+    def cast(x, dtype):
+        return x.astype(dtype) if x.dtype in (jnp.float32, jnp.bfloat16) else x
+
+    fn, options = CASES[name]
+    low = {k: cast(x, jnp.bfloat16) for k, x in arrays().items()}
+    got = fn(low, **options)
+    want = fn({k: cast(x, jnp.float32) for k, x in low.items()}, **options)
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("row", [0, 3])
+def test_one_row_of_one_token(maybe_jit, name, row):
+    fn, options = CASES[name]
+    x = {
+        k: v if k == "unembedding" else v[row : row + 1, *[slice(1)] * (v.ndim > 1)]
+        for k, v in arrays().items()
+    }
+    one = dict.fromkeys(options.keys() & {"groups", "num_minibatches", "n"}, 1)
+    for result in jax.tree.leaves(maybe_jit(functools.partial(fn, **options | one))(x)):
+        assert not np.isnan(result).any()
 
 
 def test_bound_of_a_numpy_number_of_samples_is_a_python_number():
