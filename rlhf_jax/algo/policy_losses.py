@@ -96,7 +96,7 @@ def gspo_loss(
     return clipped_surrogate(ratio, advantages, clip_eps)
 
 
-def geometric_mean_loss(
+def gmpo_loss(
     logprobs: Array,
     old_logprobs: Array,
     advantages: Array,

@@ -15,7 +15,7 @@ from rlhf_jax.algo.losses import actor_loss, critic_loss
 from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
-    geometric_mean_loss,
+    gmpo_loss,
     gspo_loss,
     reinforce_loss,
     sapo_loss,
@@ -225,7 +225,7 @@ def _surrogate(options: PolicyLossOptions, clip_eps: ClipEps) -> PolicyLossFn | 
         case "gspo":
             return partial(gspo_loss, clip_eps=clip_eps)
         case "gmpo":
-            return partial(geometric_mean_loss, clip_eps=clip_eps)
+            return partial(gmpo_loss, clip_eps=clip_eps)
         case "cispo":
             return partial(cispo_loss, ratio_bounds=(None, options.ratio_bound))
         case "sapo":

@@ -16,7 +16,7 @@ from rlhf_jax.algo.losses import actor_loss, clipped_policy_loss, critic_loss
 from rlhf_jax.algo.options import GroupOptions, KLOptions, PolicyLossOptions
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
-    geometric_mean_loss,
+    gmpo_loss,
     gspo_loss,
     reinforce_loss,
     sapo_loss,
@@ -179,7 +179,7 @@ CLIP = {"clip_eps": 0.05, "clip_eps_high": 0.3}
 SURROGATES = {
     "ppo": (CLIP, without_mask(clipped_policy_loss, clip_eps=(0.05, 0.3))),
     "gspo": (CLIP, partial(gspo_loss, clip_eps=(0.05, 0.3))),
-    "gmpo": (CLIP, partial(geometric_mean_loss, clip_eps=(0.05, 0.3))),
+    "gmpo": (CLIP, partial(gmpo_loss, clip_eps=(0.05, 0.3))),
     "cispo": ({"ratio_bound": 1.2}, partial(cispo_loss, ratio_bounds=(None, 1.2))),
     "sapo": ({}, sapo_loss),
     "reinforce": ({}, reinforce_loss),

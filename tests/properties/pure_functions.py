@@ -135,7 +135,7 @@ FUNCTIONS = {
         x, value_clip_eps=None, scale=1.0, aggregation="seq-mean-token-mean"
     ),
     "gspo_loss": lambda x: policy_terms(x, policy_losses.gspo_loss),
-    "geometric_mean_loss": lambda x: policy_terms(x, policy_losses.geometric_mean_loss),
+    "gmpo_loss": lambda x: policy_terms(x, policy_losses.gmpo_loss),
     "cispo_loss": lambda x: policy_terms(x, policy_losses.cispo_loss),
     "sapo_loss": lambda x: policy_terms(x, policy_losses.sapo_loss),
 }
