@@ -11,7 +11,7 @@ from rlhf_jax.algo.types import Array, Params
 
 Batch = Any  # a pytree whose leaves lead with the batch axis
 Metrics = dict[str, Array]
-Objective = Callable[[Params, Batch, Any], tuple[Array, Metrics]]
+Objective = Callable[..., tuple[Array, Metrics]]
 """`(params, batch, divisor) -> (loss, metrics)`, scalars that add up over microbatches.
 
 `divisor` is the number of tokens, pairs or whatever the objective averages over (an
@@ -29,7 +29,11 @@ is not, put together. A key draws what is random in training, such as dropout.""
 
 
 def over_trained(
-    objective: Objective, assemble: Assemble | None, frozen: Params | None
+    objective: Objective,
+    assemble: Assemble | None,
+    frozen: Params | None,
+    *,
+    objective_key: bool = False,
 ) -> Callable[..., tuple[Array, Metrics]]:
     """An objective of whole parameters as one of those that are trained.
 
@@ -37,6 +41,8 @@ def over_trained(
         objective: of whole parameters.
         assemble: puts them together; None: everything is trained.
         frozen: the others.
+        objective_key: the key is the objective's, as its fourth argument, and not for
+            what is random in putting parameters together.
 
     Returns:
         `(params, batch, divisor, key=None) -> (loss, metrics)`.
@@ -46,7 +52,9 @@ def over_trained(
         params: Params, batch: Batch, divisor: Any, key: Array | None = None
     ) -> tuple[Array, Metrics]:
         if assemble is not None:
-            params = assemble(params, frozen, key)
+            params = assemble(params, frozen, None if objective_key else key)
+        if objective_key:
+            return objective(params, batch, divisor, key)
         return objective(params, batch, divisor)
 
     return of_trained

@@ -40,6 +40,7 @@ def make_update(
     slow_critic_decay: float | None = None,
     refresh_every: int = 1,
     assemble: Assemble | None = None,
+    objective_key: bool = False,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
     """Builds `update(state, experience, frozen=None) -> (state, metrics)`.
@@ -72,6 +73,8 @@ def make_update(
             one, becomes the actor.
         assemble: makes the objective's `ActorCritic` of the state's parameters and the
             frozen ones; None: the state's are all.
+        objective_key: the objective draws at random, and gets a key of its own for
+            every microbatch: `ppo_objective(…, policy_loss_key=True)`.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
@@ -91,7 +94,7 @@ def make_update(
     ) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
         minibatch_step = _minibatch_step(
-            over_trained(objective, assemble, frozen),
+            over_trained(objective, assemble, frozen, objective_key=objective_key),
             optimizers,
             num_microbatches=num_microbatches,
             prepare=prepare,
@@ -100,6 +103,10 @@ def make_update(
         )
 
         def epoch(carry: _Carry, epoch_key: Array):
+            draw_keys = None
+            if objective_key:
+                epoch_key, draw_key = jax.random.split(epoch_key)
+                draw_keys = jax.random.split(draw_key, num_minibatches)
             minibatches = split_minibatches(
                 epoch_key, experience, num_minibatches=num_minibatches
             )
@@ -107,7 +114,7 @@ def make_update(
                 mesh = jax.tree.leaves(state_sharding)[0].mesh
                 spread = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
                 minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
-            return jax.lax.scan(minibatch_step, carry, minibatches)
+            return jax.lax.scan(minibatch_step, carry, (minibatches, draw_keys))
 
         true = jnp.asarray(True)
         start = _Carry(state.params, state.opt_state, healthy=true, going=true)
@@ -131,6 +138,10 @@ def make_update(
     if state_sharding is None:
         return jax.jit(update, donate_argnums=0)
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, None))
+
+
+_Drawn = tuple[Experience, Array | None]
+"""A minibatch, and the key of its objective if that draws at random."""
 
 
 class _Carry(NamedTuple):
@@ -174,8 +185,9 @@ def _minibatch_step(
     minibatch, and whether it took the step.
     """
 
-    def step(carry: _Carry, minibatch: Experience):
+    def step(carry: _Carry, drawn: _Drawn):
         params, opt_state, healthy, going = carry
+        minibatch, key = drawn
         if prepare is not None:
             minibatch = prepare(minibatch)
         loss, metrics, grads = accumulate_gradients(
@@ -184,6 +196,7 @@ def _minibatch_step(
             minibatch,
             count_experience(minibatch),
             num_microbatches=num_microbatches,
+            key=key,
         )
         norms = {"actor": optax.tree.norm(grads.actor)}
         if jax.tree.leaves(grads.critic):
@@ -223,13 +236,13 @@ def _minibatch_step(
         }
         return carry, (metrics, terms, jnp.asarray(True), healthy & going)
 
-    def step_while_going(carry: _Carry, minibatch: Experience):
-        def stay(carry: _Carry, minibatch: Experience):
-            _, outputs = jax.eval_shape(step, carry, minibatch)
+    def step_while_going(carry: _Carry, drawn: _Drawn):
+        def stay(carry: _Carry, drawn: _Drawn):
+            _, outputs = jax.eval_shape(step, carry, drawn)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
             return carry, zeros
 
-        return jax.lax.cond(carry.going, step, stay, carry, minibatch)
+        return jax.lax.cond(carry.going, step, stay, carry, drawn)
 
     return step if max_kl is None else step_while_going
 
