@@ -52,7 +52,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All that the outcome depends on, as JSON reads it back."""
         values = to_dict(self.config) | {"num_judged": self.num_judged}
-        for name in ("run_dir", "resume", "quiet"):
+        for name in ("run_dir", "resume", "resume_step", "quiet"):
             del values[name]
         return json.loads(json.dumps(values))
 

@@ -187,6 +187,7 @@ class JaxSide:
 
     def _mean_squared_log_ratio(self, actor: Params, minibatch: Experience) -> Array:
         """TRL's approximate KL: k2, and a mean over padding too, where it is 0."""
+        assert minibatch.tokens is not None and minibatch.sequence_mask is not None
         logprobs, _ = self._token_logprobs(
             actor,
             minibatch.tokens,

@@ -22,8 +22,8 @@ from rlhf_jax.runtime.config import OptimizerConfig, check_positive
 NO_KL = KLOptions(place="none")
 
 
-def _kl_in_the_loss() -> KLOptions:
-    return KLOptions(place="loss", estimator="k2", coef=0.01)
+def _kl() -> KLOptions:
+    return KLOptions(coef=0.01)
 
 
 def _optimizer() -> OptimizerConfig:
@@ -51,7 +51,7 @@ class GRPOMethod:
     """log-probabilities that ratios are taken against: the sampler's, or recomputed as
     in training; auto recomputes where the two round differently, that is everywhere
     but in float32 on a CPU"""
-    kl: KLOptions = dataclasses.field(default_factory=_kl_in_the_loss)
+    kl: KLOptions = dataclasses.field(default_factory=_kl)
     """KL to the reference"""
     scores: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
     """what happens to scores before they are compared"""
@@ -108,12 +108,6 @@ class GRPOMethod:
             f"{self.groups.baseline} a group of equal scores has one",
         )
         check(
-            self.resample == 0 or self.kl.place != "reward",
-            "resample",
-            self.resample,
-            "is for groups of equal rewards, and with kl.place=reward no two are equal",
-        )
-        check(
             self.kl.place != "reward" or self.groups.scale != "signal",
             "groups.scale",
             self.groups.scale,
@@ -154,14 +148,17 @@ class GRPOMethod:
 def grpo() -> GRPOMethod:
     """GRPO as in DeepSeekMath: (s − μ)/σ, KL in the loss, mean over answers of means.
 
-    Departs from its paper: G = 64 there, which `--group-size 64` gives. The KL
-    estimator is its k3, whose gradient is that of the KL the other way round; the
-    default of this command, k2, has the right one.
+    Departs from its paper: G = 64 there, which `--group-size 64` gives. The defaults of
+    this command differ on purpose: σ of the batch, which leaves the direction of the
+    gradient nearly as it is, and the KL in the reward as k1, which has the KL's
+    gradient; its k3 in the loss has that of the KL the other way round
+    (docs/what-is-unbiased.md).
 
     References:
         Shao et al., 2024, arXiv:2402.03300.
     """
     return GRPOMethod(
+        groups=GroupOptions(scale="std"),
         kl=KLOptions(place="loss", estimator="k3", coef=0.04),
         policy_loss=PolicyLossOptions(aggregation="seq-mean-token-mean"),
         minibatches=1,
@@ -226,7 +223,10 @@ def reinforce_pp_baseline() -> GRPOMethod:
     References:
         Hu et al., 2025, arXiv:2501.03262.
     """
-    return GRPOMethod(groups=GroupOptions(scale="tokens", ddof=0))
+    return GRPOMethod(
+        groups=GroupOptions(scale="tokens", ddof=0),
+        kl=KLOptions(place="loss", estimator="k2", coef=0.01),
+    )
 
 
 def remax() -> GRPOMethod:
@@ -258,6 +258,7 @@ def dapo() -> GRPOMethod:
         Yu et al., 2025, arXiv:2503.14476.
     """
     return GRPOMethod(
+        groups=GroupOptions(scale="std"),
         resample=4,
         kl=NO_KL,
         scores=ScoreOptions(missing_eos="mask"),
@@ -272,6 +273,7 @@ def gspo() -> GRPOMethod:
         Zheng et al., 2025, arXiv:2507.18071.
     """
     return GRPOMethod(
+        groups=GroupOptions(scale="std"),
         kl=NO_KL,
         policy_loss=PolicyLossOptions(
             surrogate="gspo",
@@ -290,6 +292,7 @@ def cispo() -> GRPOMethod:
         MiniMax, 2025, arXiv:2506.13585.
     """
     return GRPOMethod(
+        groups=GroupOptions(scale="std"),
         kl=NO_KL,
         policy_loss=PolicyLossOptions(surrogate="cispo"),
         minibatches=4,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.algo.options import ScoreOptions
 from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.presets import PPOMethod, trl
 from rlhf_jax.recipes.policy_configs import PPOConfig
@@ -65,7 +66,11 @@ def runs():
 
 
 DEFAULT_CONFIG = PPOConfig(
-    run_dir="run", policy="an sft/model", reward_model="reward", data="prompts.jsonl"
+    run_dir="run",
+    policy="an sft/model",
+    reward_model="reward",
+    data="prompts.jsonl",
+    scores=ScoreOptions(missing_eos="subtract"),  # as the quickstart's
 )
 
 

@@ -55,7 +55,7 @@ def gae(
         mask: `[B, T]` bool, True on response tokens through the first stop token;
             `include_end_state` of that where the score sits after the last token.
         gamma: `[]`, discount per token, in [0, 1].
-        lam: `[]` or one per row `[B]`, λ; 0 gives TD errors, 1 gives returns minus
+        lam: `[]`, or one per row, `[B]`: λ; 0 gives TD errors, 1 gives returns minus
             values.
         method: `"scan"` steps back through time and is the faster on a CPU;
             `"associative"` takes log T parallel steps. They agree up to rounding.
@@ -78,8 +78,11 @@ def gae(
         Schulman et al., 2016, arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11.
     """
     rewards, values = _check_and_mask(rewards, values, mask)
+    gamma = _scalar(gamma)
     lam = jnp.asarray(lam, jnp.float32)
     chex.assert_rank(lam, {0, 1})
+    if lam.ndim:
+        chex.assert_shape(lam, (mask.shape[0],))
     lam_of_row = lam[:, None] if lam.ndim else lam[None, None]
     targets = values
     if target_values is not None:
@@ -130,7 +133,7 @@ def length_adaptive_lam(mask: Array, *, alpha: Scalar = 0.05) -> Array:
     chex.assert_rank(mask, 2)
     chex.assert_type(mask, bool)
     lengths = jnp.sum(mask.astype(jnp.float32), axis=1)
-    return 1.0 - 1.0 / jnp.maximum(alpha * lengths, 1.0)
+    return 1.0 - 1.0 / jnp.maximum(_scalar(alpha) * lengths, 1.0)
 
 
 def td_errors(
@@ -155,7 +158,7 @@ def td_errors(
     """
     rewards, values = _check_and_mask(rewards, values, mask)
     end = jnp.zeros_like(values[:, 0])
-    errors = rewards + gamma * _next_real(values, mask, end) - values
+    errors = rewards + _scalar(gamma) * _next_real(values, mask, end) - values
     return jax.lax.stop_gradient(jnp.where(mask, errors, 0.0))
 
 
@@ -189,6 +192,7 @@ def n_step_returns(
     if n < 1:
         raise ValueError(f"n={n}: expected at least 1 step")
     rewards, values = _check_and_mask(rewards, values, mask)
+    gamma = _scalar(gamma)
 
     end = jnp.zeros_like(values[:, 0])
 
@@ -196,9 +200,17 @@ def n_step_returns(
         # The return over k + 1 steps is r_t + γ · (that over k steps from t + 1).
         return jnp.where(mask, rewards + gamma * _next_real(returns, mask, end), 0.0)
 
-    steps = min(n, rewards.shape[1])  # beyond the end of the row nothing changes
+    steps = min(int(n), rewards.shape[1])  # beyond the end of the row nothing changes
     returns = jax.lax.fori_loop(0, steps, look_one_further, values)
     return jax.lax.stop_gradient(returns)
+
+
+def _scalar(x: Scalar) -> Array:
+    """`[]` float32. A NumPy float64 would change the dtype of a loop's carry under x64,
+    and an array would be broadcast along whichever axis is last."""
+    x = jnp.asarray(x, jnp.float32)
+    chex.assert_rank(x, 0)
+    return x
 
 
 def _check_and_mask(rewards: Array, values: Array, mask: Array) -> tuple[Array, Array]:
@@ -227,7 +239,7 @@ def _gae_scan(
     targets: Array,
     end: Array,
     real: Array,
-    gamma: Scalar,
+    gamma: Array,
     decay: Array,
 ) -> Array:
     def step_back(carry: tuple[Array, Array], token: tuple[Array, ...]):
@@ -258,7 +270,7 @@ def _gae_associative(
     targets: Array,
     end: Array,
     real: Array,
-    gamma: Scalar,
+    gamma: Array,
     decay: Array,
 ) -> Array:
     # A_t = d_t + g_t · A_{t+1}; a masked token has d = 0 and g = 1. Maps x ↦ d + g·x

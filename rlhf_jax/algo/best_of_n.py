@@ -33,6 +33,7 @@ def best_of_n_kl(n: int) -> float:
     """
     if n < 1:
         raise ValueError(f"n={n}: expected 1 or more")
+    n = int(n)  # a NumPy integer would give a NumPy float
     return math.log(n) - (n - 1) / n
 
 

@@ -77,9 +77,9 @@ def clip_cov_loss(
     eps = {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}
     clipped = is_clipped(ratio, advantages, **eps)
     covariance = _token_covariances(logprobs, advantages, mask)
-    least, most = cov_range
+    least, most = (jnp.asarray(bound, jnp.float32) for bound in cov_range)
     candidates = mask & ~clipped & (covariance > least) & (covariance < most)
-    lots = jnp.where(candidates, jax.random.uniform(key, mask.shape), -1.0)
+    lots = jnp.where(candidates, jax.random.uniform(key, mask.shape, jnp.float32), -1.0)
     left_out = candidates & _largest(lots, _share(fraction, mask))
     return jnp.where(left_out, 0.0, clipped_surrogate(ratio, advantages, **eps))
 
@@ -130,7 +130,7 @@ def kl_cov_loss(
     covariance = jnp.where(mask, covariance, -jnp.inf)
     held_back = _largest(covariance, _share(fraction, mask))
     distance = kl_estimate(logprobs, old_logprobs, estimator="abs")
-    penalty = jnp.where(held_back, kl_coef * distance, 0.0)
+    penalty = jnp.where(held_back, jnp.asarray(kl_coef, jnp.float32) * distance, 0.0)
     return penalty - jnp.exp(log_ratio) * advantages
 
 
@@ -146,7 +146,9 @@ def _share(fraction: float, mask: Array) -> Array:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction}: expected in (0, 1]")
     tokens = jnp.sum(mask.astype(jnp.float32))
-    return jnp.maximum(jnp.floor(fraction * tokens).astype(jnp.int32), 1)
+    return jnp.maximum(
+        jnp.floor(jnp.asarray(fraction, jnp.float32) * tokens).astype(jnp.int32), 1
+    )
 
 
 def _largest(x: Array, count: Array) -> Array:

@@ -35,7 +35,8 @@ def broadcast_over_tokens(advantages: Array, mask: Array) -> Array:
         mask: `[B, T]` bool, True on response tokens.
 
     Returns:
-        `[B, T]` float32, 0 where `mask` is False, whatever the row's number.
+        `[B, T]` float32, 0 where `mask` is False, whatever the row's number; without
+        a gradient.
 
     Raises:
         AssertionError: on a wrong rank, unequal sizes or a wrong dtype.
@@ -43,7 +44,8 @@ def broadcast_over_tokens(advantages: Array, mask: Array) -> Array:
     chex.assert_rank([advantages, mask], [1, 2])
     chex.assert_equal_shape_prefix([advantages, mask], 1)
     chex.assert_type([advantages, mask], [float, bool])
-    return jnp.where(mask, advantages.astype(jnp.float32)[:, None], 0.0)
+    advantages = jax.lax.stop_gradient(advantages.astype(jnp.float32))
+    return jnp.where(mask, advantages[:, None], 0.0)
 
 
 def rewards_to_go(rewards: Array, mask: Array, *, gamma: Scalar = 1.0) -> Array:
@@ -234,7 +236,7 @@ def gpg_advantages(
     return jax.lax.stop_gradient(alpha * advantages)
 
 
-def passk_advantages(
+def pass_at_k_advantages(
     scores: Array,
     groups: Array | int,
     *,
@@ -276,5 +278,7 @@ def passk_advantages(
     gain = jnp.maximum(scores - others, 0.0)
     advantages = jnp.where(jnp.isneginf(others), 0.0, gain)
     if scale == "std":
-        advantages = advantages / (group_std(scores, groups, ddof=ddof) + eps)
+        advantages = advantages / (
+            group_std(scores, groups, ddof=ddof) + jnp.asarray(eps, jnp.float32)
+        )
     return jax.lax.stop_gradient(advantages)

@@ -1,5 +1,6 @@
 """One score from several reward models."""
 
+from numbers import Real
 from typing import Literal, get_args
 
 import chex
@@ -37,8 +38,8 @@ def combine_scores(
         `[B]` float32, without a gradient. For K = 1 all three are that model's score.
 
     Raises:
-        ValueError: when `how` is none of the three, or a `penalty` given as a Python
-            number is negative.
+        ValueError: when `how` is none of the three, or a `penalty` given as a number is
+            negative or NaN.
         AssertionError: on a wrong rank or dtype.
 
     References:
@@ -51,7 +52,7 @@ def combine_scores(
     if how not in get_args(EnsembleScore):
         choices = ", ".join(get_args(EnsembleScore))
         raise ValueError(f"how={how!r}: expected one of {choices}")
-    if isinstance(penalty, int | float) and penalty < 0:
+    if isinstance(penalty, Real) and not penalty >= 0:
         raise ValueError(f"penalty={penalty}: expected 0 or more")
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
     if how == "worst":
@@ -59,4 +60,4 @@ def combine_scores(
     mean = jnp.mean(scores, axis=0)
     if how == "mean":
         return mean
-    return mean - penalty * jnp.std(scores, axis=0)
+    return mean - jnp.asarray(penalty, jnp.float32) * jnp.std(scores, axis=0)

@@ -1,8 +1,10 @@
 """Advantages without a critic: each answer against the others to its prompt."""
 
+from numbers import Integral
 from typing import Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo.types import Array, Scalar
@@ -10,9 +12,9 @@ from rlhf_jax.algo.types import Array, Scalar
 
 def group_advantages(
     scores: Array,
-    group_ids_or_size: Array | int,
+    groups: Array | int,
     *,
-    scale: Literal["std", "batch-std", "none"] = "std",
+    scale: Literal["std", "batch-std", "none"] = "batch-std",
     baseline: Literal["mean", "leave-one-out", "none"] = "mean",
     ddof: int = 1,
     eps: Scalar = 1e-4,
@@ -42,11 +44,11 @@ def group_advantages(
     GRPO up to the factor (n − 1)/n. Dividing by σ changes its direction where scores
     are graded. Where they are 0 or 1 it only weighs the prompts, alike for n = 2 and 3,
     and from n = 4 on the more, the nearer a prompt is to always or never solved; that
-    may be what one wants. σ_B sets a common scale and errs less.
+    may be what one wants. σ_B, the default, sets a common scale and errs less.
 
     Args:
         scores: `[B]` float, one per answer.
-        group_ids_or_size: an int G: answers g·G … g·G + G − 1 form group g. Or ids,
+        groups: an int G: answers g·G … g·G + G − 1 form group g. Or ids,
             `[B]` integer of any values: equal ids form a group, of any size and
             order. Ids compare all pairs, which takes B² bools, and need a mesh with
             auto axes or an unsharded batch.
@@ -56,7 +58,7 @@ def group_advantages(
         eps: added to σ or σ_B, positive; bounds what nearly equal scores can become.
 
     Returns:
-        `[B]` float32.
+        `[B]` float32, without a gradient.
 
     Raises:
         ValueError: when G does not divide B, on an unknown option, or when scores are
@@ -69,15 +71,18 @@ def group_advantages(
         al., 2025, arXiv:2508.08221.
     """
     _check_options(scores, scale, baseline)
-    scores = scores.astype(jnp.float32)
+    # A baseline is no function of the scores to be learned from, and √ has no
+    # derivative at the 0 of equal scores.
+    scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+    eps = jnp.asarray(eps, jnp.float32)
     if baseline == "none":
         return scores
-    advantages = center_in_groups(scores, group_ids_or_size)
+    advantages = center_in_groups(scores, groups)
     if baseline == "leave-one-out":
-        count = group_sum(jnp.ones_like(scores), group_ids_or_size)
+        count = group_sum(jnp.ones_like(scores), groups)
         advantages = advantages * count / jnp.maximum(count - 1.0, 1.0)
     if scale == "std":
-        std = group_std(scores, group_ids_or_size, ddof=ddof)
+        std = group_std(scores, groups, ddof=ddof)
         advantages = advantages / (std + eps)
     elif scale == "batch-std":
         deviations = scores - jnp.mean(scores)
@@ -88,13 +93,13 @@ def group_advantages(
 
 
 def center_in_groups(
-    scores: Array, group_ids_or_size: Array | int, weights: Array | None = None
+    scores: Array, groups: Array | int, weights: Array | None = None
 ) -> Array:
     """Scores minus their group's mean.
 
     Args:
         scores: `[B]` float32.
-        group_ids_or_size: see `group_advantages`.
+        groups: see `group_advantages`.
         weights: `[B]` float32, not negative, of a weighted mean; 1 by default. In a
             group without any weight the mean is 0.
 
@@ -105,19 +110,19 @@ def center_in_groups(
         ValueError: when a group size does not divide B.
     """
     weights = jnp.ones_like(scores) if weights is None else weights
-    total = group_sum(weights, group_ids_or_size)
+    total = group_sum(weights, groups)
     total = jnp.where(total > 0, total, 1.0)
-    centred = scores - group_sum(weights * scores, group_ids_or_size) / total
+    centred = scores - group_sum(weights * scores, groups) / total
     # Once more: the rounding error of a large mean would look like a difference.
-    return centred - group_sum(weights * centred, group_ids_or_size) / total
+    return centred - group_sum(weights * centred, groups) / total
 
 
-def group_sum(x: Array, group_ids_or_size: Array | int) -> Array:
+def group_sum(x: Array, groups: Array | int) -> Array:
     """At every answer the sum over its group.
 
     Args:
         x: `[B]` float32.
-        group_ids_or_size: see `group_advantages`.
+        groups: see `group_advantages`.
 
     Returns:
         `[B]` float32.
@@ -125,21 +130,21 @@ def group_sum(x: Array, group_ids_or_size: Array | int) -> Array:
     Raises:
         ValueError: when a group size does not divide B.
     """
-    if isinstance(group_ids_or_size, int):
-        size = _check_size(group_ids_or_size, x.shape[0])
-        groups = x.reshape(-1, size)
-        sums = jnp.sum(groups, axis=1, keepdims=True)
-        return jnp.broadcast_to(sums, groups.shape).reshape(x.shape)
-    same = _same_group(group_ids_or_size, x.shape[0])
+    if isinstance(groups, int | Integral):
+        size = _check_size(int(groups), x.shape[0])
+        rows = x.reshape(-1, size)
+        sums = jnp.sum(rows, axis=1, keepdims=True)
+        return jnp.broadcast_to(sums, rows.shape).reshape(x.shape)
+    same = _same_group(groups, x.shape[0])
     return jnp.sum(jnp.where(same, x[None, :], 0.0), axis=1)
 
 
-def group_std(scores: Array, group_ids_or_size: Array | int, *, ddof: int = 1) -> Array:
+def group_std(scores: Array, groups: Array | int, *, ddof: int = 1) -> Array:
     """At every answer the standard deviation of its group.
 
     Args:
         scores: `[B]` float32.
-        group_ids_or_size: see `group_advantages`.
+        groups: see `group_advantages`.
         ddof: the squares divide by n − ddof, or by 1 where that is less.
 
     Returns:
@@ -149,18 +154,18 @@ def group_std(scores: Array, group_ids_or_size: Array | int, *, ddof: int = 1) -
         ValueError: when a group size does not divide B.
     """
     # From the centred scores: E s² − μ² cancels when they are nearly equal.
-    centred = center_in_groups(scores, group_ids_or_size)
-    squares = group_sum(jnp.square(centred), group_ids_or_size)
-    count = group_sum(jnp.ones_like(scores), group_ids_or_size)
-    return _root(squares, count - ddof)
+    centred = center_in_groups(scores, groups)
+    squares = group_sum(jnp.square(centred), groups)
+    count = group_sum(jnp.ones_like(scores), groups)
+    return _root(squares, count - jnp.asarray(ddof, jnp.float32))
 
 
-def largest_of_others(x: Array, group_ids_or_size: Array | int) -> Array:
+def largest_of_others(x: Array, groups: Array | int) -> Array:
     """At every answer the largest x of the other answers in its group.
 
     Args:
         x: `[B]` float32.
-        group_ids_or_size: see `group_advantages`.
+        groups: see `group_advantages`.
 
     Returns:
         `[B]` float32; −inf in a group of one.
@@ -168,13 +173,13 @@ def largest_of_others(x: Array, group_ids_or_size: Array | int) -> Array:
     Raises:
         ValueError: when a group size does not divide B.
     """
-    if isinstance(group_ids_or_size, int):
-        size = _check_size(group_ids_or_size, x.shape[0])
-        groups = x.reshape(-1, 1, size)  # [groups, 1, G], against [G, G]
+    if isinstance(groups, int | Integral):
+        size = _check_size(int(groups), x.shape[0])
+        rows = x.reshape(-1, 1, size)  # [B/G, 1, G], against [G, G]
         others = ~jnp.eye(size, dtype=bool)[None]
-        largest = jnp.max(jnp.where(others, groups, -jnp.inf), axis=2)
+        largest = jnp.max(jnp.where(others, rows, -jnp.inf), axis=2)
         return largest.reshape(x.shape)
-    same = _same_group(group_ids_or_size, x.shape[0])
+    same = _same_group(groups, x.shape[0])
     others = same & ~jnp.eye(x.shape[0], dtype=bool)
     return jnp.max(jnp.where(others, x[None, :], -jnp.inf), axis=1)
 
@@ -193,7 +198,7 @@ def _check_options(scores: Array, scale: str, baseline: str) -> None:
 
 
 def _root(squares: Array, freedom: Scalar) -> Array:
-    return jnp.sqrt(squares / jnp.maximum(freedom, 1.0))
+    return jnp.sqrt(squares / jnp.maximum(jnp.asarray(freedom, jnp.float32), 1.0))
 
 
 def _check_size(size: int, batch: int) -> int:

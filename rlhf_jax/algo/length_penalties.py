@@ -38,5 +38,6 @@ def soft_overlong_penalty(lengths: Array, *, limit: int, buffer: int) -> Array:
     chex.assert_type(lengths, int)
     if not 1 <= buffer <= limit:
         raise ValueError(f"buffer={buffer}: expected in 1 … limit={limit}")
+    limit, buffer = int(limit), int(buffer)
     over = lengths.astype(jnp.float32) - (limit - buffer)
     return jnp.clip(-over / buffer, -1.0, 0.0)

@@ -1,9 +1,12 @@
 """Log-probabilities and entropies of tokens, with or without the logits in memory."""
 
+from numbers import Real
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algo.temperature import check_temperature
 from rlhf_jax.algo.types import Array, Scalar
 
 
@@ -41,19 +44,27 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: Scalar = 1.0) -
         logits: `[B, T, V]` float; column t predicts `tokens[:, t]`. −inf excludes a
             token.
         tokens: `[B, T]` integer, in `[0, V)`.
-        temperature: `[]`, positive, that of the sampler.
+        temperature: `[]`, positive, that of the sampler. Unlike `sample_token` it
+            refuses the number 0: greedy decoding gives its token probability 1 and
+            every other 0, which nothing can learn from. An array is not looked at,
+            and gives NaN at 0.
 
     Returns:
         `[B, T]` float32, differentiable in `logits`.
 
     Raises:
+        ValueError: when a temperature given as a number is not positive and finite.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
     """
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
     chex.assert_type([logits, tokens], [float, int])
-    scaled = logits.astype(jnp.float32) / temperature
-    return _select_token(scaled, tokens) - jax.nn.logsumexp(scaled, axis=-1)
+    logits = logits.astype(jnp.float32)
+    # Taken off before the division, for it leaves an error of 1e-7 · |z| / T.
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    scaled = (logits - peak) / _divisor(temperature)
+    normalizer = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
+    return _select_token(scaled, tokens) - normalizer
 
 
 def token_entropy(logits: Array, *, temperature: Scalar = 1.0) -> Array:
@@ -63,17 +74,19 @@ def token_entropy(logits: Array, *, temperature: Scalar = 1.0) -> Array:
 
     Args:
         logits: `[B, T, V]` float; −inf excludes a token.
-        temperature: `[]`, positive, that of the sampler.
+        temperature: `[]`, positive, as in `token_logprobs`.
 
     Returns:
         `[B, T]` float32, in [0, log V], differentiable in `logits`.
 
     Raises:
+        ValueError: when a temperature given as a number is not positive and finite.
         AssertionError: on a wrong rank or dtype.
     """
     chex.assert_rank(logits, 3)
     chex.assert_type(logits, float)
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    scaled = logits.astype(jnp.float32) / _divisor(temperature)
+    logprobs = jax.nn.log_softmax(scaled, axis=-1)
     # The finite stand-in keeps the gradient at an excluded token 0, not 0 · inf.
     finite = jnp.where(logprobs == -jnp.inf, 0.0, logprobs)
     return -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
@@ -105,7 +118,7 @@ def fused_token_logprobs(
         hidden: `[B, T, D]` float; column t predicts `tokens[:, t]`.
         unembedding: `[D, V]` float.
         tokens: `[B, T]` integer, in `[0, V)`.
-        temperature: `[]`, positive, that of the sampler. Gets no gradient.
+        temperature: `[]`, positive, as in `token_logprobs`. Gets no gradient.
         softcap: of the logits, before the temperature: see `soft_cap`.
         chunk_size: most tokens in a chunk, counted over all devices. The logits of
             one chunk, `chunk_size · V` float32, are what is held.
@@ -115,7 +128,8 @@ def fused_token_logprobs(
         mode, in `hidden` and `unembedding`; their gradients have their dtypes.
 
     Raises:
-        ValueError: when `chunk_size` is not positive.
+        ValueError: when `chunk_size` is not positive, or a temperature given as a
+            number not positive and finite.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
     """
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
@@ -128,7 +142,7 @@ def fused_token_logprobs(
     num_chunks = -(-count // chunk_size)
     chunks = _into_chunks(hidden.reshape(count, -1), num_chunks)  # [C, N/C, D]
     token_chunks = _into_chunks(tokens.reshape(count), num_chunks)  # [C, N/C]
-    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    temperature = jax.lax.stop_gradient(_divisor(temperature))
     results = _fused(chunks, unembedding, token_chunks, temperature, softcap)
     logprobs, entropy = (x.T.reshape(-1)[:count].reshape(tokens.shape) for x in results)
     return logprobs, entropy
@@ -144,10 +158,27 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
     Returns:
         `[...]`, dtype of `logits`.
 
+    Raises:
+        ValueError: when the cap is not positive and finite.
+
     References:
         Gemma Team, 2024, arXiv:2408.00118, section 2.
     """
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    if cap is None:
+        return logits
+    if isinstance(cap, Real):
+        if not 0 < cap < float("inf"):
+            raise ValueError(f"cap={cap}: expected a finite number above 0, or None")
+        cap = float(cap)  # NumPy's float64 would carry its dtype into the logits
+    return cap * jnp.tanh(logits / cap)
+
+
+def _divisor(temperature: Scalar) -> Array:
+    """`[]` float32."""
+    check_temperature(temperature)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    chex.assert_rank(temperature, 0)
+    return temperature
 
 
 def _fused_results(
@@ -164,32 +195,35 @@ def _fused_results(
 def _fused_forward(hidden, unembedding, tokens, temperature, softcap):
     def forward_chunk(_, chunk):
         hidden, tokens = chunk
-        scaled = _chunk_logits(hidden, unembedding, softcap) / temperature
-        normalizer = jax.nn.logsumexp(scaled, axis=-1)
+        logits = _chunk_logits(hidden, unembedding, softcap)
+        # As in `token_logprobs`; what the compiler makes of z / T and the normalizer
+        # must not differ either, or a low temperature gives probabilities above 1.
+        peak = jnp.max(logits, axis=-1)
+        scaled = (logits - peak[:, None]) / temperature
+        normalizer = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
         shifted = scaled - normalizer[:, None]
         entropy = -jnp.sum(jnp.exp(shifted) * shifted, axis=-1)
-        return None, (_select_token(shifted, tokens), normalizer, entropy)
+        return None, (_select_token(shifted, tokens), peak, normalizer, entropy)
 
     _, results = _scan(forward_chunk, None, (hidden, tokens))
-    logprobs, normalizer, entropy = results
-    saved = (hidden, unembedding, tokens, temperature, normalizer, entropy)
+    logprobs, peak, normalizer, entropy = results
+    saved = (hidden, unembedding, tokens, temperature, peak, normalizer, entropy)
     return (logprobs, entropy), saved
 
 
 def _fused_backward(softcap, saved, cotangents):
-    hidden, unembedding, tokens, temperature, normalizer, entropy = saved
+    hidden, unembedding, tokens, temperature, peak, normalizer, entropy = saved
 
     def backward_chunk(d_unembedding, chunk):
-        hidden, tokens, normalizer, entropy, d_logprobs, d_entropy = chunk
+        hidden, tokens, peak, normalizer, entropy, d_logprobs, d_entropy = chunk
         # 0 · NaN would carry a padding token's hidden state into every weight.
         used = ((d_logprobs != 0) | (d_entropy != 0))[:, None]
         hidden = jnp.where(used, hidden, jnp.zeros_like(hidden))
         logits = _chunk_logits(hidden, unembedding, softcap)
-        scaled = logits / temperature
-        shifted = scaled - normalizer[:, None]
+        shifted = (logits - peak[:, None]) / temperature - normalizer[:, None]
         probs = jnp.exp(shifted)
         # ∂ log p_y / ∂z = 1_y − p          ∂H / ∂z = −p · (log p + H)
-        d_scaled = jnp.where(_is_token(scaled, tokens), d_logprobs[:, None], 0.0)
+        d_scaled = jnp.where(_is_token(shifted, tokens), d_logprobs[:, None], 0.0)
         d_scaled -= probs * (
             d_logprobs[:, None] + d_entropy[:, None] * (shifted + entropy[:, None])
         )
@@ -204,7 +238,7 @@ def _fused_backward(softcap, saved, cotangents):
     d_unembedding, d_hidden = _scan(
         backward_chunk,
         jnp.zeros_like(unembedding, jnp.float32),
-        (hidden, tokens, normalizer, entropy, *cotangents),
+        (hidden, tokens, peak, normalizer, entropy, *cotangents),
     )
     return d_hidden, d_unembedding.astype(unembedding.dtype), None, None
 

@@ -240,10 +240,10 @@ class GroupOptions(Options):
     """what a score is compared with: the mean of its group (GRPO), of the others in it
     (RLOO), weighted by length (OPO); the score of the likeliest answer (ReMax); the
     best of the others (for pass@k); or nothing (REINFORCE)"""
-    scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "std"
-    """what that is divided by: the standard deviation of its group (GRPO), of the
-    batch, or over all tokens, after centring there (REINFORCE++); the share of groups
-    with a signal (GPG); or nothing (Dr. GRPO, RLOO)"""
+    scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "batch-std"
+    """what that is divided by: the standard deviation of its group (GRPO as published),
+    of the batch, or over all tokens, after centring there (REINFORCE++); the share of
+    groups with a signal (GPG); or nothing (Dr. GRPO, RLOO)"""
     gamma: float = 1.0
     """discount per token; for baselines greedy and none, where rewards keep their
     place in the answer"""

@@ -33,7 +33,10 @@ def pass_at_k(num_correct: Array, *, num_samples: int, k: int) -> Array:
         raise ValueError(f"k={k}: expected 1 to num_samples={num_samples}")
     chex.assert_rank(num_correct, 1)
     chex.assert_type(num_correct, int)
+    num_samples, k = int(num_samples), int(k)
     num_wrong = num_samples - num_correct.astype(jnp.int32)[:, None]
-    drawn = jnp.arange(k)[None, :]  # wrong ones, and all, that are left at each draw
+    drawn = jnp.arange(k, dtype=jnp.int32)[
+        None, :
+    ]  # wrong ones, and all, that are left at each draw
     none_right = jnp.maximum(num_wrong - drawn, 0) / (num_samples - drawn)
     return 1.0 - jnp.prod(none_right.astype(jnp.float32), axis=-1)

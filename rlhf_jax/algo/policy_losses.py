@@ -163,7 +163,7 @@ def gspo_loss(
     return clipped_surrogate(ratio, advantages, clip_eps, clip_eps_high)
 
 
-def geometric_mean_loss(
+def gmpo_loss(
     logprobs: Array,
     old_logprobs: Array,
     advantages: Array,

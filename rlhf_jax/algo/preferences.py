@@ -1,5 +1,7 @@
 """The loss that turns human preferences into a reward model."""
 
+from numbers import Real
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def preference_loss(
         `[N]` float32, unreduced, differentiable in both scores.
 
     Raises:
-        ValueError: when a `label_smoothing` given as a Python number is outside
+        ValueError: when a `label_smoothing` given as a number is outside
             [0, 0.5).
         AssertionError: on unequal shapes or a wrong dtype.
 
@@ -39,12 +41,13 @@ def preference_loss(
     """
     chex.assert_equal_shape([chosen_scores, rejected_scores])
     chex.assert_type([chosen_scores, rejected_scores], float)
-    if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 0.5:
+    if isinstance(label_smoothing, Real) and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: expected in [0, 0.5)")
     gap = chosen_scores.astype(jnp.float32) - rejected_scores.astype(jnp.float32)
     if margin is not None:
         chex.assert_equal_shape([margin, gap])
         chex.assert_type(margin, float)
         gap = gap - margin.astype(jnp.float32)
+    label_smoothing = jnp.asarray(label_smoothing, jnp.float32)
     right = (1.0 - label_smoothing) * jax.nn.softplus(-gap)
     return right + label_smoothing * jax.nn.softplus(gap)

@@ -74,7 +74,7 @@ def pairwise_ranking_loss(
         pairs.
 
     Raises:
-        ValueError: when a `label_smoothing` given as a Python number is outside
+        ValueError: when a `label_smoothing` given as a number is outside
             [0, 0.5).
         AssertionError: on a wrong rank, unequal shapes, or a wrong dtype.
 
@@ -91,7 +91,7 @@ def pairwise_ranking_loss(
     losses = preference_loss(
         jnp.broadcast_to(scores[:, :, None], is_pair.shape),
         jnp.broadcast_to(scores[:, None, :], is_pair.shape),
-        margin=margin_step * differences,
+        margin=jnp.asarray(margin_step, jnp.float32) * differences,
         label_smoothing=label_smoothing,
     )
     num_pairs = jnp.sum(is_pair, axis=(1, 2), dtype=jnp.float32)

@@ -48,6 +48,7 @@ def penalize_missing_eos(
     chex.assert_type([scores, truncated], [float, bool])
     scores = scores.astype(jnp.float32)
     penalty = jnp.asarray(penalty, jnp.float32)
+    chex.assert_rank(penalty, 0)
     if mode == "subtract":
         return jnp.where(truncated, scores - penalty, scores)
     if mode == "replace":
@@ -85,7 +86,7 @@ def shape_rewards(
         logprobs: `[B, T]` float, of the policy that sampled, log π(a_t | s_t).
         ref_logprobs: `[B, T]` float, of the frozen reference.
         mask: `[B, T]` bool, True on response tokens through the first stop token.
-        kl_coef: `[]`, β; 0 leaves the score alone.
+        kl_coef: `[]`, or one per row, `[B]`: β; 0 leaves the score alone.
         estimator: see `kl_estimate`. With anything but `"k1"` the policy gradient of
             the penalty is not that of the KL.
         log_ratio_clamp: see `kl_estimate`.
@@ -110,6 +111,11 @@ def shape_rewards(
     chex.assert_type(
         [scores, logprobs, ref_logprobs, mask], [float, float, float, bool]
     )
+    kl_coef = jnp.asarray(kl_coef, jnp.float32)
+    chex.assert_rank(kl_coef, {0, 1})
+    if kl_coef.ndim:  # one per row, not the one per token that broadcasting makes of it
+        chex.assert_shape(kl_coef, scores.shape)
+        kl_coef = kl_coef[:, None]
     kl = kl_estimate(
         logprobs,
         ref_logprobs,

@@ -1,10 +1,13 @@
 """The one distribution tokens are drawn from, and the draw."""
 
+from numbers import Real
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algo.masking import column_indices
+from rlhf_jax.algo.temperature import check_temperature, is_greedy
 from rlhf_jax.algo.types import Array, Scalar
 
 
@@ -29,8 +32,8 @@ def transform_logits(
 
     Args:
         logits: `[B, V]` float.
-        temperature: positive; the Python number 0 leaves the largest logit alone
-            (the first of several).
+        temperature: `[]`, positive; the number 0, Python's or NumPy's, leaves the
+            largest logit alone (the first of several).
         top_k: at least 1; None, or at least V, keeps all.
         top_p: in (0, 1]; None keeps all.
         min_p: in [0, 1]; None keeps all.
@@ -40,7 +43,7 @@ def transform_logits(
         the tokens that can be drawn.
 
     Raises:
-        ValueError: when an option given as a Python number is out of its range.
+        ValueError: when an option given as a number is out of its range.
         AssertionError: on a wrong rank or dtype.
 
     References:
@@ -49,21 +52,23 @@ def transform_logits(
     """
     chex.assert_rank(logits, 2)
     chex.assert_type(logits, float)
-    _check_options(temperature, top_k, top_p, min_p)
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = logits.astype(jnp.float32)
-    if _is_greedy(temperature):
+    if is_greedy(temperature):
         best = _first_argmax(logits)[:, None]
         return jnp.where(column_indices(logits) == best, 0.0, -jnp.inf)
-    logits = logits / temperature
+    logits = logits / _scalar(temperature)
     if top_k is not None and top_k < logits.shape[1]:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        kth = jax.lax.top_k(logits, int(top_k))[0][:, -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
     if top_p is not None:
         probs = jax.nn.softmax(logits, axis=1)
-        logits = jnp.where(probs >= _nucleus_floor(probs, top_p), logits, -jnp.inf)
+        logits = jnp.where(
+            probs >= _nucleus_floor(probs, _scalar(top_p)), logits, -jnp.inf
+        )
     if min_p is not None:
         best = jnp.max(logits, axis=1, keepdims=True)
-        floor = best + jnp.log(jnp.asarray(min_p, jnp.float32))
+        floor = best + jnp.log(_scalar(min_p))
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
     return logits
 
@@ -80,7 +85,7 @@ def sample_token(
     """One token per row, and its log-probability under what it was drawn from.
 
     The distribution is the softmax of `transform_logits`, renormalised over the
-    tokens it keeps. The Python number 0 as temperature is greedy: the first of the
+    tokens it keeps. The number 0 as temperature is greedy: the first of the
     largest logits, with log-probability 0, and `key` is not used.
 
     Args:
@@ -95,13 +100,13 @@ def sample_token(
         `[B]` int32 tokens and `[B]` float32 log-probabilities.
 
     Raises:
-        ValueError: when an option given as a Python number is out of its range.
+        ValueError: when an option given as a number is out of its range.
         AssertionError: on a wrong rank or dtype.
     """
     logits = transform_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    if _is_greedy(temperature):
+    if is_greedy(temperature):
         tokens = _first_argmax(logits)
         return tokens, jnp.zeros_like(tokens, jnp.float32)
     # Gumbel-max: argmax(z + g) is distributed as softmax(z).
@@ -111,7 +116,34 @@ def sample_token(
     return tokens, chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-def _nucleus_floor(probs: Array, top_p: Scalar) -> Array:
+def check_sampling(
+    *,
+    temperature: Scalar = 1.0,
+    top_k: int | None = None,
+    top_p: Scalar | None = None,
+    min_p: Scalar | None = None,
+) -> None:
+    """Refuses options of `transform_logits` before there are logits.
+
+    Args:
+        temperature: as in `transform_logits`, like all that follow.
+        top_k: the k largest.
+        top_p: the nucleus.
+        min_p: those not far below the largest.
+
+    Raises:
+        ValueError: when an option given as a number is out of its range.
+    """
+    check_temperature(temperature, greedy=True)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: expected at least 1, or None for all tokens")
+    if isinstance(top_p, Real) and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected in (0, 1], or None for all tokens")
+    if isinstance(min_p, Real) and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p}: expected in [0, 1], or None for all tokens")
+
+
+def _nucleus_floor(probs: Array, top_p: Array) -> Array:
     """`[B, 1]`: the largest probability such that those at or above it sum to `top_p`.
 
     Bisection over the bits of a float, which order non-negative floats as the floats
@@ -139,21 +171,8 @@ def _first_argmax(x: Array) -> Array:
     return jnp.minimum(first, x.shape[1] - 1)  # NaN equals nothing
 
 
-def _is_greedy(temperature: Scalar) -> bool:
-    return isinstance(temperature, int | float) and temperature == 0
-
-
-def _check_options(
-    temperature: Scalar,
-    top_k: int | None,
-    top_p: Scalar | None,
-    min_p: Scalar | None,
-) -> None:
-    if isinstance(temperature, int | float) and not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected 0 or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: expected at least 1, or None for all tokens")
-    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected in (0, 1], or None for all tokens")
-    if isinstance(min_p, int | float) and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p}: expected in [0, 1], or None for all tokens")
+def _scalar(x: Scalar) -> Array:
+    """`[]` float32; a NumPy float64 would carry its dtype into the logits under x64."""
+    x = jnp.asarray(x, jnp.float32)
+    chex.assert_rank(x, 0)
+    return x

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.types import Array, record
+from rlhf_jax.algo.types import Array, Scalar, record
 
 
 @record
@@ -62,7 +62,7 @@ def update_score_moments(moments: ScoreMoments, scores: Array) -> ScoreMoments:
 
 
 def normalize_scores(
-    scores: Array, moments: ScoreMoments, *, eps: float = 1e-8
+    scores: Array, moments: ScoreMoments, *, eps: Scalar = 1e-8
 ) -> Array:
     """(s − μ) / √(σ² + eps), with σ² = M / n.
 
@@ -88,7 +88,7 @@ def normalize_scores(
     chex.assert_rank(scores, 1)
     chex.assert_type(scores, float)
     centred = scores.astype(jnp.float32) - moments.mean
-    return centred * jax.lax.rsqrt(_variance(moments) + eps)
+    return centred * jax.lax.rsqrt(_variance(moments) + jnp.asarray(eps, jnp.float32))
 
 
 def score_std(moments: ScoreMoments) -> Array:

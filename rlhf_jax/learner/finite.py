@@ -10,7 +10,18 @@ PREFIX = "first_nonfinite/"
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite; the state before it was kept."""
+    """A term of the loss or the norm of a gradient was NaN or infinite.
+
+    The optimizer step that it was found at was not taken.
+
+    Args:
+        message: what was found, in one line.
+        optimizer_step: at which optimizer step of the update, counted from 0.
+    """
+
+    def __init__(self, message: str, *, optimizer_step: int = 0):
+        super().__init__(message)
+        self.optimizer_step = optimizer_step
 
 
 def first_nonfinite(terms: Mapping[str, Array]) -> dict[str, Array]:
@@ -58,6 +69,7 @@ def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
         )
         raise NonFiniteError(
             f"step {step}: {term} is not finite (optimizer step {found[term]} of this "
-            "update, counted from 0); the parameters from before it are kept"
+            "update, counted from 0); neither that step nor a later one was taken",
+            optimizer_step=found[term],
         )
     return {k: v for k, v in metrics.items() if not k.startswith(PREFIX)}

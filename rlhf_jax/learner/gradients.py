@@ -11,12 +11,17 @@ from rlhf_jax.algo.types import Array, Params
 
 Batch = Any  # a pytree whose leaves lead with the batch axis
 Metrics = dict[str, Array]
-Objective = Callable[[Params, Batch, Any], tuple[Array, Metrics]]
+Objective = Callable[..., tuple[Array, Metrics]]
 """`(params, batch, divisor) -> (loss, metrics)`, scalars that add up over microbatches.
 
 `divisor` is the number of tokens, pairs or whatever the objective averages over (an
 array, or a record of several), counted over the *whole* batch: then the losses, metrics
 and gradients of its microbatches sum to those of the batch, however unequal they are.
+
+A metric whose name ends in `loss` is a term of the loss: where the loss, one of those
+or the norm of a gradient is not finite, no optimizer step is taken. The other metrics
+are there to be watched. They may overflow, as the mean ratio does long before a clipped
+loss, and decide nothing.
 """
 Assemble = Callable[..., Params]
 """`(params, frozen, key=None) -> params` of the whole network: what is trained and what
@@ -24,7 +29,11 @@ is not, put together. A key draws what is random in training, such as dropout.""
 
 
 def over_trained(
-    objective: Objective, assemble: Assemble | None, frozen: Params | None
+    objective: Objective,
+    assemble: Assemble | None,
+    frozen: Params | None,
+    *,
+    objective_key: bool = False,
 ) -> Callable[..., tuple[Array, Metrics]]:
     """An objective of whole parameters as one of those that are trained.
 
@@ -32,6 +41,8 @@ def over_trained(
         objective: of whole parameters.
         assemble: puts them together; None: everything is trained.
         frozen: the others.
+        objective_key: the key is the objective's, as its fourth argument, and not for
+            what is random in putting parameters together.
 
     Returns:
         `(params, batch, divisor, key=None) -> (loss, metrics)`.
@@ -41,7 +52,9 @@ def over_trained(
         params: Params, batch: Batch, divisor: Any, key: Array | None = None
     ) -> tuple[Array, Metrics]:
         if assemble is not None:
-            params = assemble(params, frozen, key)
+            params = assemble(params, frozen, None if objective_key else key)
+        if objective_key:
+            return objective(params, batch, divisor, key)
         return objective(params, batch, divisor)
 
     return of_trained
@@ -68,7 +81,8 @@ def accumulate_gradients(
             argument; None: objectives take three.
 
     Returns:
-        What one call on the whole batch would give, gradients summed in float32.
+        What one call on the whole batch would give, gradients in the dtypes of
+        `params`; their sum over microbatches is taken in float32.
 
     Raises:
         ValueError: when `num_microbatches` does not divide B.
@@ -102,7 +116,8 @@ def accumulate_gradients(
     grads = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), grads)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
     (loss, metrics, grads), _ = jax.lax.scan(add, zeros, (split, *keys))
-    return loss, metrics, grads
+    # As one microbatch has them: optimizer states take their dtypes from these.
+    return loss, metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def apply_gradients(

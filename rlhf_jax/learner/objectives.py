@@ -21,7 +21,7 @@ from rlhf_jax.algo.options import (
 )
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
-    geometric_mean_loss,
+    gmpo_loss,
     gspo_loss,
     reinforce_loss,
     sapo_loss,
@@ -181,7 +181,7 @@ ActorTerm = Callable[
 def _actor_term(
     policy_loss: PolicyLossOptions,
     kl: KLOptions,
-    policy_loss_fn: PolicyLossFn | None,
+    policy_loss_fn: Callable[..., Array] | None,
     policy_loss_key: bool,
 ) -> ActorTerm:
     """`(logprobs, entropy, experience, counts, key) -> (loss, metrics)`."""
@@ -206,6 +206,12 @@ def _actor_term(
         drawn: dict[str, Any] = {}
         if policy_loss_key:
             assert policy_loss_fn is not None
+            check(
+                key is not None,
+                "policy_loss_key",
+                True,
+                "the objective gets no key; build the update with objective_key=True",
+            )
             drawn = {"policy_loss_fn": partial(policy_loss_fn, key=key)}
         loss, metrics = actor_loss(
             logprobs,
@@ -286,7 +292,7 @@ def _surrogate_options(
         case "gspo":
             return {"policy_loss_fn": partial(gspo_loss, **clips)}
         case "gmpo":
-            return {"policy_loss_fn": partial(geometric_mean_loss, **clips)}
+            return {"policy_loss_fn": partial(gmpo_loss, **clips)}
         case "cispo" if options.ratio_bound is not None:
             return {"policy_loss_fn": partial(cispo_loss, bound=options.ratio_bound)}
         case "cispo":

@@ -61,8 +61,11 @@ def make_supervised_step(
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
-        A compiled function. Where loss or gradient is not finite it leaves the state
-        as it was and reports which in `first_nonfinite/…`.
+        A compiled function. Where the loss or the norm of the gradient is not finite
+        the step is not taken, `step` does not advance, and `first_nonfinite/…` says
+        which it was. The state is then that before the failed step, bit for bit: the
+        same batch would fail again, so it is there to be looked into, not to go on
+        from. Other metrics may overflow; they decide nothing.
     """
 
     def step(

@@ -40,6 +40,7 @@ def make_update(
     slow_critic_decay: float | None = None,
     refresh_every: int = 1,
     assemble: Assemble | None = None,
+    objective_key: bool = False,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
     """Builds `update(state, experience, frozen=None) -> (state, metrics)`.
@@ -63,7 +64,8 @@ def make_update(
         prepare: applied to every whole minibatch, such as whitening of its advantages.
         max_kl: early stop: once a minibatch finds the policy this many nats per token
             from the one that answered, neither its step nor any later one of this
-            update is taken. None: never.
+            update is taken; a KL that has overflowed, or is NaN, is past every
+            limit. None: never.
         critic_warmup: updates at the start of the run in which only the critic learns.
         slow_critic_decay: d; after the update the slow critic becomes d · slow +
             (1 − d) · critic. The state must have one.
@@ -71,14 +73,20 @@ def make_update(
             one, becomes the actor.
         assemble: makes the objective's `ActorCritic` of the state's parameters and the
             frozen ones; None: the state's are all.
+        objective_key: the objective draws at random, and gets a key of its own for
+            every microbatch: `ppo_objective(…, policy_loss_key=True)`.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
         A compiled function; rebind the state, its old buffers are reused. Metrics are
         float32 scalars, means over the minibatches that were looked at; with `max_kl`,
-        `policy/steps` is the number of steps taken. Where a loss or gradient is not
-        finite the state stays as it was before that optimizer step, `step` does not
-        advance, and `first_nonfinite/<term>` says where.
+        `policy/steps` is the number of steps taken.
+
+        Where a term of the loss (see `Objective`) or the norm of a gradient is not
+        finite, that optimizer step and the later ones of this update are not taken,
+        `step` does not advance, and `first_nonfinite/<term>` says at which it was. The
+        state is then that before the failed step. Earlier steps of the same update are
+        in it, so it is there to be looked into, not to go on from.
     """
 
     def update(
@@ -86,7 +94,7 @@ def make_update(
     ) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
         minibatch_step = _minibatch_step(
-            over_trained(objective, assemble, frozen),
+            over_trained(objective, assemble, frozen, objective_key=objective_key),
             optimizers,
             num_microbatches=num_microbatches,
             prepare=prepare,
@@ -95,6 +103,10 @@ def make_update(
         )
 
         def epoch(carry: _Carry, epoch_key: Array):
+            draw_keys = None
+            if objective_key:
+                epoch_key, draw_key = jax.random.split(epoch_key)
+                draw_keys = jax.random.split(draw_key, num_minibatches)
             minibatches = split_minibatches(
                 epoch_key, experience, num_minibatches=num_minibatches
             )
@@ -102,7 +114,7 @@ def make_update(
                 mesh = jax.tree.leaves(state_sharding)[0].mesh
                 spread = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
                 minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
-            return jax.lax.scan(minibatch_step, carry, minibatches)
+            return jax.lax.scan(minibatch_step, carry, (minibatches, draw_keys))
 
         true = jnp.asarray(True)
         start = _Carry(state.params, state.opt_state, healthy=true, going=true)
@@ -126,6 +138,10 @@ def make_update(
     if state_sharding is None:
         return jax.jit(update, donate_argnums=0)
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, None))
+
+
+_Drawn = tuple[Experience, Array | None]
+"""A minibatch, and the key of its objective if that draws at random."""
 
 
 class _Carry(NamedTuple):
@@ -169,8 +185,9 @@ def _minibatch_step(
     minibatch, and whether it took the step.
     """
 
-    def step(carry: _Carry, minibatch: Experience):
+    def step(carry: _Carry, drawn: _Drawn):
         params, opt_state, healthy, going = carry
+        minibatch, key = drawn
         if prepare is not None:
             minibatch = prepare(minibatch)
         loss, metrics, grads = accumulate_gradients(
@@ -179,16 +196,21 @@ def _minibatch_step(
             minibatch,
             count_experience(minibatch),
             num_microbatches=num_microbatches,
+            key=key,
         )
         norms = {"actor": optax.tree.norm(grads.actor)}
         if jax.tree.leaves(grads.critic):
             norms["critic"] = optax.tree.norm(grads.critic)
-        terms = {name.replace("/", "_"): value for name, value in metrics.items()}
+        terms = {
+            name.replace("/", "_"): value
+            for name, value in metrics.items()
+            if name.endswith("loss")
+        }
         terms |= {f"{name}_gradient": norm for name, norm in norms.items()}
         terms["total_loss"] = loss
         healthy &= jnp.isfinite(jnp.stack(list(terms.values()))).all()
         if max_kl is not None:
-            going &= metrics["policy/approx_kl"] <= max_kl
+            going &= metrics["policy/approx_kl"] <= max_kl  # False of NaN
         actor, actor_opt = apply_gradients(
             optimizers.actor,
             grads.actor,
@@ -214,13 +236,13 @@ def _minibatch_step(
         }
         return carry, (metrics, terms, jnp.asarray(True), healthy & going)
 
-    def step_while_going(carry: _Carry, minibatch: Experience):
-        def stay(carry: _Carry, minibatch: Experience):
-            _, outputs = jax.eval_shape(step, carry, minibatch)
+    def step_while_going(carry: _Carry, drawn: _Drawn):
+        def stay(carry: _Carry, drawn: _Drawn):
+            _, outputs = jax.eval_shape(step, carry, drawn)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
             return carry, zeros
 
-        return jax.lax.cond(carry.going, step, stay, carry, minibatch)
+        return jax.lax.cond(carry.going, step, stay, carry, drawn)
 
     return step if max_kl is None else step_while_going
 

@@ -70,7 +70,8 @@ class Examiner:
         sample: draws the answers.
         policy: gives the reference's log-probabilities.
         score_fn: the reward model; None leaves scores out.
-        temperature: of the sampler.
+        temperature: of the sampler; at 0 a KL to a reference means nothing and is
+            refused.
         batch_size: prompts at a time.
         mesh: where to compute.
     """

@@ -67,7 +67,7 @@ def train_policy(
     Raises:
         RewardFunctionError: after a checkpoint, saying how to go on.
         Interrupted: after a checkpoint, when asked to stop.
-        NonFiniteError: on a loss or gradient that is no number.
+        NonFiniteError: on a loss or gradient that is no number, saying how to go on.
     """
     judge = Judge(config, stage.models, functions, language, stage.score, mesh)
     evaluate = HeldOut(
@@ -119,7 +119,7 @@ def _steps(
             state, carried, metrics = step_fn(step, state)
         except RewardFunctionError as error:
             session.save_and_raise(step - 1, state, error)
-        metrics = session.check_finite(step, state, metrics)
+        metrics = session.check_finite(step, metrics)
         state = dataclasses.replace(state, **carried)
         tokens += metrics["rollout/tokens"]
         metrics["rollout/tokens"] = tokens

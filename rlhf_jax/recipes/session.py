@@ -1,22 +1,26 @@
 """What surrounds every training loop: files, terminal, signals, checkpoints."""
 
 import contextlib
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
 
+from rlhf_jax.algo.options import check
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.models.hub import local_directory
 from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
 from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.remedy import remedy
 from rlhf_jax.runtime.checkpoint import Checkpointer
 from rlhf_jax.runtime.config import to_dict
 from rlhf_jax.runtime.fingerprint import fingerprint
 from rlhf_jax.runtime.interrupt import Interruptible
 from rlhf_jax.runtime.metrics import MetricsWriter, SamplesWriter, read_metrics
-from rlhf_jax.runtime.progress import progress
+from rlhf_jax.runtime.progress import progress, warn
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.run_directory import (
     MAY_DIFFER,
@@ -62,7 +66,8 @@ def _free_options(config: StageConfig) -> tuple[str, ...]:
 def _stored(config: StageConfig) -> dict[str, Any]:
     """What describes the run itself, and not this start of it."""
     values = to_dict(config)
-    return {name: values[name] for name in values if name not in ("resume", "quiet")}
+    of_this_start = ("resume", "resume_step", "quiet")
+    return {name: values[name] for name in values if name not in of_this_start}
 
 
 def _weights(config: StageConfig) -> dict[str, str]:
@@ -99,6 +104,33 @@ def check_start(config: StageConfig, *, stage: str) -> None:
         may_differ=_free_options(config),
         weights=_weights(config),
     )
+    if config.resume_step is not None:
+        _check_saved(config.resume_step, RunDirectory(Path(config.run_dir)))
+
+
+def _check_saved(step: int, run: RunDirectory) -> None:
+    """Raises ValueError where there is no checkpoint of that step."""
+    saved = []
+    if run.checkpoints.exists():
+        with Checkpointer(run.checkpoints) as checkpointer:
+            saved = checkpointer.steps()
+    check(
+        step in saved,
+        "resume-step",
+        step,
+        f"has no checkpoint in {run.checkpoints}; there are: "
+        f"{', '.join(map(str, saved)) or 'none'}",
+    )
+
+
+def _rates(config: StageConfig) -> dict[str, float]:
+    """Peak learning rates by flag, without the dashes."""
+    if isinstance(config, PPOConfig):
+        return {
+            "actor-optimizer.learning-rate": config.actor_optimizer.learning_rate,
+            "critic-optimizer.learning-rate": config.critic_optimizer.learning_rate,
+        }
+    return {"optimizer.learning-rate": config.optimizer.learning_rate}
 
 
 class Interrupted(SystemExit):
@@ -145,11 +177,10 @@ class Session(contextlib.ExitStack):
 
     def __enter__(self) -> "Session":
         super().__enter__()
+        self._overflowed: set[str] = set()  # metrics that a warning has named
         config, run = self.config, self.run
         self._checkpointer = self.enter_context(Checkpointer(run.checkpoints))
-        self.start_step = (
-            (self._checkpointer.latest_step() or 0) if config.resume else 0
-        )
+        self.start_step = self._first_step()
         # A resumed run has logged its first steps already; a fresh one logs from 0.
         first = self.start_step + 1 if self.start_step else 0
         self._metrics = self.enter_context(
@@ -173,8 +204,19 @@ class Session(contextlib.ExitStack):
         )
         return self
 
+    def _first_step(self) -> int:
+        """The step after which this start goes on; 0: none."""
+        if not self.config.resume:
+            return 0
+        if self.config.resume_step is not None:
+            return self.config.resume_step
+        return self._checkpointer.latest_step() or 0
+
     def restore(self, state: State) -> State:
-        """`state`, or when resuming the newest checkpoint, which uses `state` up."""
+        """`state`, or when resuming a checkpoint, which uses `state` up.
+
+        Checkpoints of later steps are removed, once that one has been read.
+        """
         if self.start_step == 0:
             return state
         like = jax.tree.map(
@@ -182,7 +224,9 @@ class Session(contextlib.ExitStack):
         )
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # two states of a large model may not fit side by side
-        return self._checkpointer.restore(self.start_step, like)[0]
+        state = self._checkpointer.restore(self.start_step, like)[0]
+        self._checkpointer.remove_after(self.start_step)
+        return state
 
     def history(self, metric: str) -> list[float]:
         """What a metric was at the steps before this start, where it was logged."""
@@ -209,36 +253,45 @@ class Session(contextlib.ExitStack):
     def log(
         self, step: int, metrics: Mapping[str, float], *, shown: Mapping[str, str]
     ) -> None:
-        """Writes a step's line; shows the metrics `shown` names, by label."""
+        """Writes a step's line; shows the metrics `shown` names, by label.
+
+        A metric that is not finite is written as it is, and a warning names it, the
+        first time only.
+        """
         self._metrics.write(step, metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value) and name not in self._overflowed:
+                self._overflowed.add(name)
+                warn(
+                    f"step {step}: {name} is {float(value)}; training goes on, as the "
+                    "loss and its gradients are finite (said once per metric)"
+                )
         found = {label: name for label, name in shown.items() if name in metrics}
         self._progress.update(
             step, {label: metrics[name] for label, name in found.items()}
         )
 
-    def check_finite(
-        self, step: int, state: Any, metrics: dict[str, float]
-    ) -> dict[str, float]:
+    def check_finite(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics without their `first_nonfinite/` entries, all of them fine.
 
         Raises:
-            NonFiniteError: after saving the last good state, where one is set.
+            NonFiniteError: where one is set, saying how to go on. The state is not
+                saved: earlier optimizer steps of the update may be in it, or it is what
+                the loss fails of, and it would take the place of a good checkpoint.
         """
         try:
             return pop_nonfinite(metrics, step=step)
         except NonFiniteError as error:
-            if step == 1:
-                raise NonFiniteError(
-                    f"{error}. It is the first step: there is nothing to go on from; "
-                    "start again with a lower learning rate"
-                ) from None
-            if (self._checkpointer.latest_step() or 0) < step - 1:
-                self._checkpointer.save(step - 1, state, {"step": step - 1})
-                self._checkpointer.wait()
-            raise NonFiniteError(
-                f"{error}. The last good state is in {self.run.checkpoints}; go on "
-                "from it with --resume and a lower learning rate"
-            ) from None
+            line = remedy(
+                error,
+                step=step,
+                stage=self.stage,
+                run_dir=self.run.path,
+                saved=self._checkpointer.steps(),
+                rates=_rates(self.config),
+            )
+            optimizer_step = error.optimizer_step
+            raise NonFiniteError(line, optimizer_step=optimizer_step) from None
 
     def save_and_raise(self, step: int, state: Any, error: ValueError) -> NoReturn:
         """Saves the state after `step` and raises the error, saying how to go on."""

@@ -85,7 +85,9 @@ def make_evaluation(
             mesh=mesh,
         )
         loss = float(np.sum(losses)) / num_targets
-        return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
+        with np.errstate(over="ignore"):  # beyond a loss of 709 it is infinite
+            perplexity = float(np.exp(loss))
+        return {"eval/loss": loss, "eval/perplexity": perplexity}
 
     return evaluate
 

@@ -61,7 +61,7 @@ def train(
 
     Raises:
         Interrupted: after a checkpoint, when asked to stop.
-        NonFiniteError: on a loss or gradient that is no number.
+        NonFiniteError: on a loss or gradient that is no number, saying how to go on.
     """
     optimizer, schedule = optimizer_of(config.optimizer, total_steps=config.steps)
     state = init_model_state(key, params, optimizer)
@@ -83,7 +83,7 @@ def train(
             began = time.perf_counter()
             batch = put_batch(mesh, stage.batches[step - 1])
             state, metrics = train_step(state, batch, network.frozen)
-            metrics = session.check_finite(step, state, jax.device_get(metrics))
+            metrics = session.check_finite(step, jax.device_get(metrics))
             seconds = time.perf_counter() - began
             line = {
                 "optim/grad_norm": metrics.pop("grad_norm"),

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 from rlhf_jax.algo.options import check
+from rlhf_jax.algo.temperature import check_temperature, is_greedy
 from rlhf_jax.runtime.config import Dtype, check_positive
 from rlhf_jax.runtime.reward_functions import function_name
 
@@ -83,12 +84,7 @@ class GenerateConfig:
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
         )
-        check(
-            self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "must not be negative; 0 takes the likeliest token",
-        )
+        check_temperature(self.temperature, greedy=True)
         check(
             self.top_k is None or self.top_k >= 1,
             "top-k",
@@ -212,6 +208,14 @@ class EvaluateConfig:
             "reference",
             self.reference,
             "is what the KL of answers to prompts is measured against; give prompts",
+        )
+        check_temperature(self.temperature, greedy=True)
+        check(
+            self.reference is None or not is_greedy(self.temperature),
+            "temperature",
+            self.temperature,
+            "draws nothing, so there is no KL to a reference; leave out --reference, "
+            "or sample at --temperature 1",
         )
         check(
             self.limit is None or self.limit >= 1,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.sampling import sample_token
+from rlhf_jax.algo.sampling import check_sampling, sample_token
 from rlhf_jax.algo.types import Array, Params, Prompts, Rollout, Scalar, record
 from rlhf_jax.interfaces import DecodeFn, PrefillFn
 
@@ -53,7 +53,8 @@ def generate(
         decode: reads one token per row.
         max_new_tokens: T, at least 1.
         stop_ids: tokens that end an answer; they belong to it. Empty: none does.
-        temperature: divides the logits; the number 0 takes the likeliest token.
+        temperature: divides the logits; the number 0 (Python's or NumPy's) takes the
+            likeliest token.
         top_k: keep the k likeliest tokens.
         top_p: keep the fewest tokens that hold this probability.
         min_p: keep tokens at least this fraction as probable as the likeliest.
@@ -65,10 +66,13 @@ def generate(
         the end.
 
     Raises:
-        ValueError: when `max_new_tokens` is less than 1.
+        ValueError: when `max_new_tokens` is less than 1, or an option of the sampling
+            that is given as a number is out of its range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    pad = jnp.asarray(pad_id, jnp.int32)  # NumPy's int64 would change the loop's carry
     stops = jnp.asarray(tuple(stop_ids), jnp.int32)
     batch, prompt_length = prompts.tokens.shape
 
@@ -85,7 +89,7 @@ def generate(
     def write(progress: _Progress, logits: Array, cache: Any) -> _Progress:
         """Draws the next token of every row that is not done."""
         token, logprob = draw(progress.step, logits)
-        token = jnp.where(progress.done, pad_id, token)
+        token = jnp.where(progress.done, pad, token)
         logprob = jnp.where(progress.done, 0.0, logprob)
         put = jax.lax.dynamic_update_index_in_dim
         return _Progress(
@@ -94,7 +98,7 @@ def generate(
             done=progress.done | (token[:, None] == stops[None, :]).any(axis=1),
             responses=put(progress.responses, token, progress.step, 1),
             logprobs=put(progress.logprobs, logprob, progress.step, 1),
-            lengths=progress.lengths + ~progress.done,
+            lengths=progress.lengths + (~progress.done).astype(jnp.int32),
             cache=cache,
         )
 
@@ -116,7 +120,7 @@ def generate(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
-        responses=jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        responses=jnp.full((batch, max_new_tokens), pad, jnp.int32),
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
         cache=cache,

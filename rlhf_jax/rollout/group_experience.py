@@ -8,7 +8,7 @@ from rlhf_jax.algo.critic_free import (
     broadcast_over_tokens,
     gpg_advantages,
     opo_advantages,
-    passk_advantages,
+    pass_at_k_advantages,
     rewards_to_go,
 )
 from rlhf_jax.algo.group_advantages import group_advantages, group_std
@@ -177,7 +177,7 @@ def _group_advantages(
             return opo_advantages(worth, lengths, group_size)
         case "best-of-others":
             in_group = "std" if scale == "std" else "none"
-            return passk_advantages(
+            return pass_at_k_advantages(
                 worth, group_size, scale=in_group, ddof=options.ddof
             )
         case "mean" if options.scale == "signal":

@@ -1,5 +1,7 @@
 """Checkpoints of a training state: atomic, asynchronous, restorable on another mesh."""
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -86,9 +88,29 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, after waiting for one under way; or None."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints in order, after waiting for one under way."""
         self.wait()
         with self._reader() as reader:
-            return reader.latest_step()
+            return sorted(reader.all_steps())
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, so that new ones can be saved.
+
+        The newest goes first: killed at any moment, this leaves complete ones only.
+        """
+        later = [number for number in self.steps() if number > step]
+        self.close()  # a writer goes by the list it made
+        if jax.process_index() != 0:
+            return
+        for number in reversed(later):
+            # By a name that is never listed, and that the next save would remove.
+            hidden = self._directory / f"{number}.orbax-checkpoint-tmp"
+            shutil.rmtree(hidden, ignore_errors=True)  # what a kill has left
+            os.replace(self._directory / str(number), hidden)
+            shutil.rmtree(hidden)
 
     def restore(self, step: int, like: Pytree) -> tuple[Pytree, Position]:
         """Reads a checkpoint.

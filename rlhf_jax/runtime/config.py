@@ -155,6 +155,9 @@ class RunConfig:
     """directory of this run: configuration, metrics, checkpoints, model, report"""
     resume: bool = False
     """go on from the newest checkpoint in the run directory"""
+    resume_step: int | None = None
+    """with resume: go on from the checkpoint of this step instead; later checkpoints,
+    and what was logged after it, are removed"""
     seed: int = 0
     """all randomness of the run follows from it"""
     checkpoint_every: int = 50
@@ -183,6 +186,12 @@ class RunConfig:
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check_positive(
             checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
+        )
+        check(
+            self.resume_step is None or self.resume,
+            "resume-step",
+            self.resume_step,
+            "is where to resume from; add --resume",
         )
         self.lora.validate("lora")
         self.mesh.validate("mesh")

@@ -1,6 +1,7 @@
 """What a run shows while it works: a bar in a terminal, plain lines in a log."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -108,6 +109,15 @@ def heading(text: str, *, quiet: bool = False, console: Console | None = None) -
     if quiet or jax.process_index() != 0:
         return
     _print(console or Console(), text, style="bold")
+
+
+def warn(text: str) -> None:
+    """Prints one line on standard error, above a bar where one is shown; quiet or not.
+
+    Processes other than 0 print nothing.
+    """
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:

@@ -4,7 +4,7 @@ config.yaml     the resolved configuration; goes back in through `--config`
 launches.jsonl  per start of the run: time, command line, versions, devices
 metrics.jsonl   one line of numbers per step
 samples.jsonl   prompts with answers, where the stage generates
-checkpoints/    what `--resume` goes on from
+checkpoints/    what `--resume` and `--resume-step` go on from
 model/          the result, as a Hugging Face directory
 adapter/        of a run with low-rank adapters: these alone, in PEFT's format
 report.html     all of it on one page

@@ -324,3 +324,28 @@ def test_names_wrong_options(batch):
         advantages.gae(*arrays, method="loop")
     with pytest.raises(ValueError, match="n=0"):
         advantages.n_step_returns(*arrays, n=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numpy_numbers_with_64_bit_types_on(maybe_jit, method):
+    # As in `test_two_tokens_by_hand`.
+    options = {"gamma": np.float64(0.5), "lam": np.float64(0.5)}
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        fn = functools.partial(advantages.gae, method=method, **options)
+        x = jnp.array([[1.0, 2.0]], jnp.float32), jnp.array([[3.0, 1.0]], jnp.float32)
+        adv, ret = maybe_jit(fn)(*x, row(True, True))
+        assert adv.dtype == ret.dtype == jnp.float32
+    np.testing.assert_allclose(adv, [[-1.25, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(ret, [[1.75, 2.0]], rtol=1e-6)
+
+
+def test_n_steps_with_64_bit_types_on(maybe_jit):
+    # n = 1, γ = 0.5: r_0 + 0.5 · V_1 = 1.5 and r_1 = 2.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        fn = functools.partial(
+            advantages.n_step_returns, n=np.int64(1), gamma=np.float64(0.5)
+        )
+        x = jnp.array([[1.0, 2.0]], jnp.float32), jnp.array([[3.0, 1.0]], jnp.float32)
+        got = maybe_jit(fn)(*x, row(True, True))
+        assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, [[1.5, 2.0]])

@@ -12,7 +12,7 @@ from rlhf_jax.algo.critic_free import (
     broadcast_over_tokens,
     gpg_advantages,
     opo_advantages,
-    passk_advantages,
+    pass_at_k_advantages,
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
@@ -30,8 +30,8 @@ ESTIMATORS = {
     "opo": lambda scores, groups: opo_advantages(scores, LENGTHS, groups),
     "gpg": gpg_advantages,
     "gpg_std": functools.partial(gpg_advantages, scale="std"),
-    "passk": passk_advantages,
-    "passk_std": functools.partial(passk_advantages, scale="std"),
+    "pass_at_k": pass_at_k_advantages,
+    "pass_at_k_std": functools.partial(pass_at_k_advantages, scale="std"),
 }
 
 
@@ -182,8 +182,8 @@ def test_gpg_sees_equal_scores_in_spite_of_rounding(constant):
 def test_passk_by_hand(maybe_jit):
     # 2.5 − 1.5 and 0.75 − 0.25; two share the first place of group 3.
     want = [0, 0, 1.0, 0, 0.5, 0, 0]
-    np.testing.assert_allclose(maybe_jit(passk_advantages)(SCORES, IDS), want)
-    fn = functools.partial(passk_advantages, scale="std", eps=0.01)
+    np.testing.assert_allclose(maybe_jit(pass_at_k_advantages)(SCORES, IDS), want)
+    fn = functools.partial(pass_at_k_advantages, scale="std", eps=0.01)
     got = maybe_jit(fn)(SCORES, IDS)
     sigma = 0.25 * np.sqrt(2)
     np.testing.assert_allclose(got[2], 1.0 / 1.01, rtol=1e-6)
@@ -191,7 +191,7 @@ def test_passk_by_hand(maybe_jit):
 
 
 def test_passk_with_an_early_best_and_a_tie_behind_it():
-    got = passk_advantages(jnp.array([3.0, 1.0, 1.0, -2.5, -2.5, -2.75]), 3)
+    got = pass_at_k_advantages(jnp.array([3.0, 1.0, 1.0, -2.5, -2.5, -2.75]), 3)
     np.testing.assert_array_equal(got, [2.0, 0, 0, 0, 0, 0])
 
 
@@ -251,8 +251,20 @@ def test_no_gradient(name):
     np.testing.assert_array_equal(grad(SCORES), np.zeros(7))
 
 
+def test_no_gradient_through_tokens():
+    # Of the two that give one number per token.
+    mask = jnp.arange(7)[:, None] >= jnp.array([[0, 1, 9]])
+    weights = jnp.arange(21.0).reshape(7, 3)
+    for fn in (
+        lambda s: broadcast_over_tokens(s, mask),
+        lambda s: reinforce_plus_plus_baseline_advantages(s, IDS, mask),
+    ):
+        grad = jax.grad(lambda s, fn=fn: jnp.sum(fn(s) * weights))(SCORES)
+        np.testing.assert_array_equal(grad, np.zeros(7))
+
+
 def test_wrong_options_are_named():
-    for fn in (gpg_advantages, passk_advantages):
+    for fn in (gpg_advantages, pass_at_k_advantages):
         with pytest.raises(ValueError, match="scale='batch': expected"):
             fn(SCORES, IDS, scale="batch")
         with pytest.raises(ValueError, match="group size 2: expected a divisor of the"):

@@ -19,7 +19,7 @@ from rlhf_jax.algo.critic_free import (
     broadcast_over_tokens,
     gpg_advantages,
     opo_advantages,
-    passk_advantages,
+    pass_at_k_advantages,
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
 )
@@ -174,7 +174,7 @@ def test_no_baseline_and_a_greedy_one_are_exact(seed):
 def test_passk_has_the_gradient_of_the_expected_best(seed, size):
     prompt = Prompt(seed)
     weights = weighted_advantages(
-        ignoring_lengths(passk_advantages, size), [prompt], size
+        ignoring_lengths(pass_at_k_advantages, size), [prompt], size
     )
     best = functools.reduce(np.maximum.outer, [prompt.scores] * size)  # [K, …, K]
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_size_and_ids_agree(maybe_jit, rng, scale, baseline):
     scores = jnp.array(rng.normal(size=12), jnp.float32)
     ids = np.repeat([3, 9, 5], 4)
     fn = functools.partial(group_advantages, scale=scale, baseline=baseline)
-    by_size = maybe_jit(functools.partial(fn, group_ids_or_size=4))(scores)
+    by_size = maybe_jit(functools.partial(fn, groups=4))(scores)
     by_id = maybe_jit(fn)(scores, jnp.array(ids))
     np.testing.assert_allclose(by_size, by_id, rtol=1e-5, atol=1e-6)
     order = rng.permutation(12)
@@ -148,13 +149,41 @@ def test_half_precision_and_integers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_ids_or_size": 4}, "group size 4: expected a divisor of the 6"),
-        ({"group_ids_or_size": 0}, "group size 0"),
-        ({"group_ids_or_size": 3, "scale": "batch"}, "scale='batch'"),
-        ({"group_ids_or_size": 3, "baseline": "loo"}, "baseline='loo'"),
-        ({"group_ids_or_size": 3, "baseline": "none"}, "scale='std': expected 'none'"),
+        ({"groups": 4}, "group size 4: expected a divisor of the 6"),
+        ({"groups": 0}, "group size 0"),
+        ({"groups": 3, "scale": "batch"}, "scale='batch'"),
+        ({"groups": 3, "baseline": "loo"}, "baseline='loo'"),
+        ({"groups": 3, "baseline": "none"}, "scale='std': expected 'none'"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(jnp.array(SCORES), **options)
+
+
+@pytest.mark.parametrize("scale", ["std", "batch-std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("scores", [[0.5, 1.5, 2.5, 2.5], [0.7] * 4])
+def test_no_gradient_flows_through_it(scale, baseline, scores):
+    # Weighted, for the sum over a group is constant anyway.
+    def total(scores):
+        out = group_advantages(scores, 2, scale=scale, baseline=baseline)
+        return jnp.sum(jnp.array([1.0, 2.0, 3.0, 4.0]) * out)
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.array(scores)), np.zeros(4))
+
+
+def test_scores_without_a_baseline_have_no_gradient_either():
+    def total(scores):
+        return jnp.sum(group_advantages(scores, 2, scale="none", baseline="none"))
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.array(SCORES)), np.zeros(6))
+
+
+def test_a_numpy_group_size_by_hand(maybe_jit):
+    # Means 1, 3 and 0.
+    fn = functools.partial(group_advantages, groups=np.int64(2), scale="none")
+    got = maybe_jit(fn)(jnp.array(SCORES))
+    np.testing.assert_array_equal(got, [-0.5, 0.5, -0.5, 0.5, -0.25, 0.25])
+    with pytest.raises(ValueError, match="group size 4: expected a divisor of the 6"):
+        group_advantages(jnp.array(SCORES), np.int64(4))

@@ -1,4 +1,4 @@
-"""Ratios beyond float32, log ρ up to 118 and more: gradients that are promised to be 0."""
+"""Ratios beyond float32, at log ρ of 100 and more: gradients promised to be 0."""
 
 from functools import partial
 

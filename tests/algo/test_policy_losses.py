@@ -13,7 +13,7 @@ from rlhf_jax.algo.masking import aggregate
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     clipped_policy_loss,
-    geometric_mean_loss,
+    gmpo_loss,
     gspo_loss,
     reinforce_loss,
     sapo_loss,
@@ -27,9 +27,7 @@ LOSSES = {
     "reinforce": reinforce_loss,
     "ppo": functools.partial(clipped_policy_loss, clip_eps=0.2, clip_eps_high=0.3),
     "gspo": functools.partial(gspo_loss, clip_eps=0.1, clip_eps_high=0.15),
-    "geometric_mean": functools.partial(
-        geometric_mean_loss, clip_eps=0.3, clip_eps_high=0.4
-    ),
+    "geometric_mean": functools.partial(gmpo_loss, clip_eps=0.3, clip_eps_high=0.4),
     "cispo": functools.partial(cispo_loss, lower_bound=0.8, bound=1.5),
     "sapo": functools.partial(sapo_loss, tau_positive=1.5, tau_negative=2.5),
     "clip_cov": functools.partial(
@@ -155,13 +153,13 @@ def test_geometric_mean_by_hand():
     # l = (min(0.9, 0.4), min(−0.9, 0.4)) = (0.4, −0.9), their mean −0.25,
     # s = e^−0.25 = 0.77880078. The first is clipped: no gradient.
     check(
-        one_row(geometric_mean_loss, [0.9, -0.9], [2.0, 2.0]),
+        one_row(gmpo_loss, [0.9, -0.9], [2.0, 2.0]),
         [-1.55760157, -1.55760157],
         [0.0, -1.55760157],
     )
     # A < 0: l = (max(0.9, −0.4), max(−0.9, −0.4)) = (0.9, −0.4), mean 0.25.
     check(
-        one_row(geometric_mean_loss, [0.9, -0.9], [-2.0, -2.0]),
+        one_row(gmpo_loss, [0.9, -0.9], [-2.0, -2.0]),
         [2.56805083, 2.56805083],
         [2.56805083, 0.0],
     )

@@ -156,3 +156,35 @@ def test_integer_scores_and_unknown_positions_are_refused(batch):
         shape_rewards(scores.astype(jnp.int32), logprobs, ref, mask, kl_coef=0.3)
     with pytest.raises(ValueError, match="score_position='eos'"):
         shape_rewards(scores, logprobs, ref, mask, kl_coef=0.3, score_position="eos")
+
+
+@pytest.mark.parametrize("as_type", [jnp.float32, jnp.bfloat16])
+def test_a_coefficient_per_row_where_rows_are_as_many_as_tokens(maybe_jit, as_type):
+    # kl = logprob − ref = 1 everywhere; β = 0.5 in row 0 and 2 in row 1.
+    ones, zeros = jnp.ones((2, 2)), jnp.zeros((2, 2))
+    mask = jnp.array([[True, True], [True, True]])
+    fn = maybe_jit(
+        lambda kl_coef: shape_rewards(
+            jnp.array([1.0, 3.0]), ones, zeros, mask, kl_coef=kl_coef
+        )
+    )
+    rewards, kl = fn(jnp.array([0.5, 2.0], as_type))
+    np.testing.assert_array_equal(rewards, [[-0.5, 0.5], [-2.0, 1.0]])
+    np.testing.assert_array_equal(kl, ones)
+    assert rewards.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 1), (1, 7), (3, 7)])
+def test_a_coefficient_is_one_number_or_one_per_row(batch, shape):
+    with pytest.raises(AssertionError, match=r"shape|rank"):
+        shape_rewards(*map(jnp.asarray, batch), kl_coef=jnp.full(shape, 0.1))
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (2, 1)])
+def test_a_penalty_is_one_number(shape):
+    with pytest.raises(AssertionError, match="rank"):
+        penalize_missing_eos(
+            jnp.array([0.5, 1.5]),
+            jnp.array([True, False]),
+            penalty=jnp.full(shape, 0.1),
+        )

@@ -44,3 +44,4 @@ def test_the_error_names_the_cause(found, message):
     with pytest.raises(NonFiniteError, match=message) as caught:
         pop_nonfinite({"policy/loss": 0.5} | metrics, step=12)
     assert "\n" not in str(caught.value)
+    assert caught.value.optimizer_step == min(s for s in found.values() if s >= 0)

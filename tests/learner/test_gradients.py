@@ -33,16 +33,16 @@ def test_sums_are_those_of_the_whole_batch(maybe_jit, num_microbatches):
 
 
 def test_gradients_of_half_precision_parameters_are_summed_in_float32():
-    # In bfloat16, 256 + 1 is 256.
+    # In bfloat16, 256 + 1 is 256: the sum would end at 258. 260 it can hold.
     _, _, grads = accumulate_gradients(
         weighted,
         jnp.bfloat16(0.5),
-        {"x": jnp.array([256.0, 1.0, 1.0, 1.0])},
+        {"x": jnp.array([256.0, 1.0, 1.0, 2.0])},
         jnp.float32(1),
         num_microbatches=4,
     )
-    assert grads.dtype == jnp.float32
-    assert grads == 259
+    assert grads.dtype == jnp.bfloat16
+    assert grads == 260
 
 
 @pytest.mark.parametrize("accept", [True, False])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from bare_models import context_logits, context_values
 
 from rlhf_jax.algo.covariance_losses import clip_cov_loss
 from rlhf_jax.algo.options import PolicyLossOptions
@@ -19,30 +20,34 @@ from rlhf_jax.learner import (
     ppo_objective,
     separate_networks,
 )
-
-from .conftest import NETWORKS, TEMPERATURE
+from rlhf_jax.rollout import token_logprobs_from_logits, values_from_sequence
 
 # Every other token with an advantage is a candidate, and half of them are left out.
 CLIP_COV = partial(clip_cov_loss, fraction=0.5, cov_range=(-1e9, 1e9))
 OPTIMIZERS = ActorCritic(actor=optax.sgd(0.1), critic=optax.sgd(0.1))
+TOKEN_LOGPROBS_FN = token_logprobs_from_logits(context_logits)
 FORWARD = separate_networks(
-    token_logprobs_fn=NETWORKS["token_logprobs_fn"], values_fn=NETWORKS["values_fn"]
+    token_logprobs_fn=TOKEN_LOGPROBS_FN, values_fn=values_from_sequence(context_values)
 )
 
 
-def learned(params, experience, seed, **options):
+def learned(params, experience, seed, *, objective_key=True, **options):
     objective = ppo_objective(
         FORWARD,
-        temperature=TEMPERATURE,
         policy_loss_fn=CLIP_COV,
         policy_loss_key=True,
     )
     update = make_update(
-        objective, OPTIMIZERS, num_epochs=1, num_minibatches=1, **options
+        objective,
+        OPTIMIZERS,
+        num_epochs=1,
+        num_minibatches=1,
+        objective_key=objective_key,
+        **options,
     )
     params = jax.tree.map(lambda x: x.copy(), params)
     state = init_train_state(jax.random.key(seed), params, OPTIMIZERS, kl_coef=0.0)
-    state, metrics = update(state, experience)
+    state, _ = update(state, experience)
     assert state.step == 1
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params.actor)])
 
@@ -57,15 +62,9 @@ def test_the_key_of_the_run_decides(params, experience, num_microbatches):
     assert np.abs(other - once).max() > 1e-4
 
 
-def test_each_microbatch_draws_for_itself(params, experience):
-    """Two equal halves: with one draw for both, each would give half of the gradient."""
-    half = jax.tree.map(lambda x: x[:8], experience)
-    # Interleaved, so that microbatch 0 and microbatch 1 hold the same rows.
-    twice = jax.tree.map(lambda x: x.repeat(2, axis=0), half)
-    update = partial(learned, params, seed=3)
-    alone = update(experience=half, num_microbatches=1)
-    both = update(experience=twice, num_microbatches=2)
-    assert np.abs(both - alone).max() > 1e-5
+def test_without_keys_from_the_update_it_is_refused(params, experience):
+    with pytest.raises(ValueError, match=r"policy_loss_key=True: .*objective_key=True"):
+        learned(params, experience, 0, objective_key=False)
 
 
 def test_what_it_would_ignore_is_refused():
@@ -77,7 +76,7 @@ def test_what_it_would_ignore_is_refused():
         )
     with pytest.raises(ValueError, match=r"policy_loss\.clip-eps=0\.1: is not read"):
         critic_free_objective(
-            NETWORKS["token_logprobs_fn"],
+            TOKEN_LOGPROBS_FN,
             policy_loss=PolicyLossOptions(clip_eps=0.1),
             policy_loss_fn=sapo_loss,
         )

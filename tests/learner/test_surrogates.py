@@ -16,7 +16,7 @@ from rlhf_jax.algo.options import KLOptions, PolicyLossOptions
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     clipped_policy_loss,
-    geometric_mean_loss,
+    gmpo_loss,
     gspo_loss,
     reinforce_loss,
     sapo_loss,
@@ -56,7 +56,7 @@ CLIP = {"clip_eps": 0.05, "clip_eps_high": 0.3}
 SURROGATES = {
     "ppo": (CLIP, partial(clipped_policy_loss, **CLIP)),
     "gspo": (CLIP, partial(gspo_loss, **CLIP)),
-    "gmpo": (CLIP, partial(geometric_mean_loss, **CLIP)),
+    "gmpo": (CLIP, partial(gmpo_loss, **CLIP)),
     "cispo": ({"ratio_bound": 1.2}, partial(cispo_loss, bound=1.2)),
     "sapo": ({}, sapo_loss),
     "reinforce": ({}, reinforce_loss),
@@ -118,7 +118,7 @@ def test_every_surrogate_has_a_case():
 DEFAULTS = {
     "ppo": partial(clipped_policy_loss, clip_eps=0.2),
     "gspo": partial(gspo_loss, clip_eps=3e-4, clip_eps_high=4e-4),
-    "gmpo": partial(geometric_mean_loss, clip_eps=0.4),
+    "gmpo": partial(gmpo_loss, clip_eps=0.4),
     "cispo": partial(cispo_loss, bound=5.0),
 }
 

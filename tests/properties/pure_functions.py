@@ -140,7 +140,7 @@ FUNCTIONS = {
     ),
     "clipped_policy_loss": lambda x: policy_terms(x, policy_losses.clipped_policy_loss),
     "gspo_loss": lambda x: policy_terms(x, policy_losses.gspo_loss),
-    "geometric_mean_loss": lambda x: policy_terms(x, policy_losses.geometric_mean_loss),
+    "gmpo_loss": lambda x: policy_terms(x, policy_losses.gmpo_loss),
     "cispo_loss": lambda x: policy_terms(x, policy_losses.cispo_loss),
     "sapo_loss": lambda x: policy_terms(x, policy_losses.sapo_loss),
 }

@@ -147,7 +147,7 @@ POLICY_LOSSES = {
     ),
     "reinforce": policy_losses.reinforce_loss,
     "gspo": policy_losses.gspo_loss,
-    "geometric_mean": policy_losses.geometric_mean_loss,
+    "geometric_mean": policy_losses.gmpo_loss,
     "cispo": policy_losses.cispo_loss,
     "sapo": policy_losses.sapo_loss,
     # Its range of covariances leaves nothing out here.

@@ -184,6 +184,44 @@ def test_another_kind_of_key_is_refused(tmp_path):
             checkpointer.restore(1, {"key": jax.random.key(0, impl="rbg")})
 
 
+def test_later_checkpoints_make_way_for_new_ones(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        for step in (3, 10, 11):
+            checkpointer.save(step, {"x": jnp.float32(step)}, {})
+        assert checkpointer.steps() == [3, 10, 11]
+        checkpointer.remove_after(11)
+        assert checkpointer.steps() == [3, 10, 11]
+        checkpointer.remove_after(3)
+        assert checkpointer.steps() == [3]
+        checkpointer.save(4, {"x": jnp.float32(4)}, {})
+        assert checkpointer.restore(4, {"x": jnp.float32(0)})[0]["x"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_a_kill_while_checkpoints_are_removed_leaves_complete_ones(
+    tmp_path, monkeypatch
+):
+    state = {"x": jnp.float32(1)}
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state, {})
+
+    def kill(path, ignore_errors=False):
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpointer(tmp_path).remove_after(1)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1, 2]
+        checkpointer.restore(2, state)
+        checkpointer.remove_after(1)
+        checkpointer.save(3, state, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_misuse_is_refused(tmp_path):
     state = {"x": jnp.zeros(2)}
     with pytest.raises(ValueError, match="keep=0"):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.runtime import progress as progress_module
-from rlhf_jax.runtime.progress import heading, progress
+from rlhf_jax.runtime.progress import heading, progress, warn
 
 
 class Clock:
@@ -75,3 +75,13 @@ def test_quiet_and_other_processes_print_nothing(capfd, monkeypatch):
         shown.update(1, {"score": 1.0})
     heading("ppo")
     assert capfd.readouterr().out == ""
+
+
+def test_a_warning_is_one_line_on_standard_error_of_the_first_process(
+    capfd, monkeypatch
+):
+    warn("a metric is inf " + "x" * 200)
+    assert capfd.readouterr() == ("", "warning: a metric is inf " + "x" * 200 + "\n")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    warn("a metric is inf")
+    assert capfd.readouterr() == ("", "")

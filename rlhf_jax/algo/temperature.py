@@ -1,0 +1,35 @@
+"""The temperature that sampling and training share, checked where it is a number."""
+
+from numbers import Real
+
+from rlhf_jax.algo.types import Scalar
+
+# Below it, logits divided by the temperature come near the end of float32, where
+# inf − inf is NaN; below 1e-38 the temperature itself is 0 in float32.
+SMALLEST = 1e-30
+
+
+def is_greedy(temperature: Scalar) -> bool:
+    """Whether the temperature is the number 0; an array never is."""
+    return isinstance(temperature, Real) and bool(temperature == 0)
+
+
+def check_temperature(temperature: Scalar, *, greedy: bool = False) -> None:
+    """Refuses a temperature that gives no distribution.
+
+    Args:
+        temperature: a number, Python's or NumPy's. A JAX array is not looked at: its
+            value may not be known yet.
+        greedy: allow 0.
+
+    Raises:
+        ValueError: when a number is negative, not finite, or too small to divide by.
+    """
+    if not isinstance(temperature, Real) or (greedy and temperature == 0):
+        return
+    if not SMALLEST <= temperature < float("inf"):
+        choice = ", or 0 for the likeliest token" if greedy else ""
+        raise ValueError(
+            f"temperature={temperature}: expected at least {SMALLEST:g}, and finite"
+            + choice
+        )
