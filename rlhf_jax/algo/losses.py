@@ -79,7 +79,7 @@ def actor_loss(
     experience: Experience,
     *,
     entropy: Array | None = None,
-    clip_eps: Scalar = 0.2,
+    clip_eps: Scalar | None = None,
     clip_eps_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
     log_ratio_clamp: float | None = None,
@@ -90,6 +90,7 @@ def actor_loss(
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
+    length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The actor's part of `ppo_loss`.
 
@@ -104,7 +105,7 @@ def actor_loss(
         experience: read for `mask`, `old_logprobs`, `advantages`, and where they are
             used `weights`, `kl_coef` and `ref_logprobs`; padding may hold anything.
         entropy: `[B, T]` float, of π(· | s_t); None leaves bonus and metric out.
-        clip_eps: see `clipped_policy_loss`, like the next three.
+        clip_eps: see `clipped_policy_loss`, like the next three; None: its 0.2.
         clip_eps_high: ε above 1.
         dual_clip: bound where A < 0.
         log_ratio_clamp: bound on log ρ.
@@ -118,6 +119,7 @@ def actor_loss(
         aggregation: see `aggregate`.
         num_tokens: see `ppo_loss`.
         num_sequences: see `ppo_loss`.
+        length: see `aggregate`.
 
     Returns:
         The `[]` float32 loss, with a gradient in `logprobs` and `entropy`, and the
@@ -146,6 +148,7 @@ def actor_loss(
             mode=aggregation,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
+            length=length,
         )
 
     loss_fn, clip_fraction_fn = _surrogate(
@@ -187,14 +190,16 @@ def actor_loss(
 
 def _surrogate(
     policy_loss_fn: PolicyLossFn | None,
-    clip_eps: Scalar,
+    clip_eps: Scalar | None,
     clip_eps_high: Scalar | None,
     dual_clip: Scalar | None,
     log_ratio_clamp: float | None,
 ) -> tuple[PolicyLossFn, Callable[..., Array]]:
     """The policy loss, and what counts the tokens that it clips."""
     if policy_loss_fn is None:
-        clip: dict[str, Any] = {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}
+        clip: dict[str, Any] = {"clip_eps_high": clip_eps_high}
+        if clip_eps is not None:
+            clip["clip_eps"] = clip_eps
         bounds: dict[str, Any] = {
             "dual_clip": dual_clip,
             "log_ratio_clamp": log_ratio_clamp,
@@ -203,9 +208,8 @@ def _surrogate(
             partial(clipped_policy_loss, **clip, **bounds),
             partial(diagnostics.clip_fraction, **clip),
         )
-    default = isinstance(clip_eps, numbers.Real) and clip_eps == 0.2
     for name, value in (
-        ("clip_eps", None if default else clip_eps),
+        ("clip_eps", clip_eps),
         ("clip_eps_high", clip_eps_high),
         ("dual_clip", dual_clip),
         ("log_ratio_clamp", log_ratio_clamp),
@@ -227,6 +231,7 @@ def critic_loss(
     aggregation: Aggregation = "token-mean",
     num_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
+    length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The critic's part of `ppo_loss`, without its coefficient.
 
@@ -239,6 +244,7 @@ def critic_loss(
         aggregation: see `aggregate`.
         num_tokens: `[]`, real tokens of the whole minibatch in the critic's mask.
         num_sequences: see `ppo_loss`.
+        length: see `aggregate`.
 
     Returns:
         The `[]` float32 loss, with a gradient in `values`, and the metrics
@@ -264,6 +270,7 @@ def critic_loss(
         mode=aggregation,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
+        length=length,
     )
     clipped = jnp.zeros_like(loss)
     if value_clip_eps is not None:
@@ -285,7 +292,7 @@ def ppo_loss(
     experience: Experience,
     *,
     entropy: Array | None = None,
-    clip_eps: Scalar = 0.2,
+    clip_eps: Scalar | None = None,
     clip_eps_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
     log_ratio_clamp: float | None = None,
@@ -300,17 +307,14 @@ def ppo_loss(
     num_tokens: Scalar | None = None,
     num_value_tokens: Scalar | None = None,
     num_sequences: Scalar | None = None,
+    length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """What one optimizer step of PPO minimises.
 
         loss = actor_loss + value_coef · critic_loss
 
-    The gradient in `logprobs` and `entropy` is that of `actor_loss`, the one in
-    `values` that of `critic_loss` times `value_coef`.
-
-    A minibatch that is read in several microbatches hands its own `num_tokens`,
-    `num_value_tokens` and `num_sequences` to each of them: then losses, gradients and
-    metrics, summed over the microbatches, are those of the minibatch.
+    A minibatch hands its own `num_tokens`, `num_value_tokens` and `num_sequences` to
+    its microbatches: their losses, gradients and metrics then sum to its own.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
@@ -320,8 +324,8 @@ def ppo_loss(
             `returns`; padding may hold anything. See `actor_loss` for a KL term in the
             loss and weights of tokens.
         entropy: see `actor_loss`, like all down to `entropy_coef`.
-        clip_eps: ε of the policy ratio, below 1.
-        clip_eps_high: ε above 1.
+        clip_eps: ε of the policy ratio, below 1; None: 0.2.
+        clip_eps_high: ε above 1; None: the same.
         dual_clip: bound where A < 0.
         log_ratio_clamp: bound on log ρ.
         policy_loss_fn: in place of PPO's clipped loss.
@@ -339,6 +343,7 @@ def ppo_loss(
             (`experience.value_mask`); `num_tokens` by default.
         num_sequences: `[]`, rows with a real token of the whole minibatch, the divisor
             of the `"seq-mean"` aggregations; those of `experience.mask` by default.
+        length: what `"seq-mean-token-sum-norm"` divides by; T by default.
 
     Returns:
         The `[]` float32 loss and a dict of `[]` float32 metrics without gradients:
@@ -368,6 +373,7 @@ def ppo_loss(
         aggregation=aggregation,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
+        length=length,
     )
     for_critic, critic_metrics = critic_loss(
         values,
@@ -377,6 +383,7 @@ def ppo_loss(
         aggregation=aggregation,
         num_tokens=num_tokens if num_value_tokens is None else num_value_tokens,
         num_sequences=num_sequences,
+        length=length,
     )
     return for_actor + value_coef * for_critic, actor_metrics | critic_metrics
 

@@ -39,7 +39,7 @@ FLOAT32 = 1e-6
 
 RLOO = functools.partial(group_advantages, scale="none", baseline="leave-one-out")
 DR_GRPO = functools.partial(group_advantages, scale="none")
-GRPO = functools.partial(group_advantages, eps=1e-9)
+GRPO = functools.partial(group_advantages, scale="std", eps=1e-9)
 
 
 @jax.jit

@@ -153,7 +153,7 @@ def test_half_precision_and_integers():
         ({"groups": 0}, "group size 0"),
         ({"groups": 3, "scale": "batch"}, "scale='batch'"),
         ({"groups": 3, "baseline": "loo"}, "baseline='loo'"),
-        ({"groups": 3, "baseline": "none"}, "scale='std': expected 'none'"),
+        ({"groups": 3, "baseline": "none"}, "scale='batch-std': expected 'none'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -56,6 +56,8 @@ SAME = {
     },
     (losses.critic_loss, PolicyLossOptions): {"aggregation": "aggregation"},
     (losses.actor_loss, PolicyLossOptions): {
+        "clip_eps": "clip_eps",
+        "clip_eps_high": "clip_eps_high",
         "dual_clip": "dual_clip",
         "log_ratio_clamp": "log_ratio_clamp",
         "entropy_coef": "entropy_coef",
@@ -63,6 +65,8 @@ SAME = {
     },
     (losses.actor_loss, KLOptions): {"importance_weighted_kl": "importance_weighted"},
     (losses.ppo_loss, PolicyLossOptions): {
+        "clip_eps": "clip_eps",
+        "clip_eps_high": "clip_eps_high",
         "dual_clip": "dual_clip",
         "log_ratio_clamp": "log_ratio_clamp",
         "entropy_coef": "entropy_coef",

@@ -51,6 +51,7 @@ QUICK = {
 }
 
 STRONG = {"kl.coef": 0.5}
+IN_LOSS = {"kl.place": "loss", "kl.estimator": "k2"}
 # Between the KL of a token and that of an answer.
 TARGET = STRONG | {"kl.target": 1.7, "kl.horizon": 40}
 REPLACE = {"scores.missing_eos": "replace", "scores.missing_eos_penalty": -1.0}
@@ -66,11 +67,11 @@ CASES = {
     "resample": (1, {}),
     "refresh_every": (2, {}),
     "old_logprobs": ("recomputed", {}),
-    "kl.place": ("reward", STRONG),
+    "kl.place": ("loss", STRONG | {"kl.estimator": "k2"}),
     "kl.coef": (0.5, {}),
     "kl.estimator": ("k3", STRONG),
-    "kl.straight_through": (True, STRONG | {"kl.estimator": "k3"}),
-    "kl.importance_weighted": (True, STRONG),
+    "kl.straight_through": (True, STRONG | IN_LOSS | {"kl.estimator": "k3"}),
+    "kl.importance_weighted": (True, STRONG | IN_LOSS),
     "kl.log_ratio_clamp": (0.01, STRONG),
     "kl.clamp": (0.01, STRONG),
     "kl.target": (100.0, TARGET),
@@ -199,7 +200,7 @@ def test_no_two_choices_of_an_option_learn_the_same():
     steps = {"learning_rate": 4.0, "eps": 0.1, "max_grad_norm": 0.0}
     fine = QUICK | {f"optimizer.{name}": value for name, value in steps.items()}
     # With 4 × 4 answers G/(G − 1) of RLOO is also 1 over the share with a signal.
-    fine |= {"group_size": 8}
+    fine |= {"group_size": 8} | IN_LOSS
     variants = [{"kl.place": "none", "kl.coef": 0.05, "kl.estimator": "k1"}]
     variants += [
         {"groups.baseline": x} | UNSCALED for x in choices(GroupOptions, "baseline")
