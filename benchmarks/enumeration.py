@@ -11,6 +11,7 @@ depend on the machine.
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from expected_gradients import (
     wrong_critic,
 )
 from outcomes import CHANGES, FINED, PLAIN, Outcome, changed_outcome, outcome
+from stale_kl import Moved
 
 from rlhf_jax.algo.options import AdvantageOptions
 from rlhf_jax.presets import PRESETS
@@ -154,6 +156,25 @@ def kl_length_rows() -> Rows:
                 mean(
                     relative_error(whole, case.kl_gradient) for case, _, whole in found
                 )
+            ),
+        )
+
+
+def stale_kl_rows() -> Rows:
+    """A KL in the loss once the policy has moved from the one that answered."""
+    terms: dict[str, dict[str, Any]] = {
+        "k2": {"estimator": "k2"},
+        "k3": {"estimator": "k3"},
+        "k2, weighted by π / π_old": {"estimator": "k2", "importance_weighted": True},
+    }
+    yield "total variation between π and π_old", *terms
+    for distance in (0.0, 0.15, 0.35, 0.8):
+        cases = [Moved(seed, distance) for seed in SEEDS]
+        yield (
+            f"{mean(case.total_variation for case in cases):.2f}",
+            *(
+                percent(mean(case.gradient_error(**term) for case in cases))
+                for term in terms.values()
             ),
         )
 
@@ -339,6 +360,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "KL estimators, near the reference": functools.partial(kl_rows, NEAR),
     "KL estimators, far from it": functools.partial(kl_rows, FAR),
     "k2 in the loss, by length": kl_length_rows,
+    "A KL in the loss after the first step": stale_kl_rows,
     "Advantage estimators": advantage_rows,
     "A slow critic": slow_critic_rows,
     "Reduction": reduction_rows,
