@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo.temperature import check_temperature
+from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.algo.types import Array, Scalar
 
 
@@ -53,18 +53,14 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: Scalar = 1.0) -
         `[B, T]` float32, differentiable in `logits`.
 
     Raises:
-        ValueError: when a temperature given as a number is not positive and finite.
+        ValueError: when a temperature given as a number is below 0.01 or not finite.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
     """
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
     chex.assert_type([logits, tokens], [float, int])
-    logits = logits.astype(jnp.float32)
-    # Taken off before the division, for it leaves an error of 1e-7 · |z| / T.
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    scaled = (logits - peak) / _divisor(temperature)
-    normalizer = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
-    return _select_token(scaled, tokens) - normalizer
+    scaled = logits.astype(jnp.float32) / _divisor(temperature)
+    return _select_token(scaled, tokens) - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def token_entropy(logits: Array, *, temperature: Scalar = 1.0) -> Array:
@@ -80,7 +76,7 @@ def token_entropy(logits: Array, *, temperature: Scalar = 1.0) -> Array:
         `[B, T]` float32, in [0, log V], differentiable in `logits`.
 
     Raises:
-        ValueError: when a temperature given as a number is not positive and finite.
+        ValueError: when a temperature given as a number is below 0.01 or not finite.
         AssertionError: on a wrong rank or dtype.
     """
     chex.assert_rank(logits, 3)
@@ -129,7 +125,7 @@ def fused_token_logprobs(
 
     Raises:
         ValueError: when `chunk_size` is not positive, or a temperature given as a
-            number not positive and finite.
+            number below 0.01 or not finite.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
     """
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
@@ -175,7 +171,7 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
 
 def _divisor(temperature: Scalar) -> Array:
     """`[]` float32."""
-    check_temperature(temperature)
+    check_temperature(temperature, smallest=SMALLEST_TO_LEARN)
     temperature = jnp.asarray(temperature, jnp.float32)
     chex.assert_rank(temperature, 0)
     return temperature
@@ -195,35 +191,32 @@ def _fused_results(
 def _fused_forward(hidden, unembedding, tokens, temperature, softcap):
     def forward_chunk(_, chunk):
         hidden, tokens = chunk
-        logits = _chunk_logits(hidden, unembedding, softcap)
-        # As in `token_logprobs`; what the compiler makes of z / T and the normalizer
-        # must not differ either, or a low temperature gives probabilities above 1.
-        peak = jnp.max(logits, axis=-1)
-        scaled = (logits - peak[:, None]) / temperature
-        normalizer = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
+        scaled = _chunk_logits(hidden, unembedding, softcap) / temperature
+        normalizer = jax.nn.logsumexp(scaled, axis=-1)
         shifted = scaled - normalizer[:, None]
         entropy = -jnp.sum(jnp.exp(shifted) * shifted, axis=-1)
-        return None, (_select_token(shifted, tokens), peak, normalizer, entropy)
+        return None, (_select_token(shifted, tokens), normalizer, entropy)
 
     _, results = _scan(forward_chunk, None, (hidden, tokens))
-    logprobs, peak, normalizer, entropy = results
-    saved = (hidden, unembedding, tokens, temperature, peak, normalizer, entropy)
+    logprobs, normalizer, entropy = results
+    saved = (hidden, unembedding, tokens, temperature, normalizer, entropy)
     return (logprobs, entropy), saved
 
 
 def _fused_backward(softcap, saved, cotangents):
-    hidden, unembedding, tokens, temperature, peak, normalizer, entropy = saved
+    hidden, unembedding, tokens, temperature, normalizer, entropy = saved
 
     def backward_chunk(d_unembedding, chunk):
-        hidden, tokens, peak, normalizer, entropy, d_logprobs, d_entropy = chunk
+        hidden, tokens, normalizer, entropy, d_logprobs, d_entropy = chunk
         # 0 · NaN would carry a padding token's hidden state into every weight.
         used = ((d_logprobs != 0) | (d_entropy != 0))[:, None]
         hidden = jnp.where(used, hidden, jnp.zeros_like(hidden))
         logits = _chunk_logits(hidden, unembedding, softcap)
-        shifted = (logits - peak[:, None]) / temperature - normalizer[:, None]
+        scaled = logits / temperature
+        shifted = scaled - normalizer[:, None]
         probs = jnp.exp(shifted)
         # ∂ log p_y / ∂z = 1_y − p          ∂H / ∂z = −p · (log p + H)
-        d_scaled = jnp.where(_is_token(shifted, tokens), d_logprobs[:, None], 0.0)
+        d_scaled = jnp.where(_is_token(scaled, tokens), d_logprobs[:, None], 0.0)
         d_scaled -= probs * (
             d_logprobs[:, None] + d_entropy[:, None] * (shifted + entropy[:, None])
         )
@@ -238,7 +231,7 @@ def _fused_backward(softcap, saved, cotangents):
     d_unembedding, d_hidden = _scan(
         backward_chunk,
         jnp.zeros_like(unembedding, jnp.float32),
-        (hidden, tokens, peak, normalizer, entropy, *cotangents),
+        (hidden, tokens, normalizer, entropy, *cotangents),
     )
     return d_hidden, d_unembedding.astype(unembedding.dtype), None, None
 

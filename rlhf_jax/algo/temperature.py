@@ -8,28 +8,34 @@ from rlhf_jax.algo.types import Scalar
 # inf − inf is NaN; below 1e-38 the temperature itself is 0 in float32.
 SMALLEST = 1e-30
 
+# Rounding leaves 1e-7 · |z| / T of a log-probability: below this, as much as 1e-4.
+SMALLEST_TO_LEARN = 1e-2
+
 
 def is_greedy(temperature: Scalar) -> bool:
     """Whether the temperature is the number 0; an array never is."""
     return isinstance(temperature, Real) and bool(temperature == 0)
 
 
-def check_temperature(temperature: Scalar, *, greedy: bool = False) -> None:
+def check_temperature(
+    temperature: Scalar, *, greedy: bool = False, smallest: float = SMALLEST
+) -> None:
     """Refuses a temperature that gives no distribution.
 
     Args:
         temperature: a number, Python's or NumPy's. A JAX array is not looked at: its
             value may not be known yet.
         greedy: allow 0.
+        smallest: the least that is allowed besides.
 
     Raises:
         ValueError: when a number is negative, not finite, or too small to divide by.
     """
     if not isinstance(temperature, Real) or (greedy and temperature == 0):
         return
-    if not SMALLEST <= temperature < float("inf"):
+    if not smallest <= temperature < float("inf"):
         choice = ", or 0 for the likeliest token" if greedy else ""
         raise ValueError(
-            f"temperature={temperature}: expected at least {SMALLEST:g}, and finite"
+            f"temperature={temperature}: expected at least {smallest:g}, and finite"
             + choice
         )

@@ -78,15 +78,21 @@ def test_zero_of_any_kind_takes_the_likeliest_token(maybe_jit, zero):
     np.testing.assert_array_equal(rollout.logprobs, np.zeros((2, 2)))
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-10, 1e-3])
-def test_low_temperatures_are_exact(maybe_jit, temperature):
-    # The likeliest token has everything; in the second row two share it.
-    def by_name(options):
-        return {name: fn(temperature=temperature) for name, fn in options.items()}
+@pytest.mark.parametrize("temperature", [0.009, 1e-10])
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_rounding_would_spoil_is_refused(name, temperature):
+    with pytest.raises(ValueError, match=r"expected at least 0\.01, and finite$"):
+        LEARNING[name](temperature=temperature)
 
-    got = maybe_jit(lambda: by_name(LEARNING))()
+
+def test_the_lowest_temperature_to_learn_from(maybe_jit):
+    # The likeliest token has everything; in the second row two share it.
+    fns = {
+        name: functools.partial(fn, temperature=0.01) for name, fn in LEARNING.items()
+    }
+    got = maybe_jit(lambda: {name: fn() for name, fn in fns.items()})()
     want = [[0.0], [np.log(0.5)]], [[0.0], [np.log(2)]]
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     close(got["token_logprobs"], want[0])
     close(got["token_entropy"], want[1])
     jax.tree.map(close, got["fused_token_logprobs"], want)
