@@ -9,7 +9,7 @@ from typing import Literal
 
 from rlhf_jax.algo.ensembles import EnsembleScore
 from rlhf_jax.algo.options import check
-from rlhf_jax.algo.temperature import check_temperature
+from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.grpo_presets import GRPOMethod
 from rlhf_jax.presets import PPOMethod
 from rlhf_jax.runtime.config import Overlong, RunConfig, check_positive
@@ -300,7 +300,7 @@ class PPOConfig(PPOMethod, PolicyConfig):
         """Raises ValueError naming the field that cannot work."""
         PolicyConfig.validate(self)
         PPOMethod.validate(self)
-        check_temperature(self.temperature)
+        check_temperature(self.temperature, smallest=SMALLEST_TO_LEARN)
         self._check_method(self)
         check(
             self.critic_warmup < self.updates,
@@ -342,7 +342,7 @@ class GRPOConfig(GRPOMethod, PolicyConfig):
         """Raises ValueError naming the field that cannot work."""
         PolicyConfig.validate(self)
         GRPOMethod.validate(self)
-        check_temperature(self.temperature)
+        check_temperature(self.temperature, smallest=SMALLEST_TO_LEARN)
         self._check_method(self)
         check(
             self.batch_size % self.group_size == 0,

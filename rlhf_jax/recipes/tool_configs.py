@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from rlhf_jax.algo.options import check
-from rlhf_jax.algo.temperature import check_temperature, is_greedy
+from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.runtime.config import Dtype, check_positive
 from rlhf_jax.runtime.reward_functions import function_name
 
@@ -211,11 +211,11 @@ class EvaluateConfig:
         )
         check_temperature(self.temperature, greedy=True)
         check(
-            self.reference is None or not is_greedy(self.temperature),
+            self.reference is None or self.temperature >= SMALLEST_TO_LEARN,
             "temperature",
             self.temperature,
-            "draws nothing, so there is no KL to a reference; leave out --reference, "
-            "or sample at --temperature 1",
+            f"is too low for a KL to a reference, which takes {SMALLEST_TO_LEARN:g} or "
+            "more; leave out --reference, or sample at --temperature 1",
         )
         check(
             self.limit is None or self.limit >= 1,
