@@ -43,8 +43,8 @@ class GRPOMethod:
     groups: GroupOptions = dataclasses.field(default_factory=GroupOptions)
     """advantages of answers against each other"""
     resample: int = 0
-    """rounds of further prompts for groups without a signal, whose answers all have
-    one score; 0: such groups stay in the batch, where they teach nothing"""
+    """rounds of further prompts for groups without a signal, whose answers that are
+    trained on all have one score; 0: such groups stay in the batch"""
     refresh_every: int = 1
     """updates after which the policy that answers becomes the one that learns"""
     old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
@@ -107,11 +107,14 @@ class GRPOMethod:
             f"is for groups without a signal; with groups.baseline="
             f"{self.groups.baseline} a group of equal scores has one",
         )
+        of_scores = ("std", "batch-std", "signal")
         check(
-            self.kl.place != "reward" or self.groups.scale != "signal",
+            self.kl.place != "reward" or self.groups.scale not in of_scores,
             "groups.scale",
             self.groups.scale,
-            "counts groups of equal rewards, and with kl.place=reward no two are equal",
+            "is of scores alone, and with kl.place=reward the KL is in them; where all "
+            "scores are equal it would scale up the KL: take groups.scale=none, or "
+            "kl.place=loss or none",
         )
 
     def _check_steps(self) -> None:
@@ -149,16 +152,16 @@ def grpo() -> GRPOMethod:
     """GRPO as in DeepSeekMath: (s − μ)/σ, KL in the loss, mean over answers of means.
 
     Departs from its paper: G = 64 there, which `--group-size 64` gives. The defaults of
-    this command differ on purpose: σ of the batch, which leaves the direction of the
-    gradient nearly as it is, and the KL in the reward as k1, which has the KL's
-    gradient; its k3 in the loss has that of the KL the other way round
-    (docs/what-is-unbiased.md).
+    this command differ on purpose: each score minus the mean of the others, undivided,
+    and the KL in the reward as k1, which together have the exact gradient. Division by
+    σ changes its direction, and k3 in the loss has the gradient of the KL the other way
+    round (docs/what-is-unbiased.md).
 
     References:
         Shao et al., 2024, arXiv:2402.03300.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="std"),
+        groups=GroupOptions(baseline="mean", scale="std"),
         kl=KLOptions(place="loss", estimator="k3", coef=0.04),
         policy_loss=PolicyLossOptions(aggregation="seq-mean-token-mean"),
         minibatches=1,
@@ -176,7 +179,7 @@ def dr_grpo() -> GRPOMethod:
         Liu et al., 2025, arXiv:2503.20783.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="none"),
+        groups=GroupOptions(baseline="mean", scale="none"),
         kl=NO_KL,
         policy_loss=PolicyLossOptions(aggregation="seq-mean-token-sum-norm"),
     )
@@ -224,7 +227,7 @@ def reinforce_pp_baseline() -> GRPOMethod:
         Hu et al., 2025, arXiv:2501.03262.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="tokens", ddof=0),
+        groups=GroupOptions(baseline="mean", scale="tokens", ddof=0),
         kl=KLOptions(place="loss", estimator="k2", coef=0.01),
     )
 
@@ -258,7 +261,7 @@ def dapo() -> GRPOMethod:
         Yu et al., 2025, arXiv:2503.14476.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="std"),
+        groups=GroupOptions(baseline="mean", scale="std"),
         resample=4,
         kl=NO_KL,
         scores=ScoreOptions(missing_eos="mask"),
@@ -273,7 +276,7 @@ def gspo() -> GRPOMethod:
         Zheng et al., 2025, arXiv:2507.18071.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="std"),
+        groups=GroupOptions(baseline="mean", scale="std"),
         kl=NO_KL,
         policy_loss=PolicyLossOptions(
             surrogate="gspo",
@@ -292,7 +295,7 @@ def cispo() -> GRPOMethod:
         MiniMax, 2025, arXiv:2506.13585.
     """
     return GRPOMethod(
-        groups=GroupOptions(scale="std"),
+        groups=GroupOptions(baseline="mean", scale="std"),
         kl=NO_KL,
         policy_loss=PolicyLossOptions(surrogate="cispo"),
         minibatches=4,

@@ -235,8 +235,7 @@ def test_group_in_place_of_a_critic():
     names = example("group_advantages")
     scores = np.asarray(names["scores"]).reshape(-1, 8)
     assert (np.asarray(names["prompts"]).reshape(-1, 8).std(axis=1) == 0).all()
-    centred = scores - scores.mean(axis=1, keepdims=True)
-    want = centred / (scores.std(ddof=1) + 1e-4)
+    want = scores - (scores.sum(axis=1, keepdims=True) - scores) / 7  # of the others
     np.testing.assert_allclose(
         names["advantages"][:, 0], want.reshape(-1), rtol=1e-4, atol=1e-5
     )

@@ -125,7 +125,7 @@ def kl_cov_loss(
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
-    log_ratio = logprobs - old_logprobs
+    log_ratio = hold_overflow(logprobs - old_logprobs, advantages == 0)
     covariance = _token_covariances(logprobs, advantages, mask)
     covariance = jnp.where(mask, covariance, -jnp.inf)
     held_back = _largest(covariance, _share(fraction, mask))

@@ -127,7 +127,7 @@ def reinforce_plus_plus_baseline_advantages(
     References:
         Hu et al., 2025, arXiv:2501.03262.
     """
-    centred = group_advantages(scores, groups, scale="none")
+    centred = group_advantages(scores, groups, scale="none", baseline="mean")
     return masked_whiten(broadcast_over_tokens(centred, mask), mask, ddof=ddof)
 
 
@@ -228,7 +228,9 @@ def gpg_advantages(
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale={scale!r}: expected 'std' or 'none'")
-    advantages = group_advantages(scores, groups, scale=scale, ddof=ddof, eps=eps)
+    advantages = group_advantages(
+        scores, groups, scale=scale, baseline="mean", ddof=ddof, eps=eps
+    )
     scores = scores.astype(jnp.float32)
     below_best = scores < largest_of_others(scores, groups)
     differ = group_sum(below_best.astype(jnp.float32), groups) > 0

@@ -14,8 +14,8 @@ def group_advantages(
     scores: Array,
     groups: Array | int,
     *,
-    scale: Literal["std", "batch-std", "none"] = "batch-std",
-    baseline: Literal["mean", "leave-one-out", "none"] = "mean",
+    scale: Literal["std", "batch-std", "none"] = "none",
+    baseline: Literal["mean", "leave-one-out", "none"] = "leave-one-out",
     ddof: int = 1,
     eps: Scalar = 1e-4,
 ) -> Array:
@@ -44,7 +44,8 @@ def group_advantages(
     GRPO up to the factor (n − 1)/n. Dividing by σ changes its direction where scores
     are graded. Where they are 0 or 1 it only weighs the prompts, alike for n = 2 and 3,
     and from n = 4 on the more, the nearer a prompt is to always or never solved; that
-    may be what one wants. σ_B, the default, sets a common scale and errs less.
+    may be what one wants. σ_B sets a common scale and errs less. Give either scores
+    without a KL penalty: where scores are equal, the KL would be scaled to 1.
 
     Args:
         scores: `[B]` float, one per answer.

@@ -108,7 +108,7 @@ def actor_loss(
         clip_eps: see `clipped_policy_loss`, like the next three; None: its 0.2.
         clip_eps_high: ε above 1.
         dual_clip: bound where A < 0.
-        log_ratio_clamp: bound on log ρ.
+        log_ratio_clamp: bound on log ρ, also as a weight of the KL.
         policy_loss_fn: takes the place of `clipped_policy_loss`; see
             `rlhf_jax.algo.policy_losses`.
         kl_fn: the KL term, unreduced; an estimator whose gradient is that of the KL.
@@ -117,9 +117,9 @@ def actor_loss(
             π's own KL after the first optimizer step too.
         entropy_coef: weight of the entropy bonus.
         aggregation: see `aggregate`.
-        num_tokens: see `ppo_loss`.
-        num_sequences: see `ppo_loss`.
-        length: see `aggregate`.
+        num_tokens: see `ppo_loss`, like the next two.
+        num_sequences: rows with a real token.
+        length: of `"seq-mean-token-sum-norm"`.
 
     Returns:
         The `[]` float32 loss, with a gradient in `logprobs` and `entropy`, and the
@@ -182,7 +182,10 @@ def actor_loss(
         kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
         weight = jax.lax.stop_gradient(experience.kl_coef)[:, None]
         if importance_weighted_kl:
-            weight *= jax.lax.stop_gradient(jnp.exp(logprobs - old_logprobs))
+            log_ratio = jax.lax.stop_gradient(logprobs - old_logprobs)
+            if log_ratio_clamp is not None:
+                log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+            weight *= jnp.exp(log_ratio)
         kl_loss = reduce(weight * kl)
         loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss}
     return loss, jax.lax.stop_gradient(metrics)
@@ -200,14 +203,9 @@ def _surrogate(
         clip: dict[str, Any] = {"clip_eps_high": clip_eps_high}
         if clip_eps is not None:
             clip["clip_eps"] = clip_eps
-        bounds: dict[str, Any] = {
-            "dual_clip": dual_clip,
-            "log_ratio_clamp": log_ratio_clamp,
-        }
-        return (
-            partial(clipped_policy_loss, **clip, **bounds),
-            partial(diagnostics.clip_fraction, **clip),
-        )
+        bounds = {"dual_clip": dual_clip, "log_ratio_clamp": log_ratio_clamp}
+        loss_fn = partial(clipped_policy_loss, **clip, **bounds)
+        return loss_fn, partial(diagnostics.clip_fraction, **clip)
     for name, value in (
         ("clip_eps", clip_eps),
         ("clip_eps_high", clip_eps_high),
@@ -313,8 +311,7 @@ def ppo_loss(
 
         loss = actor_loss + value_coef · critic_loss
 
-    A minibatch hands its own `num_tokens`, `num_value_tokens` and `num_sequences` to
-    its microbatches: their losses, gradients and metrics then sum to its own.
+    Microbatches that are given the counts of their minibatch add up to it.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the

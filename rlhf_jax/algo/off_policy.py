@@ -1,5 +1,6 @@
 """Corrections for a sampler whose numbers are not those of the trainer."""
 
+import numbers
 from typing import Literal
 
 import chex
@@ -100,7 +101,7 @@ def sampler_weights(
         `[B, T]` float32, 0 where `mask` is False, without a gradient.
 
     Raises:
-        ValueError: on an unknown mode or level.
+        ValueError: on an unknown mode or level, or bounds that are not in order.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
@@ -112,6 +113,11 @@ def sampler_weights(
     lowest, largest = SAMPLER_BOUNDS[level]
     lower_bound = lowest if lower_bound is None else lower_bound
     bound = largest if bound is None else bound
+    given = isinstance(bound, numbers.Real) and isinstance(lower_bound, numbers.Real)
+    if given and not 0 <= lower_bound < bound:
+        raise ValueError(
+            f"lower_bound={lower_bound}: expected from 0 to below bound={bound}"
+        )
     if mode == "truncate":
         weights = jnp.clip(ratio, lower_bound, bound)
     elif mode == "mask":

@@ -7,6 +7,7 @@ presets are made of.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf_jax.algo.kl import KLEstimator
@@ -64,7 +65,8 @@ class KLOptions(Options):
     """the estimator's value with the gradient of k2; for kl.place=loss"""
     importance_weighted: bool = False
     """weigh each token's KL by π/π_old, so that its gradient stays that of the KL after
-    the first optimizer step of an update; for kl.place=loss"""
+    the first optimizer step of an update; for kl.place=loss; with the gradient of k2
+    whatever the estimator, so that kl.clamp bounds the value alone"""
     log_ratio_clamp: float | None = None
     """bound on |log π − log π_ref| before the estimator; None: none"""
     clamp: float | None = None
@@ -85,7 +87,8 @@ class KLOptions(Options):
         """Raises ValueError naming the field that cannot work."""
         if self.place == "none":  # switches off whatever a preset had set
             return
-        check(self.coef >= 0, f"{name}.coef", self.coef, "must not be negative")
+        why = "must be a finite number, not negative"
+        check(0 <= self.coef < math.inf, f"{name}.coef", self.coef, why)
         self.require_positive(name, "log_ratio_clamp", "clamp")
         if self.place == "reward":
             why = f"changes a gradient, so it needs {name}.place=loss"
@@ -103,13 +106,8 @@ class KLOptions(Options):
             self.require_defaults(name, "unit", "horizon", why=why)
             return
         check(self.target > 0, f"{name}.target", self.target, "must be positive")
-        check(
-            self.coef > 0,
-            f"{name}.coef",
-            self.coef,
-            f"an adaptive coefficient ({name}.target) multiplies it, so it must "
-            "start above 0",
-        )
+        why = f"an adaptive coefficient ({name}.target) multiplies it: start above 0"
+        check(self.coef > 0, f"{name}.coef", self.coef, why)
         check(self.horizon >= 1, f"{name}.horizon", self.horizon, "must be at least 1")
 
 
@@ -236,11 +234,11 @@ class GroupOptions(Options):
 
     baseline: Literal[
         "mean", "leave-one-out", "length-weighted", "greedy", "best-of-others", "none"
-    ] = "mean"
+    ] = "leave-one-out"
     """what a score is compared with: the mean of its group (GRPO), of the others in it
     (RLOO), weighted by length (OPO); the score of the likeliest answer (ReMax); the
     best of the others (for pass@k); or nothing (REINFORCE)"""
-    scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "batch-std"
+    scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "none"
     """what that is divided by: the standard deviation of its group (GRPO as published),
     of the batch, or over all tokens, after centring there (REINFORCE++); the share of
     groups with a signal (GPG); or nothing (Dr. GRPO, RLOO)"""
@@ -344,27 +342,21 @@ class PolicyLossOptions(Options):
             self.dual_clip,
             "must be above 1, or None",
         )
-        check(
-            not self.mean_of_means or self.aggregation != "token-sum",
-            f"{name}.mean-of-means",
-            self.mean_of_means,
-            f"does nothing under {name}.aggregation=token-sum",
-        )
-        check(
-            self.entropy_coef >= 0,
-            f"{name}.entropy-coef",
-            self.entropy_coef,
-            "must not be negative",
-        )
+        if self.aggregation == "token-sum":
+            why = f"does nothing under {name}.aggregation=token-sum"
+            self.require_defaults(name, "mean_of_means", why=why)
+        flag, coef = f"{name}.entropy-coef", self.entropy_coef
+        check(0 <= coef < math.inf, flag, coef, "must be finite and not negative")
         if self.sampler_correction == "none":
             of_weights = ("sampler_level", "sampler_bound", "sampler_lower_bound")
             why = f"does nothing without {name}.sampler-correction"
             self.require_defaults(name, *of_weights, why=why)
-        lowest, largest = SAMPLER_BOUNDS[self.sampler_level]
-        if self.sampler_lower_bound is not None:
-            lowest = self.sampler_lower_bound
-        if self.sampler_bound is not None:
-            largest = self.sampler_bound
+        given = (self.sampler_lower_bound, self.sampler_bound)
+        defaults = SAMPLER_BOUNDS[self.sampler_level]
+        lowest, largest = (
+            default if bound is None else bound
+            for bound, default in zip(given, defaults, strict=True)
+        )
         check(
             0 <= lowest < largest,
             f"{name}.sampler-lower-bound",
@@ -400,3 +392,7 @@ def check_bootstrap(advantages: AdvantageOptions, scores: ScoreOptions) -> None:
         "replaces by the critic's value of what was still to come"
     )
     scores.require_defaults("scores", "missing_eos", "overlong_buffer", why=why)
+    why = (
+        "does not go with advantages.bootstrap-truncated: a value has no whitened form"
+    )
+    scores.require_defaults("scores", "whiten_rewards", why=why)

@@ -207,11 +207,12 @@ def gmpo_loss(
         logprobs, old_logprobs, advantages, mask
     )
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    log_ratio = hold_overflow(logprobs - old_logprobs, advantages == 0)
+    log_ratio = logprobs - old_logprobs
     clipped = jnp.where(
         advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -clip_eps)
     )
     mean = jax.lax.stop_gradient(masked_mean(clipped, mask, axis=1))[:, None]  # [B, 1]
+    mean = jnp.where(advantages == 0, 0.0, mean)  # for 0 · inf is NaN
     return -advantages * jnp.exp(mean) * _one(clipped)
 
 

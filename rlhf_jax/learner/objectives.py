@@ -95,6 +95,7 @@ def ppo_objective(
         num_microbatches: how many of them make a minibatch; read for
             `policy_loss.mean_of_means`, under which each divides by its own counts.
     """
+    value_loss.validate("value_loss")
     actor_term = _actor_term(policy_loss, kl, policy_loss_fn, policy_loss_key)
 
     def objective(
@@ -185,6 +186,8 @@ def _actor_term(
     policy_loss_key: bool,
 ) -> ActorTerm:
     """`(logprobs, entropy, experience, counts, key) -> (loss, metrics)`."""
+    policy_loss.validate("policy_loss")
+    kl.validate("kl")
     options = _surrogate_options(policy_loss, policy_loss_fn, policy_loss_key)
     kl_fn = partial(
         kl_estimate,

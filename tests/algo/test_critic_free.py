@@ -144,7 +144,7 @@ def test_opo_weighs_by_length(rng):
     # Equal lengths make it the mean.
     same = opo_advantages(scores, jnp.full(12, 17), 4)
     np.testing.assert_allclose(
-        same, group_advantages(scores, 4, scale="none"), **TOLERANCE
+        same, group_advantages(scores, 4, baseline="mean"), **TOLERANCE
     )
 
 

@@ -38,8 +38,8 @@ PAIRS = tuple(itertools.combinations(SEEDS, 2))
 FLOAT32 = 1e-6
 
 RLOO = functools.partial(group_advantages, scale="none", baseline="leave-one-out")
-DR_GRPO = functools.partial(group_advantages, scale="none")
-GRPO = functools.partial(group_advantages, scale="std", eps=1e-9)
+DR_GRPO = functools.partial(group_advantages, scale="none", baseline="mean")
+GRPO = functools.partial(group_advantages, scale="std", baseline="mean", eps=1e-9)
 
 
 @jax.jit
@@ -248,7 +248,7 @@ def test_dividing_by_the_batchs_deviation_is_biased_less(pair):
     # Two prompts, two answers each: 16 to 20 % off, where GRPO is off by 28 to 38 %.
     # The more answers a batch holds, the less each of them moves its deviation.
     prompts = [Prompt(seed) for seed in pair]
-    of_batch = functools.partial(group_advantages, scale="batch-std")
+    of_batch = functools.partial(group_advantages, scale="batch-std", baseline="mean")
     batch = expected_gradient(ignoring_lengths(of_batch, 2), prompts, 2)
     group = expected_gradient(ignoring_lengths(GRPO, 2), prompts, 2)
     assert 0.1 < error_of_direction(batch, exact(prompts)) < 0.25

@@ -226,7 +226,7 @@ def test_the_greedy_answers_are_penalised_alike():
 
 def test_the_ramp_of_long_answers_is_compared():
     options = ScoreOptions(overlong_buffer=2, overlong_penalty=3.0)
-    groups = GroupOptions(scale="none")
+    groups = GroupOptions(baseline="mean")
     experience, metrics = group_experience(
         SCORED, kl=NO_KL, scores=options, groups=groups
     )
@@ -258,7 +258,7 @@ def test_an_answer_that_is_left_out_counts_in_its_group():
         SCORED,
         kl=NO_KL,
         scores=ScoreOptions(missing_eos="mask"),
-        groups=GroupOptions(scale="tokens"),
+        groups=GroupOptions(baseline="mean", scale="tokens"),
     )
     want = np.zeros((B, T))
     centred = compared(rewards_of(SCORES, 0.0), "mean", "none", 1)
@@ -368,7 +368,10 @@ def test_equal_scores_teach_nothing(baseline, scale):
     ("options", "start"),
     [
         ({"groups": GREEDY_OPTIONS}, "groups.baseline='greedy': greedy answers go"),
-        ({"greedy": GREEDY_ANSWERS}, "groups.baseline='mean': greedy answers go"),
+        (
+            {"greedy": GREEDY_ANSWERS},
+            "groups.baseline='leave-one-out': greedy answers go",
+        ),
         ({"group_size": 4}, "group size 4: expected a divisor of the 9 scores"),
         (
             {"groups": GroupOptions(baseline="best-of-others", scale="signal")},
