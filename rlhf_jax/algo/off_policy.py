@@ -110,8 +110,10 @@ def sampler_weights(
     """
     ratio = sampler_ratio(old_logprobs, sampler_logprobs, mask, level=level)
     lowest, largest = SAMPLER_BOUNDS[level]
-    lower_bound = lowest if lower_bound is None else lower_bound
-    bound = largest if bound is None else bound
+    lower_bound = jnp.asarray(
+        lowest if lower_bound is None else lower_bound, jnp.float32
+    )
+    bound = jnp.asarray(largest if bound is None else bound, jnp.float32)
     if mode == "truncate":
         weights = jnp.clip(ratio, lower_bound, bound)
     elif mode == "mask":
