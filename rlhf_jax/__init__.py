@@ -56,7 +56,7 @@ from rlhf_jax.algo.masking import (
     response_mask,
 )
 from rlhf_jax.algo.minibatches import split_minibatches
-from rlhf_jax.algo.off_policy import sampler_weights
+from rlhf_jax.algo.off_policy import sampler_ratio, sampler_weights
 from rlhf_jax.algo.options import (
     AdvantageOptions,
     GroupOptions,
@@ -160,6 +160,7 @@ __all__ = [
     "response_mask",
     "rewards_to_go",
     "sample_token",
+    "sampler_ratio",
     "sampler_weights",
     "sapo_loss",
     "shape_rewards",

@@ -20,14 +20,21 @@ PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
 
 def ratio_range(
     clip_eps: Scalar, clip_eps_high: Scalar | None = None
-) -> tuple[Scalar, Scalar]:
+) -> tuple[Array, Array]:
     """The probability ratios that PPO leaves unclipped, (1 − ε_low, 1 + ε_high).
 
     Args:
         clip_eps: ε_low.
         clip_eps_high: ε_high; None: the same as ε_low.
+
+    Returns:
+        Both `[]` float32.
     """
-    return 1.0 - clip_eps, 1.0 + (clip_eps if clip_eps_high is None else clip_eps_high)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    lowest, highest = (
+        jnp.asarray(x, jnp.float32) for x in (1.0 - clip_eps, 1.0 + high)
+    )
+    return lowest, highest
 
 
 def is_clipped(
@@ -207,6 +214,7 @@ def value_clip_fraction(
     values, old_values, returns = (
         x.astype(jnp.float32) for x in (values, old_values, returns)
     )
+    clip_eps = jnp.asarray(clip_eps, jnp.float32)
     # As the loss has it: not old + clip(new − old), which rounds away from `values`.
     nearest = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     clipped = jnp.abs(nearest - returns) > jnp.abs(values - returns)

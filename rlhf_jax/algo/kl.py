@@ -64,7 +64,8 @@ def kl_estimate(
     chex.assert_type([logprobs, ref_logprobs], float)
     log_ratio = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
     if log_ratio_clamp is not None:
-        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+        bound = jnp.asarray(log_ratio_clamp, jnp.float32)
+        log_ratio = jnp.clip(log_ratio, -bound, bound)
     if estimator == "k1":
         estimate = log_ratio
     elif estimator == "k2":
@@ -79,7 +80,8 @@ def kl_estimate(
     else:
         raise ValueError(f"estimator={estimator!r}: expected 'k1', 'k2', 'k3' or 'abs'")
     if clamp is not None:
-        estimate = jnp.clip(estimate, -clamp, clamp)
+        bound = jnp.asarray(clamp, jnp.float32)
+        estimate = jnp.clip(estimate, -bound, bound)
     if straight_through:
         k2 = 0.5 * jnp.square(log_ratio)
         estimate = jax.lax.stop_gradient(estimate - k2) + k2

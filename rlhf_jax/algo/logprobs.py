@@ -121,7 +121,10 @@ def fused_token_logprobs(
 
     Returns:
         `(logprobs, entropy)`, each `[B, T]` float32, differentiable once, in reverse
-        mode, in `hidden` and `unembedding`; their gradients have their dtypes.
+        mode, in `hidden` and `unembedding`; their gradients have their dtypes. Forward
+        mode (`jax.jvp`) is refused. Second derivatives are not promised, and not
+        refused: they lack every token whose cotangents are 0, which are left out of
+        the first. For either, take `token_logprobs` and `token_entropy`.
 
     Raises:
         ValueError: when `chunk_size` is not positive, or a temperature given as a
@@ -139,6 +142,11 @@ def fused_token_logprobs(
     chunks = _into_chunks(hidden.reshape(count, -1), num_chunks)  # [C, N/C, D]
     token_chunks = _into_chunks(tokens.reshape(count), num_chunks)  # [C, N/C]
     temperature = jax.lax.stop_gradient(_divisor(temperature))
+    # In `shard_map` weights are the same on all devices and their gradient, a carry of
+    # the backward pass, is not. A zero that differs as the tokens do makes the weights
+    # differ too, and JAX sum their gradient over the devices; compiled it is nothing.
+    for x in (hidden, tokens):
+        unembedding = unembedding + jnp.zeros_like(x, unembedding.dtype, shape=())
     results = _fused(chunks, unembedding, token_chunks, temperature, softcap)
     logprobs, entropy = (x.T.reshape(-1)[:count].reshape(tokens.shape) for x in results)
     return logprobs, entropy

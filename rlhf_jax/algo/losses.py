@@ -69,6 +69,7 @@ def clipped_value_loss(
     loss = jnp.square(values - returns)
     if clip_eps is not None:
         # Not old + clip(new − old): that is not `values` where it does not clip.
+        clip_eps = jnp.asarray(clip_eps, jnp.float32)
         clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
         loss = jnp.maximum(loss, jnp.square(clipped - returns))
     return 0.5 * loss if half else loss
@@ -157,7 +158,7 @@ def actor_loss(
     ratios = (logprobs, old_logprobs)
     terms = loss_fn(*ratios, advantages, mask)
     if experience.weights is not None:
-        terms = jax.lax.stop_gradient(experience.weights) * terms
+        terms = jax.lax.stop_gradient(experience.weights.astype(jnp.float32)) * terms
     loss = policy_loss = reduce(terms)
     metrics = {
         "policy_loss": policy_loss,
@@ -172,7 +173,7 @@ def actor_loss(
         (entropy,) = _mask_inputs(mask, entropy)
         metrics["entropy"] = aggregate(entropy, mask, num_tokens=num_tokens)
         if has_bonus:
-            loss = loss - entropy_coef * reduce(entropy)
+            loss = loss - jnp.asarray(entropy_coef, jnp.float32) * reduce(entropy)
     elif has_bonus:
         raise ValueError(f"entropy_coef={entropy_coef}: needs `entropy`")
     if experience.kl_coef is not None:
@@ -180,7 +181,7 @@ def actor_loss(
             raise ValueError("a KL term (experience.kl_coef) needs ref_logprobs")
         (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
         kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
-        weight = jax.lax.stop_gradient(experience.kl_coef)[:, None]
+        weight = jax.lax.stop_gradient(experience.kl_coef.astype(jnp.float32))[:, None]
         if importance_weighted_kl:
             log_ratio = jax.lax.stop_gradient(logprobs - old_logprobs)
             if log_ratio_clamp is not None:
@@ -382,7 +383,8 @@ def ppo_loss(
         num_sequences=num_sequences,
         length=length,
     )
-    return for_actor + value_coef * for_critic, actor_metrics | critic_metrics
+    loss = for_actor + jnp.asarray(value_coef, jnp.float32) * for_critic
+    return loss, actor_metrics | critic_metrics
 
 
 def _mask_inputs(mask: Array, *arrays: Array) -> list[Array]:

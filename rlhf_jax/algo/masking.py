@@ -6,6 +6,7 @@ NaN, and 0 · NaN is NaN.
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Literal, get_args
 
 import chex
@@ -135,7 +136,10 @@ def masked_mean(
     """
     chex.assert_equal_shape([x, mask])
     chex.assert_type([x, mask], [float, bool])
-    axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    if isinstance(axis, int | Integral):
+        axis = int(axis)
+    elif axis is not None:
+        axis = tuple(axis)
     total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0), axis=axis)
     count = jnp.sum(mask.astype(jnp.float32), axis=axis)
     return total / jnp.maximum(count, 1.0)
@@ -196,9 +200,9 @@ def masked_whiten(
     # and constant.
     mean = mean + masked_mean(x - mean, mask)
     centred = jnp.where(mask, x - mean, 0.0)
-    freedom = jnp.sum(mask.astype(jnp.float32)) - ddof
+    freedom = jnp.sum(mask.astype(jnp.float32)) - jnp.asarray(ddof, jnp.float32)
     variance = jnp.sum(jnp.square(centred)) / jnp.maximum(freedom, 1.0)
-    whitened = centred * jax.lax.rsqrt(variance + eps)
+    whitened = centred * jax.lax.rsqrt(variance + jnp.asarray(eps, jnp.float32))
     return whitened if center else jnp.where(mask, whitened + mean, 0.0)
 
 
@@ -267,6 +271,7 @@ def aggregate(
         return jnp.sum(terms) / _divisor(num_sequences)
     if mode == "seq-mean-token-sum-norm":
         length = terms.shape[1] if length is None else length
+        length = jnp.asarray(length, jnp.float32)
         return jnp.sum(terms) / (_divisor(num_sequences) * length)
     if mode == "seq-mean-token-mean":
         return jnp.sum(masked_mean(terms, mask, axis=1)) / _divisor(num_sequences)

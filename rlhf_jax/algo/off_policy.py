@@ -118,6 +118,8 @@ def sampler_weights(
         raise ValueError(
             f"lower_bound={lower_bound}: expected from 0 to below bound={bound}"
         )
+    lower_bound = jnp.asarray(lower_bound, jnp.float32)
+    bound = jnp.asarray(bound, jnp.float32)
     if mode == "truncate":
         weights = jnp.clip(ratio, lower_bound, bound)
     elif mode == "mask":

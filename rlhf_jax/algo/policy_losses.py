@@ -102,13 +102,14 @@ def clipped_policy_loss(
     )
     log_ratio = logprobs - old_logprobs
     if log_ratio_clamp is not None:
-        log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+        bound = jnp.asarray(log_ratio_clamp, jnp.float32)
+        log_ratio = jnp.clip(log_ratio, -bound, bound)
     if dual_clip is not None:
         log_ratio = hold_overflow(log_ratio, True)
     ratio = jnp.exp(hold_overflow(log_ratio, advantages >= 0))
     loss = clipped_surrogate(ratio, advantages, clip_eps, clip_eps_high)
     if dual_clip is not None:
-        bounded = jnp.minimum(loss, -dual_clip * advantages)
+        bounded = jnp.minimum(loss, -jnp.asarray(dual_clip, jnp.float32) * advantages)
         loss = jnp.where(advantages < 0, bounded, loss)
     return loss
 
@@ -207,9 +208,10 @@ def gmpo_loss(
         logprobs, old_logprobs, advantages, mask
     )
     high = clip_eps if clip_eps_high is None else clip_eps_high
+    low, high = (jnp.asarray(x, jnp.float32) for x in (-clip_eps, high))
     log_ratio = logprobs - old_logprobs
     clipped = jnp.where(
-        advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -clip_eps)
+        advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, low)
     )
     mean = jax.lax.stop_gradient(masked_mean(clipped, mask, axis=1))[:, None]  # [B, 1]
     mean = jnp.where(advantages == 0, 0.0, mean)  # for 0 · inf is NaN
@@ -258,7 +260,8 @@ def cispo_loss(
     if given and not lower_bound < bound:
         raise ValueError(f"lower_bound={lower_bound}: expected below bound={bound}")
     ratio = jnp.exp(logprobs - old_logprobs)
-    weight = jax.lax.stop_gradient(jnp.clip(ratio, lower_bound, bound))
+    bounds = (jnp.asarray(x, jnp.float32) for x in (lower_bound, bound))
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, *bounds))
     return -weight * advantages * logprobs
 
 
@@ -301,7 +304,8 @@ def sapo_loss(
     logprobs, old_logprobs, advantages = mask_loss_inputs(
         logprobs, old_logprobs, advantages, mask
     )
-    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+    taus = (jnp.asarray(x, jnp.float32) for x in (tau_positive, tau_negative))
+    tau = jnp.where(advantages > 0, *taus)
     ratio = jnp.exp(hold_overflow(logprobs - old_logprobs, True))  # closed long before
     gate = jax.nn.sigmoid(tau * (ratio - 1.0))
     return -4.0 / tau * gate * advantages

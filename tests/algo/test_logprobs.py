@@ -291,3 +291,22 @@ def test_fused_temperature_may_be_traced_and_gets_no_gradient(
 def test_fused_names_a_wrong_chunk_size(hidden, unembedding, tokens):
     with pytest.raises(ValueError, match="chunk_size=0"):
         fused_token_logprobs(hidden, unembedding, tokens, chunk_size=0)
+
+
+def test_fused_has_first_derivatives_in_reverse_only(rng):
+    """What the docstring says of other derivatives than the first in reverse."""
+    hidden = jnp.asarray(rng.normal(size=(1, 2, 3)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    tokens = jnp.array([[1, 4]])
+
+    def fused(hidden):
+        return fused_token_logprobs(hidden, weights, tokens)[0]
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(fused, (hidden,), (hidden,))
+
+    def error(hidden):  # ½ (log π − where it is)², whose cotangent is 0 here
+        here = jax.lax.stop_gradient(fused(hidden))
+        return 0.5 * jnp.sum((fused(hidden) - here) ** 2)
+
+    assert not jax.hessian(error)(hidden).any()  # J Jᵀ by `token_logprobs`

@@ -61,9 +61,10 @@ CASES = {
     "temperature": (0.7, {}),
     "group_size": (2, {}),
     "groups.baseline": ("length-weighted", UNSCALED),
-    "groups.scale": ("none", {}),
+    "groups.scale": ("std", IN_LOSS),
     "groups.gamma": (0.5, ALONE),
-    "groups.ddof": (0, {"optimizer.eps": 0.1}),  # else Adam forgets the scale
+    # An epsilon of Adam that does not forget the scale.
+    "groups.ddof": (0, IN_LOSS | {"groups.scale": "std", "optimizer.eps": 0.1}),
     "resample": (1, {}),
     "refresh_every": (2, {}),
     "old_logprobs": ("recomputed", {}),
@@ -206,7 +207,9 @@ def test_no_two_choices_of_an_option_learn_the_same():
         {"groups.baseline": x} | UNSCALED for x in choices(GroupOptions, "baseline")
     ]
     variants += [
-        {"groups.scale": x} for x in choices(GroupOptions, "scale") if x != "none"
+        {"groups.baseline": "mean", "groups.scale": x}
+        for x in choices(GroupOptions, "scale")
+        if x != "none"
     ]
     variants += [
         {"policy_loss.surrogate": x}
