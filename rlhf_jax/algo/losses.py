@@ -113,9 +113,8 @@ def actor_loss(
         policy_loss_fn: takes the place of `clipped_policy_loss`; see
             `rlhf_jax.algo.policy_losses`.
         kl_fn: the KL term, unreduced; an estimator whose gradient is that of the KL.
-        importance_weighted_kl: weigh each token's KL by ρ. The tokens were drawn from
-            π_old; the weight makes the expected gradient, given the states, that of
-            π's own KL after the first optimizer step too.
+        importance_weighted_kl: weigh each token's KL by ρ, so that its gradient, given
+            the states, is that of π's KL after the first optimizer step too.
         entropy_coef: weight of the entropy bonus.
         aggregation: see `aggregate`.
         num_tokens: see `ppo_loss`, like the next two.
@@ -157,6 +156,7 @@ def actor_loss(
     )
     ratios = (logprobs, old_logprobs)
     terms = loss_fn(*ratios, advantages, mask)
+    _check_shape(terms, mask)
     if experience.weights is not None:
         terms = jax.lax.stop_gradient(experience.weights.astype(jnp.float32)) * terms
     loss = policy_loss = reduce(terms)
@@ -177,19 +177,27 @@ def actor_loss(
     elif has_bonus:
         raise ValueError(f"entropy_coef={entropy_coef}: needs `entropy`")
     if experience.kl_coef is not None:
-        if experience.ref_logprobs is None:
-            raise ValueError("a KL term (experience.kl_coef) needs ref_logprobs")
-        (ref_logprobs,) = _mask_inputs(mask, experience.ref_logprobs)
-        kl = kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
-        weight = jax.lax.stop_gradient(experience.kl_coef.astype(jnp.float32))[:, None]
+        terms = _kl_terms(logprobs, experience, kl_fn)
         if importance_weighted_kl:
-            log_ratio = jax.lax.stop_gradient(logprobs - old_logprobs)
-            if log_ratio_clamp is not None:
-                log_ratio = jnp.clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
-            weight *= jnp.exp(log_ratio)
-        kl_loss = reduce(weight * kl)
+            terms *= _kl_weights(*ratios, log_ratio_clamp)
+        kl_loss = reduce(terms)
         loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss}
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _kl_terms(logprobs: Array, experience: Experience, kl_fn: KLFn) -> Array:
+    """`[B, T]`: β · kl_fn(π, π_ref)."""
+    if experience.kl_coef is None or experience.ref_logprobs is None:
+        raise ValueError("a KL term (experience.kl_coef) needs ref_logprobs")
+    (ref_logprobs,) = _mask_inputs(experience.mask, experience.ref_logprobs)
+    kl_coef = jax.lax.stop_gradient(experience.kl_coef.astype(jnp.float32))
+    return kl_coef[:, None] * kl_fn(logprobs, jax.lax.stop_gradient(ref_logprobs))
+
+
+def _kl_weights(logprobs: Array, old_logprobs: Array, clamp: float | None) -> Array:
+    """`[B, T]`: ρ, without a gradient."""
+    log_ratio = jax.lax.stop_gradient(logprobs - old_logprobs)
+    return jnp.exp(log_ratio if clamp is None else jnp.clip(log_ratio, -clamp, clamp))
 
 
 def _surrogate(
@@ -312,8 +320,6 @@ def ppo_loss(
 
         loss = actor_loss + value_coef · critic_loss
 
-    Microbatches that are given the counts of their minibatch add up to it.
-
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
             temperature of the sampler.
@@ -321,15 +327,8 @@ def ppo_loss(
         experience: read for `mask`, `old_logprobs`, `advantages`, `old_values` and
             `returns`; padding may hold anything. See `actor_loss` for a KL term in the
             loss and weights of tokens.
-        entropy: see `actor_loss`, like all down to `entropy_coef`.
-        clip_eps: ε of the policy ratio, below 1; None: 0.2.
-        clip_eps_high: ε above 1; None: the same.
-        dual_clip: bound where A < 0.
-        log_ratio_clamp: bound on log ρ.
-        policy_loss_fn: in place of PPO's clipped loss.
-        kl_fn: the KL term, where the experience has a β for it.
-        importance_weighted_kl: weigh it by ρ.
-        entropy_coef: weight of the entropy bonus.
+        entropy: see `actor_loss`, and so for the eight arguments from `clip_eps` to
+            `entropy_coef`.
         value_clip_eps: ε of `clipped_value_loss`; None for no clipping.
         value_coef: weight of the value loss; 0.1 where actor and critic share a trunk
             in the OpenAI line.
@@ -344,10 +343,8 @@ def ppo_loss(
         length: what `"seq-mean-token-sum-norm"` divides by; T by default.
 
     Returns:
-        The `[]` float32 loss and a dict of `[]` float32 metrics without gradients:
-        `policy_loss` and `value_loss`, reduced as the loss is, and as means over
-        tokens `entropy`, `approx_kl`, `clip_fraction`, `value_clip_fraction`,
-        `ratio_mean`.
+        The `[]` float32 loss and the metrics of both losses, `[]` float32 without
+        gradients: losses as they are reduced, the others as means over tokens.
 
     Raises:
         ValueError: as `actor_loss` and `critic_loss`, or on a `dual_clip` of at most 1.
@@ -385,6 +382,12 @@ def ppo_loss(
     )
     loss = for_actor + jnp.asarray(value_coef, jnp.float32) * for_critic
     return loss, actor_metrics | critic_metrics
+
+
+def _check_shape(terms: Array, mask: Array) -> None:
+    if terms.shape != mask.shape:
+        found = f"policy_loss_fn returned an array of shape {terms.shape}"
+        raise ValueError(f"{found}; expected one term per token, {mask.shape}")
 
 
 def _mask_inputs(mask: Array, *arrays: Array) -> list[Array]:

@@ -85,10 +85,10 @@ class KLOptions(Options):
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        if self.place == "none":  # switches off whatever a preset had set
-            return
         why = "must be a finite number, not negative"
         check(0 <= self.coef < math.inf, f"{name}.coef", self.coef, why)
+        if self.place == "none":  # switches off whatever a preset had set
+            return
         self.require_positive(name, "log_ratio_clamp", "clamp")
         if self.place == "reward":
             why = f"changes a gradient, so it needs {name}.place=loss"
@@ -293,7 +293,8 @@ class PolicyLossOptions(Options):
     """ε of the policy ratio; None: 0.2 for ppo, 3e-4 below 1 and 4e-4 above for gspo,
     0.4 for gmpo"""
     clip_eps_high: float | None = None
-    """ε above 1; None: the same as below"""
+    """ε above 1; None: that of policy-loss.clip-eps where it is given, else the
+    surrogate's own"""
     dual_clip: float | None = None
     """bound on the ratio of tokens with a negative advantage; None: none"""
     log_ratio_clamp: float | None = None
@@ -330,12 +331,6 @@ class PolicyLossOptions(Options):
             self.require_defaults(name, *of_clips, why=f"clips nothing {under}")
         if self.surrogate != "cispo":
             self.require_defaults(name, "ratio_bound", why=f"does nothing {under}")
-        check(
-            self.clip_eps_high is None or self.clip_eps is not None,
-            f"{name}.clip-eps-high",
-            self.clip_eps_high,
-            f"is of the pair: give {name}.clip-eps too",
-        )
         check(
             self.dual_clip is None or self.dual_clip > 1,
             f"{name}.dual-clip",

@@ -291,6 +291,8 @@ def _surrogate_options(
     clips: dict[str, Any] = {}
     if options.clip_eps is not None:
         clips = {"clip_eps": options.clip_eps, "clip_eps_high": options.clip_eps_high}
+    elif options.clip_eps_high is not None:
+        clips = {"clip_eps_high": options.clip_eps_high}
     match options.surrogate:
         case "gspo":
             return {"policy_loss_fn": partial(gspo_loss, **clips)}

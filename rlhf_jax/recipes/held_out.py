@@ -172,6 +172,17 @@ class PolicyKeeper:
             write_atomic(self._note, json.dumps(note) + "\n")
             self._save(actor)
 
+    def start(self, session: Session, actor: Params) -> None:
+        """Lets the actor of the checkpoint be the best, if a later one was written.
+
+        A run that went back is none that has seen that later policy.
+        """
+        if self._metric is None or self._saved_step() <= session.start_step:
+            return
+        values = session.history(self._metric)
+        if values and session.is_eval_step(session.start_step):
+            self.see(session.start_step, {self._metric: values[-1]}, actor)
+
     @property
     def is_done(self) -> bool:
         """Whether patience has run out."""

@@ -95,6 +95,8 @@ def train_policy(
             metrics = evaluate(session, session.start_step, state.params.actor)
             keeper.see(session.start_step, metrics, state.params.actor)
             session.log(session.start_step, metrics, shown=stage.shown)
+        else:
+            keeper.start(session, state.params.actor)
         step_fn = partial(stage.step, judge)
         state = _steps(session, state, step_fn, evaluate, keeper, stage.shown)
         keeper.finish(state.params.actor)

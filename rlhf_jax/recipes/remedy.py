@@ -47,7 +47,8 @@ def remedy(
         found = "none has been saved"
         if saved:
             found = f"from that of step {saved[-1]} it would fail again"
-        anew = f"--run-dir {shlex.quote(f'{run_dir}-lower-rate')}"
+        suffix = "-2" if str(run_dir).endswith("-lower-rate") else "-lower-rate"
+        anew = f"--run-dir {shlex.quote(f'{run_dir}{suffix}')}"
         return (
             f"{error}. There is no checkpoint to go on from: {found}. Start again with "
             f"a lower learning rate: {' '.join([command, anew, *lower])}"

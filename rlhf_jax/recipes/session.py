@@ -181,18 +181,6 @@ class Session(contextlib.ExitStack):
         config, run = self.config, self.run
         self._checkpointer = self.enter_context(Checkpointer(run.checkpoints))
         self.start_step = self._first_step()
-        # A resumed run has logged its first steps already; a fresh one logs from 0.
-        first = self.start_step + 1 if self.start_step else 0
-        self._metrics = self.enter_context(
-            MetricsWriter(
-                run.metrics,
-                start_step=first,
-                tensorboard=config.tensorboard,
-                wandb=config.wandb,
-                config=to_dict(config),
-            )
-        )
-        self._samples = self.enter_context(SamplesWriter(run.samples, start_step=first))
         self._interrupt = self.enter_context(Interruptible())
         self._progress = self.enter_context(
             progress(
@@ -213,11 +201,14 @@ class Session(contextlib.ExitStack):
         return self._checkpointer.latest_step() or 0
 
     def restore(self, state: State) -> State:
-        """`state`, or when resuming a checkpoint, which uses `state` up.
+        """`state`, or when resuming a checkpoint, which uses it up; opens the logs.
 
-        Checkpoints of later steps are removed, once that one has been read.
+        Checkpoints of later steps are removed once that one has been read, and what was
+        logged of those steps after that: killed in between, the next start finds
+        nothing missing.
         """
         if self.start_step == 0:
+            self._open_logs()
             return state
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -226,7 +217,23 @@ class Session(contextlib.ExitStack):
             leaf.delete()  # two states of a large model may not fit side by side
         state = self._checkpointer.restore(self.start_step, like)[0]
         self._checkpointer.remove_after(self.start_step)
+        self._open_logs()
         return state
+
+    def _open_logs(self) -> None:
+        config, run = self.config, self.run
+        # A resumed run has logged its first steps already; a fresh one logs from 0.
+        first = self.start_step + 1 if self.start_step else 0
+        self._metrics = self.enter_context(
+            MetricsWriter(
+                run.metrics,
+                start_step=first,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_dict(config),
+            )
+        )
+        self._samples = self.enter_context(SamplesWriter(run.samples, start_step=first))
 
     def history(self, metric: str) -> list[float]:
         """What a metric was at the steps before this start, where it was logged."""
@@ -262,10 +269,10 @@ class Session(contextlib.ExitStack):
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._overflowed:
                 self._overflowed.add(name)
-                warn(
-                    f"step {step}: {name} is {float(value)}; training goes on, as the "
-                    "loss and its gradients are finite (said once per metric)"
-                )
+                why = "training goes on, as the loss and its gradients are finite"
+                if name.startswith("eval/"):
+                    why = "the weights may be ruined; training goes on"
+                warn(f"step {step}: {name} is {float(value)}; {why} (said once)")
         found = {label: name for label, name in shown.items() if name in metrics}
         self._progress.update(
             step, {label: metrics[name] for label, name in found.items()}

@@ -174,13 +174,13 @@ class EvaluateConfig:
             not self.reward or self.prompts is not None,
             "reward",
             self.reward,
-            "judges answers to prompts; give prompts",
+            "judges answers to prompts; give --prompts FILE",
         )
         check(
             self.samples == 1 or self.prompts is not None,
             "samples",
             self.samples,
-            "are answers to prompts; give prompts",
+            "are answers to prompts; give --prompts FILE",
         )
         for name in ("reward_columns", "reward_time_limit", "pass_score"):
             value = vars(self)[name]
@@ -207,7 +207,7 @@ class EvaluateConfig:
             self.reference is None or self.prompts is not None,
             "reference",
             self.reference,
-            "is what the KL of answers to prompts is measured against; give prompts",
+            "is what the KL of answers is measured against; give --prompts FILE",
         )
         check_temperature(self.temperature, greedy=True)
         check(

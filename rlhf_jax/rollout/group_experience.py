@@ -104,6 +104,11 @@ def make_group_experience(
         raise ValueError(f"groups={groups}: is not read beside advantage_fn")
     else:
         advantages = advantage_fn(rewards, rollout.mask, group_size)
+        if advantages.shape != rewards.shape:
+            raise ValueError(
+                f"advantage_fn returned an array of shape {advantages.shape}; expected "
+                f"one number per token, {rewards.shape}: see broadcast_over_tokens"
+            )
     experience = actor_experience(
         scored,
         advantages,

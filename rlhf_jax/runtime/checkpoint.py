@@ -139,9 +139,17 @@ class Checkpointer:
                     f"no checkpoint of step {step} in {self._directory}; "
                     f"there are: {sorted(reader.all_steps()) or 'none'}"
                 )
-            meta = reader.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
+            try:
+                meta = reader.restore(
+                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+                ).meta
+            except (KeyError, OSError, ValueError) as error:
+                others = [n for n in reader.all_steps() if n != step]
+                raise ValueError(
+                    f"checkpoint {self._directory / str(step)} is damaged "
+                    f"({type(error).__name__}); remove that directory, and go on from "
+                    f"another with --resume-step: {sorted(others) or 'there is none'}"
+                ) from None
             wanted = {name: _describe(name, leaf) for name, leaf in leaves.items()}
             _check_same_leaves(meta["leaves"], wanted, self._directory / str(step))
             stored = reader.restore(

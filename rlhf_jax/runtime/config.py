@@ -4,6 +4,7 @@ The string below each field is its help on the command line.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,10 +100,10 @@ class OptimizerConfig:
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
         check(
-            self.learning_rate >= 0,
+            0 <= self.learning_rate < math.inf,
             f"{name}.learning-rate",
             self.learning_rate,
-            "must not be negative",
+            "must be a finite number, not negative",
         )
         check_unit(
             f"{name}.",

@@ -36,7 +36,6 @@ def test_a_loss_without_a_ratio_takes_one_step_per_rollout(method, sizes):
 @pytest.mark.parametrize(
     ("options", "start"),
     [
-        ({"clip_eps_high": 0.3}, "policy-loss.clip-eps-high=0.3: is of the pair"),
         ({"clip_eps": 0.0}, "policy-loss.clip-eps=0.0: must be above 0"),
         ({"ratio_bound": 4.0}, "policy-loss.ratio-bound=4.0: does nothing under"),
         (
