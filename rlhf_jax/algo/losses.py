@@ -324,9 +324,7 @@ def ppo_loss(
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
             temperature of the sampler.
         values: `[B, T]` float, V(s_t) of the critic in training.
-        experience: read for `mask`, `old_logprobs`, `advantages`, `old_values` and
-            `returns`; padding may hold anything. See `actor_loss` for a KL term in the
-            loss and weights of tokens.
+        experience: read as by `actor_loss` and `critic_loss`.
         entropy: see `actor_loss`, and so for the eight arguments from `clip_eps` to
             `entropy_coef`.
         value_clip_eps: ε of `clipped_value_loss`; None for no clipping.

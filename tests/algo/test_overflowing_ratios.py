@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.covariance_losses import clip_cov_loss
+from rlhf_jax.algo.covariance_losses import clip_cov_loss, kl_cov_loss
+from rlhf_jax.algo.losses import actor_loss
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     clipped_policy_loss,
+    gmpo_loss,
     gspo_loss,
     sapo_loss,
 )
+from rlhf_jax.algo.types import Experience
 
 
 def term_and_slope(loss_fn, log_ratio, advantage):
@@ -58,6 +61,44 @@ def test_a_clipped_token_has_a_gradient_of_zero_at_any_ratio(name, log_ratio):
 def test_a_token_without_an_advantage_neither(name):
     loss, slope = term_and_slope(CLIPPED[name][0], 119.0, 0.0)
     assert loss == 0.0 and slope == 0.0
+
+
+def test_nor_under_losses_that_clip_no_ratio():
+    loss, slope = term_and_slope(kl_cov_loss, 119.0, 0.0)
+    assert np.isfinite([loss, slope]).all()
+
+    def total(logprobs):  # GMPO's ratio is that of the whole response
+        zeros = jnp.zeros((1, 2))
+        return jnp.sum(gmpo_loss(logprobs, zeros, zeros, jnp.ones((1, 2), bool)))
+
+    loss, slopes = jax.value_and_grad(total)(jnp.full((1, 2), 119.0))
+    assert loss == 0.0
+    np.testing.assert_array_equal(slopes, np.zeros((1, 2)))
+
+
+def test_the_weight_of_a_kl_is_bounded_with_the_ratio():
+    """One token at log ρ = 118, as verl bounds it: a finite loss and gradient."""
+
+    def loss(logprob):
+        experience = Experience(
+            mask=jnp.ones((1, 1), bool),
+            old_logprobs=jnp.full((1, 1), -119.0),
+            advantages=jnp.full((1, 1), -2.0),
+            ref_logprobs=jnp.full((1, 1), -1.5),
+            kl_coef=jnp.full(1, 0.1),
+        )
+        return actor_loss(
+            logprob[None, None],
+            experience,
+            dual_clip=3.0,
+            log_ratio_clamp=20.0,
+            importance_weighted_kl=True,
+        )[0]
+
+    value, slope = jax.value_and_grad(loss)(jnp.float32(-1.0))
+    # 6 of the policy, and e²⁰ · 0.1 · ½ · 0.5² of the KL.
+    assert value == pytest.approx(6.0 + np.exp(20) * 0.0125, rel=1e-5)
+    assert slope == pytest.approx(np.exp(20) * 0.05, rel=1e-5)
 
 
 def test_a_dual_clip_bounds_what_would_overflow():

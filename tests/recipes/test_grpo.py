@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -339,3 +340,26 @@ def test_two_devices_learn_what_one_does(recorded, tmp_path):
         params_of(runs[0].model),
         params_of(runs[1].model),
     )
+
+
+def test_going_back_behind_the_best_policy_starts_from_that_of_the_checkpoint(
+    grpo_config, tmp_path
+):
+    """What was learned after step 2 is none of this run any more, and worse comes."""
+    config = dataclasses.replace(
+        grpo_config,
+        run_dir=str(tmp_path / "run"),
+        updates=4,
+        checkpoint_every=2,
+        early_stop="eval/score_mean",
+        early_stop_patience=9,
+    )
+    run = grpo.run(config)
+    best = json.loads((run.path / "best.json").read_text())
+    assert best["step"] > 2  # it learns at every step
+    logged = {r["step"]: r.get("eval/score_mean") for r in read_metrics(run.metrics)}
+    ruinous = dataclasses.replace(config.optimizer, learning_rate=1e3)
+    back = dataclasses.replace(config, resume=True, resume_step=2, optimizer=ruinous)
+    grpo.run(back)
+    best = json.loads((run.path / "best.json").read_text())
+    assert best == {"step": 2, "eval/score_mean": logged[2]}

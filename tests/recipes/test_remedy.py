@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
@@ -253,3 +254,54 @@ def test_a_checkpoint_that_is_not_there_is_refused(stages, refused):
     line = refused("sft", "--config", config, "--resume-step", 3)
     assert line.endswith("resume-step=3: is where to resume from; add --resume")
     assert saved_steps(run_dir) == [3, 4]
+
+
+# ---- going back, disturbed ----
+
+
+@pytest.fixture
+def finished(stages, tmp_path):
+    """A finished run of four steps, with checkpoints of the last two."""
+    config = dataclasses.replace(
+        stages.sft, run_dir=str(tmp_path / "run"), checkpoint_every=1
+    )
+    sft.run(config)
+    assert saved_steps(config.run_dir) == [3, 4]
+    return config
+
+
+def test_what_fails_before_the_logs_are_cut_leaves_them_whole(finished, monkeypatch):
+    def killed(self, step):
+        raise KeyboardInterrupt
+
+    back = dataclasses.replace(finished, resume=True, resume_step=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_jax.runtime.checkpoint.Checkpointer.remove_after", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(back)
+    assert logged_steps(finished.run_dir) == [0, 1, 2, 3, 4]
+    sft.run(back)
+    assert logged_steps(finished.run_dir) == [0, 1, 2, 3, 4]
+    assert saved_steps(finished.run_dir) == [3, 4]
+
+
+@pytest.mark.parametrize("missing", ["meta", "."])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_others(finished, missing):
+    where = Path(finished.run_dir) / "checkpoints" / "4"
+    shutil.rmtree(where / missing)
+    where.mkdir(exist_ok=True)
+    with pytest.raises(
+        ValueError, match=r"4 is damaged.*--resume-step: \[3\]"
+    ) as found:
+        sft.run(dataclasses.replace(finished, resume=True, resume_step=4))
+    assert "\n" not in str(found.value)
+    assert logged_steps(finished.run_dir) == [0, 1, 2, 3, 4]
+    shutil.rmtree(where)
+    sft.run(dataclasses.replace(finished, resume=True, resume_step=3))
+
+
+@pytest.mark.parametrize("rate", ["inf", "nan", "-1"])
+def test_a_learning_rate_is_a_number(refused, tmp_path, rate):
+    flags = ("--data", "d", "--run-dir", str(tmp_path / "r"), "--fresh.family", "gpt2")
+    line = refused("sft", *flags, "--optimizer.learning-rate", rate)
+    assert "optimizer.learning-rate=" in line and "must be a finite number" in line

@@ -106,6 +106,7 @@ def test_with_an_exact_critic_truncation_leaves_the_return_unchanged():
         ("missing-eos", {"missing_eos": "scale", "missing_eos_penalty": 0.5}),
         ("missing-eos", {"missing_eos": "mask"}),
         ("overlong-buffer", {"overlong_buffer": 2}),
+        ("whiten-rewards", {"whiten_rewards": True}),
     ],
 )
 def test_what_would_count_twice_is_refused(field, scores):
