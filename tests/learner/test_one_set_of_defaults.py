@@ -26,6 +26,14 @@ from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.presets import PPOMethod
 from rlhf_jax.rollout import experience, group_experience
 
+OF_ACTOR = {
+    "clip_eps": "clip_eps",
+    "clip_eps_high": "clip_eps_high",
+    "dual_clip": "dual_clip",
+    "log_ratio_clamp": "log_ratio_clamp",
+    "entropy_coef": "entropy_coef",
+    "aggregation": "aggregation",
+}
 # Keyword of a function → field of the options that stand for it on the command line.
 SAME = {
     (kl.kl_estimate, KLOptions): {
@@ -55,23 +63,9 @@ SAME = {
         "half": "half",
     },
     (losses.critic_loss, PolicyLossOptions): {"aggregation": "aggregation"},
-    (losses.actor_loss, PolicyLossOptions): {
-        "clip_eps": "clip_eps",
-        "clip_eps_high": "clip_eps_high",
-        "dual_clip": "dual_clip",
-        "log_ratio_clamp": "log_ratio_clamp",
-        "entropy_coef": "entropy_coef",
-        "aggregation": "aggregation",
-    },
+    (losses.actor_loss, PolicyLossOptions): OF_ACTOR,
     (losses.actor_loss, KLOptions): {"importance_weighted_kl": "importance_weighted"},
-    (losses.ppo_loss, PolicyLossOptions): {
-        "clip_eps": "clip_eps",
-        "clip_eps_high": "clip_eps_high",
-        "dual_clip": "dual_clip",
-        "log_ratio_clamp": "log_ratio_clamp",
-        "entropy_coef": "entropy_coef",
-        "aggregation": "aggregation",
-    },
+    (losses.ppo_loss, PolicyLossOptions): OF_ACTOR,
     (losses.ppo_loss, ValueLossOptions): {
         "value_clip_eps": "clip_eps",
         "value_coef": "coef",
