@@ -131,7 +131,7 @@ def test_every_metric_of_every_step(recorded):
         *("group/score_std", "group/no_signal", "group/resampled"),
         *("group/kept_without_signal", "response/length_mean"),
         *("response/stop_rate", "rollout/tokens", "kl/sequence", "kl/token"),
-        *("kl/coef", "policy/loss", "policy/kl_loss", "policy/entropy"),
+        *("kl/coef", "policy/loss", "policy/entropy"),
         *("policy/clip_fraction", "policy/approx_kl", "optim/actor_learning_rate"),
         "time/step_seconds",
     }

@@ -160,7 +160,7 @@ def test_checkpoints_hold_what_is_trained_alone(stages, ppo_run):
 def test_first_minibatch_is_on_policy_and_kl_starts_at_0(ppo_run):
     rows = read_metrics(ppo_run.metrics)
     assert abs(rows[1]["kl/sequence"]) < 1e-4  # twelve tokens of float32 rounding
-    assert rows[-1]["kl/sequence"] > 1e-3
+    assert abs(rows[-1]["kl/sequence"]) > 1e-3  # estimated by k1: of either sign
     for row in rows[1:]:
         assert row["policy/first_clip_fraction"] == 0.0
         assert row["policy/first_approx_kl"] < 1e-9

@@ -153,6 +153,6 @@ def test_what_an_estimator_gets():
 
 
 def test_options_of_groups_beside_an_estimator_are_refused():
-    groups = GroupOptions(scale="none")
+    groups = GroupOptions(scale="tokens")
     with pytest.raises(ValueError, match=r"^groups=.*: is not read beside advantage_"):
         group_experience(groups=groups, advantage_fn=against_the_mildest)

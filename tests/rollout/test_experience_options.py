@@ -270,7 +270,6 @@ ALL_OPTIONS = {
         normalization="running",
         clip=2.0,
         position="after_last_token",
-        whiten_rewards=True,
     ),
     "advantages": AdvantageOptions(
         lam_alpha=0.5,
@@ -284,14 +283,29 @@ ALL_OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def with_everything():
+# What is refused beside bootstrapping.
+NOT_BOOTSTRAPPED = {
+    "scores": dataclasses.replace(
+        ALL_OPTIONS["scores"],
+        missing_eos="mask",
+        overlong_buffer=3,
+        whiten_rewards=True,
+    ),
+    "advantages": dataclasses.replace(
+        ALL_OPTIONS["advantages"], bootstrap_truncated=False
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=[{}, NOT_BOOTSTRAPPED], ids=["", "whitened"])
+def with_everything(request):
     full = dataclasses.replace(
         SCORED,
         target_values=jnp.float32(X["target_values"]),
         end_values=jnp.float32(X["end_values"]),
     )
-    return full, jax.jit(partial(make_experience, kl_coef=0.5, **ALL_OPTIONS))
+    options = ALL_OPTIONS | request.param
+    return full, jax.jit(partial(make_experience, kl_coef=0.5, **options))
 
 
 @pytest.mark.parametrize("garbage", [0.5, np.inf, -1e6])
