@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.algo.options import ScoreOptions
+from rlhf_jax.algo.options import KLOptions, ScoreOptions
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.presets import PRESETS
 from rlhf_jax.recipes import ppo
@@ -60,6 +60,19 @@ def test_fixed_length_answers_are_trained_on_to_their_end(stages, tmp_path):
     row = read_metrics(ppo.run(config).metrics)[1]
     assert row["response/length_mean"] == config.max_new_tokens
     assert 0.0 <= row["response/stop_rate"] < 1.0
+
+
+def test_a_target_without_a_kl_is_a_run_without_a_kl(stages, tmp_path):
+    """`--preset openai_2019 --kl.place none`: the preset's target stays behind."""
+    config = dataclasses.replace(
+        stages.ppo,
+        run_dir=str(tmp_path / "run"),
+        kl=KLOptions(place="none", target=6.0),
+        updates=2,
+    )
+    rows = read_metrics(ppo.run(config).metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert not {name for row in rows for name in row if name.startswith("kl/")}
 
 
 def critic_values(config):
