@@ -21,6 +21,7 @@ def test_a_metric_that_overflows_is_named_once_and_written_each_time(
         {"policy/ratio_mean": -np.inf, "policy/approx_kl": 0.5},
     ]
     with Session(config, stage="sft", total_steps=4) as session:
+        session.restore({})  # as every stage does; it opens the logs
         for step, row in enumerate(rows):
             session.log(step, row, shown={})
     lines = capsys.readouterr().err.splitlines()
