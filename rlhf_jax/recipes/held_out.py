@@ -140,7 +140,8 @@ class PolicyKeeper:
     With `early_stop`, every policy that is the best so far is written at once, and the
     run is done when patience runs out. A resumed run knows what was seen before; where
     an interrupted one had got further and written a policy from there, which is none of
-    this run, the next evaluation is the first of a new count.
+    this run, the policy of the checkpoint is the first of a new count (`start`), or the
+    next that is evaluated.
 
     Args:
         config: of the run.
