@@ -31,12 +31,13 @@ from ablation_report import Run, draw, markdown, summarize
 from ablation_runs import Job, judge, run_all
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
-from rlhf_jax.recipes import quickstart, sft
+from rlhf_jax.config.demos import QuickstartConfig
+from rlhf_jax.demos import quickstart
+from rlhf_jax.demos.review_panel import ReviewPanel
 from rlhf_jax.recipes import reward_model as reward_stage
-from rlhf_jax.recipes.review_panel import ReviewPanel
-from rlhf_jax.recipes.tool_configs import QuickstartConfig
-from rlhf_jax.runtime.progress import heading
-from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.recipes import sft
+from rlhf_jax.run.progress import heading
+from rlhf_jax.run.run_directory import write_atomic
 
 FULL: dict[str, Any] = {
     "cases": ["debated"],

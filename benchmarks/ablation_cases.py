@@ -4,8 +4,8 @@ import dataclasses
 
 import tyro
 
-from rlhf_jax.presets import PRESETS, PPOMethod
-from rlhf_jax.recipes.policy_configs import PPOConfig
+from rlhf_jax.config.ppo import PPOConfig, PPOMethod
+from rlhf_jax.config.ppo_presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ablation_cases import DEFAULT, Case
 
-from rlhf_jax.runtime.charts import COLORS
+from rlhf_jax.run.charts import COLORS
 
 if TYPE_CHECKING:  # Matplotlib is slow to import, and workers do not draw
     from matplotlib.axes import Axes

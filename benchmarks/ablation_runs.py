@@ -20,15 +20,15 @@ from ablation_cases import Case
 from ablation_report import Run
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.config.run import to_dict
+from rlhf_jax.demos.review_panel import ReviewPanel
 from rlhf_jax.learner.finite import NonFiniteError
-from rlhf_jax.models.hf_weights import load_pretrained
+from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.recipes import ppo
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.review_panel import ReviewPanel
-from rlhf_jax.runtime.config import to_dict
-from rlhf_jax.runtime.metrics import read_metrics
-from rlhf_jax.runtime.progress import heading, progress
-from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.progress import heading, progress
+from rlhf_jax.run.run_directory import RunDirectory, write_atomic
 from rlhf_jax.tasks import reviews
 
 JUDGE_SEED = 7  # of the held-out prompts and the answers: the same for every policy

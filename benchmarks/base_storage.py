@@ -20,12 +20,12 @@ import timing
 
 from rlhf_jax.algo.types import Demonstrations
 from rlhf_jax.cli import quieten_libraries
-from rlhf_jax.models.hf_weights import load_pretrained
+from rlhf_jax.data.batches import pad_examples
+from rlhf_jax.data.encoding import encode_examples
+from rlhf_jax.data.text_data import Columns, read_examples
+from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.models.quantize import quantized_leaf
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.runtime.batches import pad_examples
-from rlhf_jax.runtime.encoding import encode_examples
-from rlhf_jax.runtime.text_data import Columns, read_examples
 
 STORED: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -36,12 +36,12 @@ STORED: dict[str, dict[str, Any]] = {
 
 def read_rows(model: Path, data: Path, limit: int, max_tokens: int) -> Demonstrations:
     """Held-out texts, as `rlhf-jax sft` has them."""
-    language = Language.load(model)
-    found = read_examples(data, columns=Columns(), render_chat=language.render)
+    tokenization = Tokenization.load(model)
+    found = read_examples(data, columns=Columns(), render_chat=tokenization.render)
     encoded = encode_examples(
-        found.rows[:limit], language.encoder, max_tokens=max_tokens
+        found.rows[:limit], tokenization.encoder, max_tokens=max_tokens
     )
-    return pad_examples(encoded.rows, width=encoded.width, pad_id=language.pad_id)
+    return pad_examples(encoded.rows, width=encoded.width, pad_id=tokenization.pad_id)
 
 
 def measure(model: Path, rows: Demonstrations) -> list[dict[str, Any]]:

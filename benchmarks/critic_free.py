@@ -26,12 +26,12 @@ import timing
 from critic_free_report import Curve, draw, markdown, summarize
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
-from rlhf_jax.recipes import arithmetic
-from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig, Method
-from rlhf_jax.recipes.session import Interrupted
-from rlhf_jax.runtime.metrics import read_metrics
-from rlhf_jax.runtime.progress import heading
-from rlhf_jax.runtime.run_directory import RunDirectory, write_atomic
+from rlhf_jax.config.demos import ArithmeticConfig, Method
+from rlhf_jax.demos import arithmetic
+from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.progress import heading
+from rlhf_jax.run.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.session import Interrupted
 
 NAME = "critic_free"
 FORMS = ("reasoning", "r1-zero")  # of which the curves tell how well they are kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.runtime.charts import COLORS
+from rlhf_jax.run.charts import COLORS
 
 if TYPE_CHECKING:  # Matplotlib is slow to import
     from matplotlib.axes import Axes

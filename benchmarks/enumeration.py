@@ -35,7 +35,7 @@ from outcomes import CHANGES, FINED, PLAIN, Outcome, changed_outcome, outcome
 from stale_kl import Moved
 
 from rlhf_jax.algo.options import AdvantageOptions
-from rlhf_jax.presets import PRESETS
+from rlhf_jax.config.ppo_presets import PRESETS
 from rlhf_jax.tasks import enumerable
 
 SEEDS = range(5)

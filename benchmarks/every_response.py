@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_jax.algo.masking import response_mask
 from rlhf_jax.algo.types import Array, Prompts, Rollout, ScoredRollout, record
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.tasks.enumerable import EnumerableTask
 
 

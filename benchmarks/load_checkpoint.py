@@ -34,20 +34,23 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from process_memory import PeakMemory, memory
 from safetensors import safe_open
 
-from rlhf_jax.models import leaf_placement
 from rlhf_jax.models.config import DecoderConfig, llama_config
 from rlhf_jax.models.families import config_fields, family_of, read_config
-from rlhf_jax.models.hf_weights import load_pretrained
-from rlhf_jax.models.safetensors_files import open_tensors
-from rlhf_jax.models.safetensors_writing import TensorToWrite, write_tensors
-from rlhf_jax.models.tensor_layout import (
+from rlhf_jax.models.hf import leaf_placement
+from rlhf_jax.models.hf.hf_weights import load_pretrained
+from rlhf_jax.models.hf.safetensors_files import (
+    TensorToWrite,
+    open_tensors,
+    write_tensors,
+)
+from rlhf_jax.models.hf.tensor_layout import (
     leaf_pieces,
     leaf_sources,
     parameter_shapes,
     stored_tensors,
 )
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.runtime.mesh import make_mesh
+from rlhf_jax.run.devices import make_mesh
 
 # Stored as, loaded as, devices, loader.
 CASES = (

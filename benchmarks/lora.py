@@ -34,10 +34,10 @@ from ablation_runs import Job, judge, run_all
 from lora_costs import bytes_of, time_updates
 
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
-from rlhf_jax.recipes import quickstart
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.tool_configs import QuickstartConfig
-from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.config.demos import QuickstartConfig
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.demos import quickstart
+from rlhf_jax.run.run_directory import write_atomic
 
 # Ten and five times the rates of the quickstart's PPO stage.
 RATES_10 = "--actor-optimizer.learning-rate 1e-3 --critic-optimizer.learning-rate 3e-3"

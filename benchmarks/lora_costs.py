@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.train_state import TrainState, init_train_state, step_keys
-from rlhf_jax.recipes.four_models import FourModels, load_four_models
-from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import place_state
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.ppo_programs import Programs, make_optimizers, make_programs
+from rlhf_jax.recipes.optimizers import make_optimizers
+from rlhf_jax.recipes.policy_models import FourModels, load_four_models
+from rlhf_jax.recipes.ppo import Programs, make_programs
 from rlhf_jax.recipes.prompt_batches import read_prompt_data
-from rlhf_jax.runtime.mesh import make_mesh, put_batch
+from rlhf_jax.run.devices import make_mesh, put_batch
 
 
 @dataclasses.dataclass
@@ -56,10 +57,12 @@ class Update:
 @functools.cache
 def load(config: PPOConfig) -> Update:
     """The models of a run and its compiled programs, as `rlhf-jax ppo` has them."""
-    language = Language.load(config.policy)
-    data = read_prompt_data(config, language, stage="ppo")
+    tokenization = Tokenization.load(config.policy)
+    data = read_prompt_data(config, tokenization, stage="ppo")
     mesh = make_mesh()
-    models, params = load_four_models(config, language, mesh, prompt_width=data.width)
+    models, params = load_four_models(
+        config, tokenization, mesh, prompt_width=data.width
+    )
     optimizers, _ = make_optimizers(config)
     state = init_train_state(
         jax.random.key(config.seed), params, optimizers, kl_coef=config.kl.coef
@@ -69,8 +72,8 @@ def load(config: PPOConfig) -> Update:
         config,
         models,
         optimizers,
-        stop_ids=language.stop_ids(config.stop),
-        pad_id=language.pad_id,
+        stop_ids=tokenization.stop_ids(config.stop),
+        pad_id=tokenization.pad_id,
         state_sharding=sharding,
     )
     batches = data.batches(batch_size=config.batch_size, seed=config.seed)

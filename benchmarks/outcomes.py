@@ -12,7 +12,7 @@ from rlhf_jax.algo.options import (
     PolicyLossOptions,
     ScoreOptions,
 )
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.tasks import enumerable
 from rlhf_jax.tasks.enumerable import EnumerableTask
 

@@ -22,26 +22,25 @@ import timing
 from process_memory import PeakMemory, give_back, memory
 
 from rlhf_jax.algo.types import Demonstrations, Prompts
-from rlhf_jax.learner.imitation import imitation_objective
-from rlhf_jax.learner.supervised import count_targets, make_supervised_step
+from rlhf_jax.config.inspection import InspectConfig
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.config.supervised import SFTConfig
+from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.learner.imitation import count_targets, imitation_objective
+from rlhf_jax.learner.supervised_step import make_supervised_step
 from rlhf_jax.learner.train_state import init_model_state, init_train_state
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.callables import policy
 from rlhf_jax.models.config import gpt2_config
 from rlhf_jax.models.tiny import byte_tokenizer
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.recipes.adapted import Networks
-from rlhf_jax.recipes.configs import SFTConfig
-from rlhf_jax.recipes.four_models import load_four_models
-from rlhf_jax.recipes.inspect_config import InspectConfig
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.memory_plan import StageMemory, stage_memory
-from rlhf_jax.recipes.networks import place_state
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.ppo_programs import make_optimizers, make_programs, ppo_step
-from rlhf_jax.recipes.rewards import Rewards
-from rlhf_jax.recipes.supervised import optimizer_of
-from rlhf_jax.runtime.mesh import make_mesh, put_batch
+from rlhf_jax.recipes.networks import Networks, place_state
+from rlhf_jax.recipes.optimizers import make_optimizers, optimizer_of
+from rlhf_jax.recipes.policy_models import load_four_models
+from rlhf_jax.recipes.ppo import make_programs, ppo_step
+from rlhf_jax.recipes.scorer import Rewards
+from rlhf_jax.run.devices import make_mesh, put_batch
+from rlhf_jax.tools.memory_plan import StageMemory, stage_memory
 
 STEPS = 2
 
@@ -94,13 +93,13 @@ def sft_steps(config: SFTConfig) -> Callable[[], None]:
 
 def ppo_steps(config: PPOConfig) -> Callable[[], None]:
     """A few updates of stage 3, each call from the files on."""
-    mesh, language = make_mesh(), Language.load(config.policy)
+    mesh, tokenization = make_mesh(), Tokenization.load(config.policy)
     optimizers, _ = make_optimizers(config)
     programs = []
 
     def run() -> None:
         models, params = load_four_models(
-            config, language, mesh, prompt_width=config.max_prompt_tokens
+            config, tokenization, mesh, prompt_width=config.max_prompt_tokens
         )
         state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.1)
         state, sharding = place_state(state, mesh)

@@ -24,9 +24,9 @@ from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.losses import actor_loss
 from rlhf_jax.algo.options import KLOptions, ScoreOptions
 from rlhf_jax.algo.rewards import shape_rewards
-from rlhf_jax.algo.score_moments import ScoreMoments
+from rlhf_jax.algo.scores import ScoreMoments
 from rlhf_jax.algo.types import Array, Experience
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.rollout.experience import final_scores, make_experience
 from rlhf_jax.tasks.enumerable import EnumerableTask
 
@@ -83,7 +83,11 @@ def method_scores(language: Language, method: PPOMethod) -> Array:
 
 
 def experience_of(
-    language: Language, logits: Array, critic: Array, method: PPOMethod, beta: float
+    language: Language,
+    logits: Array,
+    critic: Array,
+    method: PPOMethod,
+    beta: float,
 ) -> Experience:
     """By the library, but for advantage whitening, which is left out.
 
@@ -133,7 +137,11 @@ def weighted_moments(x: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def fixed_point_critic(
-    language: Language, logits: Array, critic: Array, method: PPOMethod, beta: float
+    language: Language,
+    logits: Array,
+    critic: Array,
+    method: PPOMethod,
+    beta: float,
 ) -> Array:
     """`[N + K]`: the critic that is the mean of its own targets, in every state.
 
@@ -159,7 +167,11 @@ def fixed_point_critic(
 
 
 def expected_step(
-    language: Language, logits: Array, critic: Array, method: PPOMethod, beta: float
+    language: Language,
+    logits: Array,
+    critic: Array,
+    method: PPOMethod,
+    beta: float,
 ) -> tuple[Array, Array]:
     """The expected gradient of the actor, and the natural gradient, both `[N, V]`.
 

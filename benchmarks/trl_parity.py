@@ -27,8 +27,8 @@ from peer import Peer, add_python_argument, make_environment
 from shape import Shape
 from trl_parity_jax import TRAINED, JaxSide, change_of_weights
 
-from rlhf_jax import presets
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.config import ppo_presets as presets
+from rlhf_jax.config.ppo import PPOMethod
 
 Numbers = Mapping[str, np.ndarray]
 

@@ -13,6 +13,8 @@ from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.masking import response_mask
 from rlhf_jax.algo.rewards import shape_rewards
 from rlhf_jax.algo.types import Array, Experience, Params, Prompts, Rollout
+from rlhf_jax.config.ppo import PPOMethod
+from rlhf_jax.config.run import OptimizerConfig
 from rlhf_jax.learner import (
     ActorCritic,
     TrainState,
@@ -25,10 +27,8 @@ from rlhf_jax.learner import (
 )
 from rlhf_jax.models import Head, load_pretrained
 from rlhf_jax.models.callables import critic, policy, reward_model
-from rlhf_jax.presets import PPOMethod
 from rlhf_jax.rollout import make_experience, score_rollout
 from rlhf_jax.rollout.experience import final_scores
-from rlhf_jax.runtime.config import OptimizerConfig
 
 HEADS: dict[str, Head] = {
     "actor": "lm",

@@ -4,24 +4,9 @@ What is exported here takes arrays and returns arrays; shapes and conventions ar
 `rlhf_jax.algo.types`. Importing it loads jax and chex only.
 """
 
-from rlhf_jax.algo.advantages import (
-    gae,
-    length_adaptive_lam,
-    n_step_returns,
-    td_errors,
-)
-from rlhf_jax.algo.best_of_n import best_of_n_kl, best_of_n_mean
+from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns, td_errors
+from rlhf_jax.algo.best_of_n import best_of_n_kl, best_of_n_mean, pass_at_k
 from rlhf_jax.algo.covariance_losses import clip_cov_loss, kl_cov_loss
-from rlhf_jax.algo.critic_free import (
-    broadcast_over_tokens,
-    gpg_advantages,
-    opo_advantages,
-    pass_at_k_advantages,
-    reinforce_plus_plus_advantages,
-    reinforce_plus_plus_baseline_advantages,
-    remax_advantages,
-    rewards_to_go,
-)
 from rlhf_jax.algo.diagnostics import (
     approx_kl,
     clip_fraction,
@@ -29,10 +14,12 @@ from rlhf_jax.algo.diagnostics import (
     mean_ratio,
     value_clip_fraction,
 )
-from rlhf_jax.algo.ensembles import combine_scores
-from rlhf_jax.algo.group_advantages import group_advantages
+from rlhf_jax.algo.group_advantages import (
+    gpg_advantages,
+    group_advantages,
+    opo_advantages,
+)
 from rlhf_jax.algo.kl import adapt_kl_coef, kl_estimate
-from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.logprobs import (
     before_response,
     fused_token_logprobs,
@@ -65,7 +52,6 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
     ValueLossOptions,
 )
-from rlhf_jax.algo.pass_at_k import pass_at_k
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     gmpo_loss,
@@ -73,14 +59,28 @@ from rlhf_jax.algo.policy_losses import (
     reinforce_loss,
     sapo_loss,
 )
-from rlhf_jax.algo.preferences import preference_loss
-from rlhf_jax.algo.ranking import pairwise_ranking_loss, plackett_luce_loss
-from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
+from rlhf_jax.algo.preferences import (
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+    preference_loss,
+)
+from rlhf_jax.algo.reinforce import (
+    broadcast_over_tokens,
+    pass_at_k_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    rewards_to_go,
+)
+from rlhf_jax.algo.rewards import shape_rewards
 from rlhf_jax.algo.sampling import sample_token, transform_logits
-from rlhf_jax.algo.score_moments import (
+from rlhf_jax.algo.scores import (
     ScoreMoments,
+    combine_scores,
     init_score_moments,
     normalize_scores,
+    penalize_missing_eos,
+    soft_overlong_penalty,
     update_score_moments,
 )
 from rlhf_jax.algo.types import (

@@ -11,24 +11,27 @@ from typing import Any
 
 import tyro
 
-from rlhf_jax.grpo_presets import GRPO_PRESETS, GRPOMethod
-from rlhf_jax.presets import PRESETS, PPOMethod
-from rlhf_jax.recipes.annotate_config import AnnotateReadConfig, AnnotateWriteConfig
-from rlhf_jax.recipes.arithmetic_config import ArithmeticConfig
-from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
-from rlhf_jax.recipes.inspect_config import InspectConfig
-from rlhf_jax.recipes.overoptimization_config import OveroptimizationConfig
-from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
-from rlhf_jax.recipes.preset_table import find_preset
-from rlhf_jax.recipes.show_data_config import ShowDataConfig
-from rlhf_jax.recipes.tool_configs import (
+from rlhf_jax.config.demos import (
+    ArithmeticConfig,
+    OveroptimizationConfig,
+    QuickstartConfig,
+)
+from rlhf_jax.config.grpo import GRPOConfig, GRPOMethod
+from rlhf_jax.config.grpo_presets import GRPO_PRESETS
+from rlhf_jax.config.inspection import InspectConfig, ShowDataConfig
+from rlhf_jax.config.ppo import PPOConfig, PPOMethod
+from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.run import load_yaml, to_dict
+from rlhf_jax.config.supervised import RewardConfig, SFTConfig
+from rlhf_jax.config.tools import (
+    AnnotateReadConfig,
+    AnnotateWriteConfig,
     EvaluateConfig,
     GenerateConfig,
     MergeConfig,
     PresetsConfig,
-    QuickstartConfig,
 )
-from rlhf_jax.runtime.config import load_yaml, to_dict
+from rlhf_jax.tools.preset_table import find_preset
 
 USAGE = """\
 usage: rlhf-jax COMMAND [options]
@@ -92,77 +95,77 @@ def grpo(config: GRPOConfig) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Prints answers."""
-    from rlhf_jax.recipes import generate as recipe
+    from rlhf_jax.tools import generate as recipe
 
     recipe.run(config)
 
 
 def annotate_write(config: AnnotateWriteConfig) -> None:
     """Writes a file to fill in."""
-    from rlhf_jax.recipes import annotate as recipe
+    from rlhf_jax.tools import annotate as recipe
 
     recipe.write(config)
 
 
 def annotate_read(config: AnnotateReadConfig) -> None:
     """Reads files that were filled in."""
-    from rlhf_jax.recipes import annotate as recipe
+    from rlhf_jax.tools import annotate as recipe
 
     recipe.read(config)
 
 
 def show_data(config: ShowDataConfig) -> None:
     """Prints tokens."""
-    from rlhf_jax.recipes import show_data as recipe
+    from rlhf_jax.tools import show_data as recipe
 
     recipe.run(config)
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Prints figures."""
-    from rlhf_jax.recipes import evaluate as recipe
+    from rlhf_jax.tools import evaluate as recipe
 
     recipe.run(config)
 
 
 def inspect_model(config: InspectConfig) -> None:
     """Prints what a model is and needs."""
-    from rlhf_jax.recipes import inspect_model as recipe
+    from rlhf_jax.tools import inspect_model as recipe
 
     recipe.run(config)
 
 
 def merge(config: MergeConfig) -> None:
     """Writes a model with an adapter in it."""
-    from rlhf_jax.recipes import merge as recipe
+    from rlhf_jax.tools import merge as recipe
 
     recipe.run(config)
 
 
 def presets(config: PresetsConfig) -> None:
     """Prints presets."""
-    from rlhf_jax.recipes import preset_table as recipe
+    from rlhf_jax.tools import preset_table as recipe
 
     recipe.run(config)
 
 
 def quickstart(config: QuickstartConfig) -> None:
     """Runs everything on the embedded task."""
-    from rlhf_jax.recipes import quickstart as recipe
+    from rlhf_jax.demos import quickstart as recipe
 
     recipe.run(config)
 
 
 def arithmetic(config: ArithmeticConfig) -> None:
     """Runs imitation and reinforcement learning on problems with right answers."""
-    from rlhf_jax.recipes import arithmetic as recipe
+    from rlhf_jax.demos import arithmetic as recipe
 
     recipe.run(config)
 
 
 def overoptimization(config: OveroptimizationConfig) -> None:
     """Draws proxy and true reward over √KL."""
-    from rlhf_jax.recipes import overoptimization as recipe
+    from rlhf_jax.demos.overoptimization import command as recipe
 
     recipe.run(config)
 

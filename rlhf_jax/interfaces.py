@@ -1,6 +1,6 @@
 """What an algorithm needs from a model: callables of parameters and arrays.
 
-Any model fits that can be called this way; `rlhf_jax.rollout.adapters` makes all of
+Any model fits that can be called this way; `rlhf_jax.rollout.from_logits` makes all of
 these from one function `(params, tokens, mask) -> logits`, and `rlhf_jax.models`
 supplies them for its own transformer.
 

@@ -6,6 +6,8 @@ import tempfile
 import jax
 import pytest
 
+pytest_plugins = ["tiny_stages"]
+
 # Tests spend their time in compiling programs that run once, on tiny arrays: slower
 # code that is ready sooner. Flags of the user come last and win.
 _flags = "--xla_backend_optimization_level=0"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.algo.options import ScoreOptions
+from rlhf_jax.config.ppo import PPOConfig, PPOMethod
+from rlhf_jax.config.ppo_presets import trl
+from rlhf_jax.config.run import to_dict
 from rlhf_jax.learner.finite import NonFiniteError
-from rlhf_jax.presets import PPOMethod, trl
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.runtime.config import to_dict
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -11,44 +11,45 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 
 MAY_IMPORT = {
-    "algo": {"jax", "chex", "rlhf_jax.algo"},
-    "interfaces": {"jax", "rlhf_jax.algo"},
-    "rollout": {"jax", "chex", "rlhf_jax.algo", "rlhf_jax.interfaces"},
-    "learner": {"jax", "optax", "rlhf_jax.algo", "rlhf_jax.interfaces"},
+    "algo": {"jax", "chex"},
+    "interfaces": {"jax", "algo"},
+    "rollout": {"jax", "chex", "algo", "interfaces"},
+    "learner": {"jax", "optax", "algo", "interfaces"},
     "models": {
-        "jax",
-        "numpy",
-        "ml_dtypes",
-        "flax",
-        "huggingface_hub",
-        "jinja2",
-        "safetensors",
-        "tokenizers",
-        "transformers",
-        "rlhf_jax.algo",
-        "rlhf_jax.interfaces",
+        *("jax", "numpy", "ml_dtypes", "flax", "huggingface_hub", "jinja2"),
+        *("safetensors", "tokenizers", "transformers"),
+        *("algo", "interfaces"),
     },
-    "presets": {"rlhf_jax.algo.options", "rlhf_jax.runtime.config"},
-    "grpo_presets": {"rlhf_jax.algo.options", "rlhf_jax.runtime.config"},
     "tasks": {"numpy"},
-    "runtime": {
-        "jax",
-        "numpy",
-        "jinja2",
-        "markupsafe",
-        "matplotlib",
-        "orbax",
-        "pyarrow",
-        "rich",
-        "tensorboardX",
-        "wandb",
-        "yaml",
-        "rlhf_jax.algo",
-        "rlhf_jax.interfaces",
+    "data": {"jax", "numpy", "pyarrow", "transformers", "algo", "models"},
+    "config": {
+        *("yaml", "algo.options", "algo.scores", "algo.temperature"),
+        *("data", "tasks"),
+    },
+    "run": {
+        *("jax", "numpy", "jinja2", "markupsafe", "matplotlib", "orbax", "rich"),
+        *("tensorboardX", "wandb", "yaml"),
+        *("algo", "interfaces", "config", "learner", "models.hf"),
+    },
+    "rewards": {"jax", "numpy", "algo", "config", "data", "models", "run"},
+    "recipes": {
+        *("jax", "numpy", "optax", "rich"),
+        *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
+        *("run", "rewards"),
+    },
+    "tools": {
+        *("jax", "numpy", "flax", "jinja2", "markupsafe", "rich", "yaml"),
+        *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
+        *("run", "rewards", "recipes"),
+    },
+    "demos": {
+        *("jax", "numpy", "matplotlib", "rich", "yaml"),
+        *("algo", "rollout", "learner", "models", "data", "config", "run", "rewards"),
+        *("recipes", "tasks"),
     },
 }
-"""Third-party packages and parts of ours, besides the part itself and the standard
-library. `recipes` and `cli` may import everything; nobody else imports them."""
+"""Third-party packages and other parts of ours, besides the standard library. `cli` may
+import everything, and nobody imports it."""
 
 FORBIDDEN = {
     r"\bpmap\b": "jit with NamedSharding",
@@ -69,7 +70,7 @@ HOST_ONLY = {
     r"\bjax\.config\b": "global configuration",
     r"\bimport (time|logging)\b": "clock and log",
 }
-"""Belong to runtime, recipes and cli (and to the file formats of models)."""
+"""Belong to the parts above (and to the file formats of models)."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -97,10 +98,11 @@ def names(path: Path) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=names)
 def test_imports_follow_the_table(path):
     part = part_of(path)
-    if part in ("recipes", "cli", "__init__"):
+    if part in ("cli", "__init__"):
         return
-    allowed = MAY_IMPORT[part] | {f"rlhf_jax.{part}"}
+    allowed = MAY_IMPORT[part] | {part}
     for module in imported_modules(path):
+        module = module.removeprefix("rlhf_jax.")
         if module.split(".")[0] in sys.stdlib_module_names:
             continue
         assert any(
@@ -110,7 +112,53 @@ def test_imports_follow_the_table(path):
 
 def test_every_part_is_in_the_table():
     parts = {part_of(path) for path in MODULES}
-    assert parts - set(MAY_IMPORT) == {"recipes", "cli", "__init__"}
+    assert parts - set(MAY_IMPORT) == {"cli", "__init__"}
+
+
+def test_no_part_imports_one_that_imports_it():
+    """Parts stand above each other: each can be read without those above it."""
+    above = {
+        part: {name.split(".")[0] for name in allowed} & set(MAY_IMPORT)
+        for part, allowed in MAY_IMPORT.items()
+    }
+    while above:  # take away the parts that stand on nothing that is left
+        lowest = {part for part, below in above.items() if not below & set(above)}
+        assert lowest, f"a circle among {sorted(above)}"
+        above = {part: below for part, below in above.items() if part not in lowest}
+
+
+STAGES = {"sft", "reward_model", "ppo", "grpo"}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_do_not_import_each_other(stage):
+    modules = imported_modules(PACKAGE / "recipes" / f"{stage}.py")
+    others = {f"rlhf_jax.recipes.{name}" for name in STAGES - {stage}}
+    assert not modules & others
+
+
+def test_every_file_has_a_name_of_its_own():
+    """One is found by its name; a stage's options are called as the stage is."""
+    found = [path.name for path in MODULES if path.name != "__init__.py"]
+    twice = {name for name in found if found.count(name) > 1}
+    assert twice == {"ppo.py", "grpo.py"}
+    for name in twice:
+        assert (PACKAGE / "config" / name).exists()
+        assert (PACKAGE / "recipes" / name).exists()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_no_module_imports_in_a_circle(path):
+    """Followed over the whole package, at the top of the files."""
+    seen, left = set(), [path]
+    while left:
+        for module in imported_modules(left.pop()):
+            parts = module.removeprefix("rlhf_jax").strip(".").split(".")
+            file = PACKAGE.joinpath(*parts).with_suffix(".py")
+            if module.startswith("rlhf_jax.") and file.exists() and file not in seen:
+                seen.add(file)
+                left.append(file)
+    assert path not in seen
 
 
 @pytest.mark.parametrize("path", MODULES, ids=names)

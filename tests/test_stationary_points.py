@@ -18,7 +18,8 @@ import pytest
 from rlhf_jax import kl_estimate
 from rlhf_jax.algo.losses import actor_loss
 from rlhf_jax.algo.options import AdvantageOptions
-from rlhf_jax.presets import PRESETS, PPOMethod
+from rlhf_jax.config.ppo import PPOMethod
+from rlhf_jax.config.ppo_presets import PRESETS
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.tasks import enumerable
 

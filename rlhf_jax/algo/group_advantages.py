@@ -213,3 +213,82 @@ def _same_group(ids: Array, batch: int) -> Array:
     chex.assert_shape(ids, (batch,))
     chex.assert_type(ids, int)
     return ids[:, None] == ids[None, :]
+
+
+def opo_advantages(scores: Array, lengths: Array, groups: Array | int) -> Array:
+    """OPO: s − Σ len·s / Σ len over the group, the baseline of least variance.
+
+    The best baseline weighs scores by squared gradient norms; with tokens of similar,
+    orthogonal gradients those go with the length. Choose it for on-policy training with
+    answers of very different lengths. A group of one gets 0.
+
+    The baseline contains the answer's own score, so that in expectation the gradient is
+    not that of the scores: unlike the mean's, its error is no common factor.
+
+    Args:
+        scores: `[B]` float.
+        lengths: `[B]` integer, response tokens.
+        groups: a group size, or `[B]` integer ids.
+
+    Returns:
+        `[B]` float32; Σ len·A = 0 over a group.
+
+    Raises:
+        ValueError: when a group size does not divide B.
+        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
+
+    References:
+        Hao et al., 2025, arXiv:2505.23585.
+    """
+    chex.assert_rank([scores, lengths], 1)
+    chex.assert_equal_shape([scores, lengths])
+    chex.assert_type([scores, lengths], [float, int])
+    weights = lengths.astype(jnp.float32)
+    centred = center_in_groups(scores.astype(jnp.float32), groups, weights)
+    return jax.lax.stop_gradient(centred)
+
+
+def gpg_advantages(
+    scores: Array,
+    groups: Array | int,
+    *,
+    scale: Literal["std", "none"] = "none",
+    ddof: int = 1,
+    eps: Scalar = 1e-4,
+) -> Array:
+    """GPG: (s − group mean) · α / F, where α makes up for groups without a signal.
+
+        α = B / (answers in groups whose scores differ)        F = 1 or σ + eps
+
+    A batch in which half the groups are solved by all or by none learns half as fast; α
+    restores the step. Used with `reinforce_loss`. α counts groups that carry a signal,
+    as in the paper and its code; verl divides by the number of nonzero scores instead,
+    where a group solved by all of its answers counts in full.
+
+    Args:
+        scores: `[B]` float.
+        groups: a group size, or `[B]` integer ids.
+        scale: F; `"none"` is the 1 that the paper settled on.
+        ddof: σ² divides by n − ddof.
+        eps: added to σ.
+
+    Returns:
+        `[B]` float32; 0 in a group of one or of equal scores.
+
+    Raises:
+        ValueError: when a group size does not divide B, or on an unknown scale.
+        AssertionError: on a wrong rank or dtype.
+
+    References:
+        Chu et al., 2025, arXiv:2504.02546, and the authors' code, AMAP-ML/GPG.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale={scale!r}: expected 'std' or 'none'")
+    advantages = group_advantages(
+        scores, groups, scale=scale, baseline="mean", ddof=ddof, eps=eps
+    )
+    scores = scores.astype(jnp.float32)
+    below_best = scores < largest_of_others(scores, groups)
+    differ = group_sum(below_best.astype(jnp.float32), groups) > 0
+    alpha = scores.shape[0] / jnp.maximum(jnp.sum(differ.astype(jnp.float32)), 1.0)
+    return jax.lax.stop_gradient(alpha * advantages)

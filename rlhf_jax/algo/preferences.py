@@ -51,3 +51,94 @@ def preference_loss(
     label_smoothing = jnp.asarray(label_smoothing, jnp.float32)
     right = (1.0 - label_smoothing) * jax.nn.softplus(-gap)
     return right + label_smoothing * jax.nn.softplus(gap)
+
+
+def plackett_luce_loss(scores: Array, *, mask: Array) -> Array:
+    """Plackett–Luce negative log-likelihood of each ranking.
+
+    The best answer is drawn first with probability softmax(s), the next from what is
+    left, and so on. With the K real answers of a row in the order of the ranking:
+
+        L = −Σ_k [s_k − log Σ_{j ≥ k} exp(s_j)]
+
+    The last term is 0, and for two answers L is `preference_loss`.
+
+    Args:
+        scores: `[N, K]` float, in each row from the best answer to the worst. The
+            order is strict: there is no place for ties.
+        mask: `[N, K]` bool, True on real answers, in any pattern; the others may hold
+            anything.
+
+    Returns:
+        `[N]` float32, unreduced, differentiable in the scores; 0 for a row with fewer
+        than two answers.
+
+    Raises:
+        AssertionError: on a wrong rank, unequal shapes, or a wrong dtype.
+
+    References:
+        Plackett, 1975, "The Analysis of Permutations"; Luce, 1959, "Individual Choice
+        Behavior". As the loss of a ranking function: ListMLE, Xia et al., 2008.
+    """
+    chex.assert_rank([scores, mask], 2)
+    chex.assert_equal_shape([scores, mask])
+    chex.assert_type([scores, mask], [float, bool])
+    # Not −inf, which would make −inf − (−inf) in padding: `where` drops that NaN, but
+    # jax.debug_nans would stop at it.
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask, scores.astype(jnp.float32), lowest)
+    left = jax.lax.cumlogsumexp(scores, axis=1, reverse=True)  # over columns k … K
+    return jnp.sum(jnp.where(mask, left - scores, 0.0), axis=1)
+
+
+def pairwise_ranking_loss(
+    scores: Array,
+    grades: Array,
+    *,
+    mask: Array,
+    margin_step: Scalar = 0.0,
+    label_smoothing: Scalar = 0.0,
+) -> Array:
+    """Mean of `preference_loss` over the pairs of answers to each prompt.
+
+    A pair is two real answers of which one has the higher grade; ties make none. Every
+    prompt weighs the same however many answers it has, and each answer is scored once:
+    K answers spread over batches as K(K − 1)/2 pairs overfit.
+
+    Args:
+        scores: `[N, K]` float, one row per prompt, in any order.
+        grades: `[N, K]` float, higher is better; only compared within a row. For a
+            ranking, minus the place.
+        mask: `[N, K]` bool, True on real answers, in any pattern; the others may hold
+            anything, in `scores` and in `grades`.
+        margin_step: by how much scores should differ per unit of grade.
+        label_smoothing: the probability that a judgement is flipped, in [0, 0.5).
+
+    Returns:
+        `[N]` float32, unreduced, differentiable in the scores; 0 for a row without
+        pairs.
+
+    Raises:
+        ValueError: when a `label_smoothing` given as a number is outside
+            [0, 0.5).
+        AssertionError: on a wrong rank, unequal shapes, or a wrong dtype.
+
+    References:
+        Ouyang et al., 2022, arXiv:2203.02155, eq. 1 and the text below it.
+    """
+    chex.assert_rank([scores, grades, mask], 2)
+    chex.assert_equal_shape([scores, grades, mask])
+    chex.assert_type([scores, grades, mask], [float, float, bool])
+    scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
+    grades = jnp.where(mask, grades.astype(jnp.float32), 0.0)
+    differences = grades[:, :, None] - grades[:, None, :]  # [N, K, K], row over column
+    is_pair = mask[:, :, None] & mask[:, None, :] & (differences > 0.0)
+    losses = preference_loss(
+        jnp.broadcast_to(scores[:, :, None], is_pair.shape),
+        jnp.broadcast_to(scores[:, None, :], is_pair.shape),
+        margin=jnp.asarray(margin_step, jnp.float32) * differences,
+        label_smoothing=label_smoothing,
+    )
+    num_pairs = jnp.sum(is_pair, axis=(1, 2), dtype=jnp.float32)
+    total = jnp.sum(jnp.where(is_pair, losses, 0.0), axis=(1, 2))
+    return total / jnp.maximum(num_pairs, 1.0)

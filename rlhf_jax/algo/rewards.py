@@ -14,50 +14,6 @@ ScorePosition = Literal["last_token", "after_last_token"]
 MissingEOS = Literal["subtract", "replace", "scale"]
 
 
-def penalize_missing_eos(
-    scores: Array,
-    truncated: Array,
-    *,
-    penalty: Scalar,
-    mode: MissingEOS = "subtract",
-) -> Array:
-    """Scores in which answers that never stopped are worth less.
-
-    * `"subtract"`: s − penalty (TRL); unfinished answers keep their order.
-    * `"replace"`: the score *is* the penalty, such as −1 (lm-human-preferences): what
-      the reward model makes of an unfinished text is ignored. Applying it twice is
-      applying it once.
-    * `"scale"`: s · penalty, such as 0.5 or 0 (OpenRLHF); raises a negative score.
-
-    Args:
-        scores: `[B]` float.
-        truncated: `[B]` bool, True where no stop token came before the limit.
-        penalty: `[]`, positive to punish by `"subtract"`, usually negative for
-            `"replace"`, in [0, 1) for `"scale"`.
-        mode: which of the three.
-
-    Returns:
-        `[B]` float32.
-
-    Raises:
-        ValueError: on an unknown mode.
-        AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
-    """
-    chex.assert_rank([scores, truncated], 1)
-    chex.assert_equal_shape([scores, truncated])
-    chex.assert_type([scores, truncated], [float, bool])
-    scores = scores.astype(jnp.float32)
-    penalty = jnp.asarray(penalty, jnp.float32)
-    chex.assert_rank(penalty, 0)
-    if mode == "subtract":
-        return jnp.where(truncated, scores - penalty, scores)
-    if mode == "replace":
-        return jnp.where(truncated, penalty, scores)
-    if mode == "scale":
-        return jnp.where(truncated, penalty * scores, scores)
-    raise ValueError(f"mode={mode!r}: expected 'subtract', 'replace' or 'scale'")
-
-
 def shape_rewards(
     scores: Array,
     logprobs: Array,

@@ -1,15 +1,16 @@
 """Experience to better parameters: states, optimizers, objectives, updates."""
 
-from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.imitation import imitation_objective
 from rlhf_jax.learner.objectives import (
+    Counts,
+    count_experience,
     critic_free_objective,
     ppo_objective,
     separate_networks,
 )
 from rlhf_jax.learner.optimizer import make_optimizer, make_schedule
 from rlhf_jax.learner.preference import preference_objective, ranking_objective
-from rlhf_jax.learner.supervised import make_supervised_step
+from rlhf_jax.learner.supervised_step import make_supervised_step
 from rlhf_jax.learner.train_state import (
     ActorCritic,
     ModelState,

@@ -28,7 +28,7 @@ Assemble = Callable[..., Params]
 is not, put together. A key draws what is random in training, such as dropout."""
 
 
-def over_trained(
+def on_trainable(
     objective: Objective,
     assemble: Assemble | None,
     frozen: Params | None,

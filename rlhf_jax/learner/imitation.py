@@ -38,3 +38,8 @@ def imitation_objective(token_logprobs_fn: TokenLogprobsFn) -> Objective:
         return loss, {"loss": loss}
 
     return objective
+
+
+def count_targets(batch: Demonstrations) -> Array:
+    """Divisor of `imitation_objective`: target tokens, at least 1."""
+    return jnp.maximum(jnp.sum(batch.target_mask[:, 1:]), 1).astype(jnp.float32)

@@ -9,16 +9,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.algo.diagnostics import PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.losses import actor_loss, critic_loss
-from rlhf_jax.algo.options import (
-    KLOptions,
-    PolicyLossOptions,
-    ValueLossOptions,
-    check,
-)
+from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions, check
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     gmpo_loss,
@@ -26,11 +22,34 @@ from rlhf_jax.algo.policy_losses import (
     reinforce_loss,
     sapo_loss,
 )
-from rlhf_jax.algo.types import Array, Experience, Scalar
+from rlhf_jax.algo.types import Array, Experience, Scalar, record
 from rlhf_jax.interfaces import ActorCriticFn, TokenLogprobsFn, ValuesFn
-from rlhf_jax.learner.counts import Counts, count_experience
 from rlhf_jax.learner.gradients import Metrics, Objective
 from rlhf_jax.learner.train_state import ActorCritic
+
+
+@record
+class Counts:
+    """Divisors of the objectives of policies; each at least 1."""
+
+    tokens: Array  # [] float32, real tokens of the actor
+    value_tokens: Array  # [] float32, of the critic
+    sequences: Array  # [] float32, rows with a real token
+
+
+def count_experience(experience: Experience) -> Counts:
+    """The counts of a minibatch."""
+    mask, value_mask = experience.mask, experience.value_mask
+
+    def at_least_one(x: Array) -> Array:
+        return jnp.maximum(jnp.sum(x), 1).astype(jnp.float32)
+
+    tokens = at_least_one(mask)
+    return Counts(
+        tokens=tokens,
+        value_tokens=tokens if value_mask is None else at_least_one(value_mask),
+        sequences=at_least_one(jnp.any(mask, axis=1)),
+    )
 
 
 def separate_networks(

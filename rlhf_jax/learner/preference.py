@@ -101,3 +101,13 @@ def _mean(x: Array, where: Array, *, axis: int | tuple[int, ...]) -> Array:
     """Mean of what `where` selects; 0 of nothing."""
     count = jnp.sum(where, axis=axis, dtype=jnp.float32)
     return jnp.sum(jnp.where(where, x, 0.0), axis=axis) / jnp.maximum(count, 1.0)
+
+
+def count_pairs(batch: Preferences) -> Array:
+    """Divisor of `preference_objective`."""
+    return jnp.asarray(batch.chosen.tokens.shape[0], jnp.float32)
+
+
+def count_rankings(batch: Rankings) -> Array:
+    """Divisor of `ranking_objective`."""
+    return jnp.asarray(batch.grades.shape[0], jnp.float32)

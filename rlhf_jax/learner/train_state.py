@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.algo.score_moments import ScoreMoments, init_score_moments
+from rlhf_jax.algo.scores import ScoreMoments, init_score_moments
 from rlhf_jax.algo.types import Array, Params, record
 
 

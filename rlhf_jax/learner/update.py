@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.algo.minibatches import split_minibatches
 from rlhf_jax.algo.types import Array, Experience, Params
 from rlhf_jax.interfaces import BATCH_AXES
-from rlhf_jax.learner.counts import count_experience
 from rlhf_jax.learner.finite import first_nonfinite
 from rlhf_jax.learner.gradients import (
     Assemble,
@@ -20,8 +19,9 @@ from rlhf_jax.learner.gradients import (
     Objective,
     accumulate_gradients,
     apply_gradients,
-    over_trained,
+    on_trainable,
 )
+from rlhf_jax.learner.objectives import count_experience
 from rlhf_jax.learner.train_state import ActorCritic, TrainState, step_keys
 
 UpdateFn = Callable[..., tuple[TrainState, Metrics]]
@@ -94,7 +94,7 @@ def make_update(
     ) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
         minibatch_step = _minibatch_step(
-            over_trained(objective, assemble, frozen, objective_key=objective_key),
+            on_trainable(objective, assemble, frozen, objective_key=objective_key),
             optimizers,
             num_microbatches=num_microbatches,
             prepare=prepare,

@@ -8,14 +8,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rlhf_jax.algo.types import Params
-from rlhf_jax.models.config import (
-    DecoderConfig,
-    Head,
-    gpt2_config,
-    llama_config,
-)
+from rlhf_jax.models.config import DecoderConfig, Head, gpt2_config, llama_config
+from rlhf_jax.models.hf.tensor_layout import parameter_shapes
 from rlhf_jax.models.rope import LinearRopeScaling, Rope, RopeScaling
-from rlhf_jax.models.tensor_layout import parameter_shapes
 from rlhf_jax.models.tokenizer import train_tokenizer
 from rlhf_jax.models.transformer import Transformer
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.hf.hub import local_directory
 
 if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for it
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -18,13 +18,7 @@ import jax.numpy as jnp
 from rlhf_jax.algo.logprobs import soft_cap
 from rlhf_jax.algo.masking import last_token_index, select_index
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.models.attention import (
-    KVCache,
-    View,
-    attend,
-    causal_mask,
-    positions_of,
-)
+from rlhf_jax.models.attention import KVCache, View, attend, causal_mask, positions_of
 from rlhf_jax.models.config import Activation, DecoderConfig, Head
 from rlhf_jax.models.linear import Linear
 from rlhf_jax.models.norms import rms_norm, stream_norm

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rlhf_jax.algo.types import Array, Params, Prompts, Rollout, record
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.interfaces import ScoreFn
 from rlhf_jax.models.callables import Policy
-from rlhf_jax.recipes.batched import map_batches
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.decoding import generate
+from rlhf_jax.run.devices import map_batches
 
 Sampler = Callable[[Array, Params, Prompts], Rollout]
 
@@ -29,9 +29,9 @@ class Answers:
     scores: np.ndarray | None  # [N] float32, of the reward model, if there is one
     kl: np.ndarray | None  # [N] float32, Σ_t log π − log π_ref in nats, if measured
 
-    def texts(self, language: Language) -> list[str]:
+    def texts(self, tokenization: Tokenization) -> list[str]:
         """The answers, without special tokens."""
-        return language.decode(self.tokens, self.lengths)
+        return tokenization.decode(self.tokens, self.lengths)
 
     def metrics(self) -> dict[str, float]:
         """Means over the answers."""
@@ -55,7 +55,7 @@ def make_sampler(
     Args:
         policy: callables of the language model.
         sharding: of the rollout; None: as the compiler chooses.
-        **options: keywords of `rlhf_jax.rollout.generate.generate`.
+        **options: keywords of `rlhf_jax.rollout.decoding.generate`.
     """
     return jax.jit(
         partial(generate, prefill=policy.prefill, decode=policy.decode, **options),

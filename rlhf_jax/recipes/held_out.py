@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.algo.pass_at_k import pass_at_k
+from rlhf_jax.algo.best_of_n import pass_at_k
 from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.recipes.answers import Answers, Examiner, Sampler
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch
-from rlhf_jax.recipes.rewards import HeldOutRewards, Judge
-from rlhf_jax.recipes.session import Session
-from rlhf_jax.runtime.run_directory import write_atomic
+from rlhf_jax.recipes.scorer import HeldOutRewards, Judge
+from rlhf_jax.run.run_directory import write_atomic
+from rlhf_jax.run.session import Session
 
 NUM_LOGGED_SAMPLES = 8
 BEST_NOTE = "best.json"  # in the run directory: step and value of the policy kept
@@ -45,7 +46,7 @@ class HeldOut:
         models: policy, reference and reward model.
         sample: draws the answers.
         judge: of the run, entered.
-        language: to read the answers with.
+        tokenization: to read the answers with.
         mesh: where to compute.
         key: root of the sampling; every step folds its number in.
     """
@@ -58,7 +59,7 @@ class HeldOut:
         models: PolicyModels,
         sample: Sampler,
         judge: Judge,
-        language: Language,
+        tokenization: Tokenization,
         mesh: Mesh,
         key: Array,
     ):
@@ -66,7 +67,7 @@ class HeldOut:
         self._batch = batch.repeat(config.eval_samples)
         self._models = models
         self._judge = judge
-        self._language = language
+        self._tokenization = tokenization
         self._key = key
         self._examiner = Examiner(
             sample,
@@ -86,7 +87,7 @@ class HeldOut:
             reference=self._models.reference,
             reward=self._models.reward,
         )
-        texts = answers.texts(self._language)
+        texts = answers.texts(self._tokenization)
         rewards = self._judge.of_answers(answers, texts, self._batch)
         self._log_samples(session, step, answers, texts, rewards)
         metrics = answers.metrics()
@@ -124,7 +125,7 @@ class HeldOut:
         if answers.kl is not None:
             columns["kl"] = answers.kl
         first = range(0, len(texts), self._config.eval_samples)[:NUM_LOGGED_SAMPLES]
-        prompts = self._language.decode_prompts(self._batch.take(first).prompts)
+        prompts = self._tokenization.decode_prompts(self._batch.take(first).prompts)
         session.log_samples(
             step,
             [

@@ -3,23 +3,30 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.algo.kl import adapt_kl_coef
 from rlhf_jax.algo.types import Array
+from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.train_state import TrainState
-from rlhf_jax.recipes.adapted import save_trained
 from rlhf_jax.recipes.answers import Sampler
 from rlhf_jax.recipes.held_out import HeldOut, PolicyKeeper
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.policy_configs import GRPOConfig, PPOConfig
+from rlhf_jax.recipes.networks import save_trained
 from rlhf_jax.recipes.policy_models import PolicyModels
-from rlhf_jax.recipes.ppo_programs import Carried
 from rlhf_jax.recipes.prompt_batches import PromptData
-from rlhf_jax.recipes.rewards import Judge, RewardFunctions, ScoreRollout
-from rlhf_jax.recipes.session import Session
-from rlhf_jax.runtime.reward_functions import RewardFunctionError
-from rlhf_jax.runtime.run_directory import RunDirectory
+from rlhf_jax.recipes.scorer import Judge, RewardFunctions, ScoreRollout
+from rlhf_jax.rewards.functions import RewardFunctionError
+from rlhf_jax.run.run_directory import RunDirectory
+from rlhf_jax.run.session import Session
+
+Carried = dict[str, Any]
+"""Fields of the state that scoring changes: the KL coefficient, the score moments."""
+
 
 StepFn = Callable[
     [Judge, int, TrainState], tuple[TrainState, Carried, dict[str, float]]
@@ -48,7 +55,7 @@ def train_policy(
     *,
     data: PromptData,
     functions: RewardFunctions,
-    language: Language,
+    tokenization: Tokenization,
     mesh: Mesh,
     eval_key: Array,
 ) -> RunDirectory:
@@ -60,7 +67,7 @@ def train_policy(
         state: on its mesh; given up to the steps.
         data: for the held-out prompts.
         functions: entered.
-        language: of the policy, and written with it.
+        tokenization: of the policy, and written with it.
         mesh: where everything lives.
         eval_key: root of the held-out sampling.
 
@@ -69,14 +76,14 @@ def train_policy(
         Interrupted: after a checkpoint, when asked to stop.
         NonFiniteError: on a loss or gradient that is no number, saying how to go on.
     """
-    judge = Judge(config, stage.models, functions, language, stage.score, mesh)
+    judge = Judge(config, stage.models, functions, tokenization, stage.score, mesh)
     evaluate = HeldOut(
         config,
         data.held_out,
         models=stage.models,
         sample=stage.answer,
         judge=judge,
-        language=language,
+        tokenization=tokenization,
         mesh=mesh,
         key=eval_key,
     )
@@ -84,7 +91,7 @@ def train_policy(
     assert network is not None
     with Session(config, stage=stage.name, total_steps=config.updates) as session:
         state = session.restore(state)
-        save = partial(save_trained, session.run, network, config, language)
+        save = partial(save_trained, session.run, network, config, tokenization)
         keeper = PolicyKeeper(config, session, save)
         if session.start_step == 0:
             state = stage.begin(judge, state)
@@ -135,3 +142,28 @@ def _steps(
         session.log(step, metrics, shown=shown)
         session.checkpoint(step, state, last=keeper.is_done)
     return state
+
+
+def recomputes_logprobs(config: PPOConfig | GRPOConfig) -> bool:
+    """Whether old log-probabilities are computed anew, or are the sampler's."""
+    if config.old_logprobs == "auto":
+        exact = config.dtype == "float32" and jax.default_backend() == "cpu"
+        return not exact
+    return config.old_logprobs == "recomputed"
+
+
+def next_kl_coef(
+    config: PPOConfig | GRPOConfig, kl_coef: Array, metrics: dict[str, Array]
+) -> Array:
+    """`[]`, β of the next update; the same where it is not adaptive."""
+    if not config.kl.adapts:
+        return kl_coef
+    assert config.kl.target is not None
+    unit = {"sequence-sum": "kl/sequence", "token-mean": "kl/token"}
+    return adapt_kl_coef(
+        kl_coef,
+        metrics[unit[config.kl.unit]],
+        target_kl=config.kl.target,
+        horizon=config.kl.horizon,
+        num_episodes=config.batch_size,
+    )

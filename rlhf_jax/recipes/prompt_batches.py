@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from rlhf_jax.algo.types import Prompts
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.policy_configs import PolicyConfig
-from rlhf_jax.recipes.texts import read_split
-from rlhf_jax.runtime.batches import Batches, pad_prompts
-from rlhf_jax.runtime.config import Overlong
-from rlhf_jax.runtime.encoding import Encoded, encode_prompts
-from rlhf_jax.runtime.progress import heading
-from rlhf_jax.runtime.text_data import Columns, PromptRow, TextRows, read_prompt_rows
+from rlhf_jax.config.policy import PolicyConfig
+from rlhf_jax.config.run import Overlong
+from rlhf_jax.data.batches import Batches, pad_prompts
+from rlhf_jax.data.encoding import Encoded, encode_prompts
+from rlhf_jax.data.text_data import Columns, PromptRow, TextRows, read_prompt_rows
+from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.recipes.splits import read_split
+from rlhf_jax.run.progress import heading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,14 @@ def collate(
 def encode_rows(
     rows: Sequence[PromptRow],
     *,
-    language: Language,
+    tokenization: Tokenization,
     max_prompt_tokens: int,
     overlong: Overlong = "drop",
 ) -> tuple[Encoded, list[tuple[PromptRow, np.ndarray]]]:
     """`encode_prompts`, and each row that is left with its tokens, for `collate`."""
     encoded = encode_prompts(
         [row.prompt for row in rows],
-        language.encoder,
+        tokenization.encoder,
         max_prompt_tokens=max_prompt_tokens,
         overlong=overlong,
     )
@@ -112,7 +112,7 @@ def encode_rows(
 
 
 def prompt_reader(
-    config: PolicyConfig, language: Language
+    config: PolicyConfig, tokenization: Tokenization
 ) -> Callable[[str], TextRows[PromptRow]]:
     """Reads the prompts of a file, and the columns that reward functions are told."""
     told = bool(config.reward or config.eval_reward)
@@ -120,26 +120,26 @@ def prompt_reader(
         read_prompt_rows,
         columns=Columns(prompt=config.prompt_column),
         keep=(config.reward_columns or None) if told else (),
-        render_chat=language.render,
+        render_chat=tokenization.render,
         on_unusable=config.unusable_prompts,
     )
 
 
 def read_prompt_data(
-    config: PolicyConfig, language: Language, *, stage: str
+    config: PolicyConfig, tokenization: Tokenization, *, stage: str
 ) -> PromptData:
     """Reads and encodes the prompts of a run; says how many there are.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
     """
-    read = prompt_reader(config, language)
+    read = prompt_reader(config, tokenization)
     train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
     held_out = held_out[: config.eval_prompts]
 
     encode = partial(
         encode_rows,
-        language=language,
+        tokenization=tokenization,
         max_prompt_tokens=config.max_prompt_tokens,
         overlong=config.overlong,
     )
@@ -154,7 +154,7 @@ def read_prompt_data(
     )
     return PromptData(
         rows=train_rows,
-        held_out=collate(held_out_rows, width=width, pad_id=language.pad_id),
+        held_out=collate(held_out_rows, width=width, pad_id=tokenization.pad_id),
         width=width,
-        pad_id=language.pad_id,
+        pad_id=tokenization.pad_id,
     )

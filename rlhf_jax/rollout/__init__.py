@@ -1,12 +1,12 @@
 """Prompts to experience: sampling, scoring, shaping. Callables in, arrays out."""
 
-from rlhf_jax.rollout.adapters import (
+from rlhf_jax.rollout.decoding import generate
+from rlhf_jax.rollout.experience import make_experience
+from rlhf_jax.rollout.from_logits import (
     token_logprobs_from_logits,
     uncached_decoding,
     values_from_sequence,
 )
-from rlhf_jax.rollout.experience import make_experience
-from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.group_experience import make_group_experience
 from rlhf_jax.rollout.scoring import score_rollout
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns
 from rlhf_jax.algo.diagnostics import explained_variance
-from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.masking import include_end_state, masked_mean, masked_whiten
 from rlhf_jax.algo.off_policy import sampler_ratio, sampler_weights
 from rlhf_jax.algo.options import (
@@ -17,8 +16,14 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
     check_bootstrap,
 )
-from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
-from rlhf_jax.algo.score_moments import ScoreMoments, normalize_scores, score_std
+from rlhf_jax.algo.rewards import shape_rewards
+from rlhf_jax.algo.scores import (
+    ScoreMoments,
+    normalize_scores,
+    penalize_missing_eos,
+    score_std,
+    soft_overlong_penalty,
+)
 from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
 
 AdvantageFn = Callable[[Array, Array, Array], tuple[Array, Array]]

@@ -4,20 +4,23 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rlhf_jax.algo.critic_free import (
-    broadcast_over_tokens,
+from rlhf_jax.algo.group_advantages import (
     gpg_advantages,
+    group_advantages,
+    group_std,
     opo_advantages,
-    pass_at_k_advantages,
-    rewards_to_go,
 )
-from rlhf_jax.algo.group_advantages import group_advantages, group_std
 from rlhf_jax.algo.masking import masked_whiten
 from rlhf_jax.algo.options import (
     GroupOptions,
     KLOptions,
     PolicyLossOptions,
     ScoreOptions,
+)
+from rlhf_jax.algo.reinforce import (
+    broadcast_over_tokens,
+    pass_at_k_advantages,
+    rewards_to_go,
 )
 from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
 from rlhf_jax.rollout.experience import (

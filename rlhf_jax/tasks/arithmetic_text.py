@@ -15,7 +15,7 @@ pays: the setting of R1-Zero (DeepSeek-AI, 2025, arXiv:2501.12948).
 
 import numpy as np
 
-from rlhf_jax.tasks.arithmetic import make_demonstrations
+from rlhf_jax.tasks.arithmetic_problems import make_demonstrations
 from rlhf_jax.tasks.problems import Seed, Split
 
 SHARE_WITHOUT_FORM = 0.2

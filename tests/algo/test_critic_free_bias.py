@@ -15,17 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.critic_free import (
-    broadcast_over_tokens,
+from rlhf_jax.algo.group_advantages import (
     gpg_advantages,
+    group_advantages,
     opo_advantages,
+)
+from rlhf_jax.algo.masking import aggregate
+from rlhf_jax.algo.policy_losses import reinforce_loss
+from rlhf_jax.algo.reinforce import (
+    broadcast_over_tokens,
     pass_at_k_advantages,
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
 )
-from rlhf_jax.algo.group_advantages import group_advantages
-from rlhf_jax.algo.masking import aggregate
-from rlhf_jax.algo.policy_losses import reinforce_loss
 from rlhf_jax.tasks import enumerable
 
 LANGUAGE = {"vocabulary_size": 3, "max_steps": 3}

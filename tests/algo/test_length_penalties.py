@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.length_penalties import soft_overlong_penalty
+from rlhf_jax.algo.scores import soft_overlong_penalty
 
 
 def test_fixture_of_five_lengths(maybe_jit):

@@ -10,12 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from rlhf_jax.algo.losses import (
-    actor_loss,
-    clipped_value_loss,
-    critic_loss,
-    ppo_loss,
-)
+from rlhf_jax.algo.losses import actor_loss, clipped_value_loss, critic_loss, ppo_loss
 from rlhf_jax.algo.masking import Aggregation
 from rlhf_jax.algo.policy_losses import sapo_loss
 from rlhf_jax.algo.types import Experience

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.preferences import preference_loss
-from rlhf_jax.algo.ranking import pairwise_ranking_loss, plackett_luce_loss
+from rlhf_jax.algo.preferences import (
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+    preference_loss,
+)
 
 ALL = jnp.ones((1, 3), bool)
 MASK = np.array(

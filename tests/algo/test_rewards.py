@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_jax.algo.advantages import gae
 from rlhf_jax.algo.masking import include_end_state
-from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
+from rlhf_jax.algo.rewards import shape_rewards
+from rlhf_jax.algo.scores import penalize_missing_eos
 
 
 @pytest.fixture

@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.logprobs import (
-    fused_token_logprobs,
-    token_entropy,
-    token_logprobs,
-)
+from rlhf_jax.algo.logprobs import fused_token_logprobs, token_entropy, token_logprobs
 from rlhf_jax.algo.sampling import sample_token, transform_logits
 from rlhf_jax.algo.types import Prompts
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.decoding import generate
 
 LOGITS = jnp.array([[0.5, 2.5, -1.0], [1.5, 0.5, 1.5]])
 TOKENS = jnp.array([[1], [0]])

@@ -12,11 +12,7 @@ import pytest
 from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions
 from rlhf_jax.algo.policy_losses import cispo_loss
 from rlhf_jax.algo.types import Experience
-from rlhf_jax.learner import (
-    ActorCritic,
-    count_experience,
-    ppo_objective,
-)
+from rlhf_jax.learner import ActorCritic, count_experience, ppo_objective
 from rlhf_jax.learner.gradients import accumulate_gradients
 
 MASK = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)

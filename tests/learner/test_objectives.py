@@ -10,11 +10,7 @@ import pytest
 from bare_models import bigram_logits
 
 from rlhf_jax.algo.types import Demonstrations, Preferences, Sequences
-from rlhf_jax.learner import (
-    count_experience,
-    imitation_objective,
-    preference_objective,
-)
+from rlhf_jax.learner import count_experience, imitation_objective, preference_objective
 from rlhf_jax.rollout import token_logprobs_from_logits
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from rlhf_jax.algo import advantages, kl, losses, masking, off_policy, policy_losses
 from rlhf_jax.algo import rewards as token_rewards
-from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.options import (
     AdvantageOptions,
     GroupOptions,
@@ -19,11 +18,12 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
     ValueLossOptions,
 )
+from rlhf_jax.algo.scores import soft_overlong_penalty
 from rlhf_jax.algo.types import Experience
-from rlhf_jax.grpo_presets import GRPOMethod
+from rlhf_jax.config.grpo import GRPOMethod
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.learner import objectives
 from rlhf_jax.learner.train_state import ActorCritic
-from rlhf_jax.presets import PPOMethod
 from rlhf_jax.rollout import experience, group_experience
 
 OF_ACTOR = {

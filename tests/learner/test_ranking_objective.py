@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo.ranking import pairwise_ranking_loss, plackett_luce_loss
+from rlhf_jax.algo.preferences import pairwise_ranking_loss, plackett_luce_loss
 from rlhf_jax.algo.types import Preferences, Rankings, Sequences
 from rlhf_jax.learner.gradients import accumulate_gradients
-from rlhf_jax.learner.preference import preference_objective, ranking_objective
-from rlhf_jax.learner.supervised import count_rankings
+from rlhf_jax.learner.preference import (
+    count_rankings,
+    preference_objective,
+    ranking_objective,
+)
 
 WEIGHTS = jnp.array([0.5, -0.25, 0.125, 1.5])
 

@@ -23,7 +23,7 @@ from rlhf_jax.models.callables import critic, policy, reward_model
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.tiny import tiny_gpt2, tiny_llama
 from rlhf_jax.rollout import make_experience, score_rollout
-from rlhf_jax.runtime.mesh import make_mesh, put_batch
+from rlhf_jax.run.devices import make_mesh, put_batch
 
 MESHES = {"4x2": {"data": 4, "fsdp": 2}, "8x1": {"data": 8}}
 V = 10

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
-from rlhf_jax.models import hub, load_pretrained, load_tokenizer, save_pretrained
-from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models import load_pretrained, load_tokenizer, save_pretrained
+from rlhf_jax.models.hf import hub
+from rlhf_jax.models.hf.hub import local_directory
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_llama
 
 NAME = "some-org/tiny.llama-1"

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import leaf_placement, load_pretrained, save_pretrained
-from rlhf_jax.models.leaf_placement import Piece, count_not_finite, place_leaf, to_host
+from rlhf_jax.models import load_pretrained, save_pretrained
+from rlhf_jax.models.hf import leaf_placement
+from rlhf_jax.models.hf.leaf_placement import (
+    Piece,
+    count_not_finite,
+    place_leaf,
+    to_host,
+)
 from rlhf_jax.models.tiny import tiny_gpt2, tiny_llama
 
 FILE = "model.safetensors"

@@ -11,8 +11,8 @@ import pytest
 
 from rlhf_jax.models import load_pretrained, save_pretrained
 from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.hf.peft_files import read_adapter, write_adapter
 from rlhf_jax.models.lora import LoraOptions, attach, init_adapters, linear_layers
-from rlhf_jax.models.peft_files import read_adapter, write_adapter
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
 torch = pytest.importorskip("torch")

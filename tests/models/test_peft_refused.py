@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.models import save_pretrained
+from rlhf_jax.models.hf.peft_config import is_adapter
+from rlhf_jax.models.hf.peft_files import read_adapter, write_adapter
+from rlhf_jax.models.hf.peft_loading import load_model
 from rlhf_jax.models.lora import LoraOptions, init_adapters, merge, merged_when_read
-from rlhf_jax.models.peft_config import is_adapter
-from rlhf_jax.models.peft_files import read_adapter, write_adapter
-from rlhf_jax.models.peft_loading import load_model
 from rlhf_jax.models.tiny import tiny_llama
 
 OPTIONS = LoraOptions(rank=2, targets=("query", "down"))

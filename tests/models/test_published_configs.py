@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from rlhf_jax.models.families import config_fields, read_config
-from rlhf_jax.models.tensor_layout import parameter_shapes
+from rlhf_jax.models.hf.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
 
 # The fields that say what is computed, as the files on the hub have them.

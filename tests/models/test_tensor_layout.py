@@ -6,9 +6,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.models.families import TensorRule
-from rlhf_jax.models.safetensors_files import open_tensors
-from rlhf_jax.models.safetensors_writing import TensorToWrite, write_tensors
-from rlhf_jax.models.tensor_layout import (
+from rlhf_jax.models.hf.safetensors_files import (
+    TensorToWrite,
+    open_tensors,
+    write_tensors,
+)
+from rlhf_jax.models.hf.tensor_layout import (
     LeafSource,
     StoredTensor,
     leaf_pieces,

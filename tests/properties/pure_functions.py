@@ -7,14 +7,8 @@ name, with gradients where there are any. Results are `[B, T]`, `[B]` or `[]`.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algo import (
-    advantages,
-    critic_free,
-    diagnostics,
-    losses,
-    masking,
-    policy_losses,
-)
+from rlhf_jax.algo import advantages, diagnostics, losses, masking, policy_losses
+from rlhf_jax.algo import reinforce as critic_free
 from rlhf_jax.algo.off_policy import sampler_weights
 from rlhf_jax.algo.rewards import shape_rewards
 from rlhf_jax.algo.types import Experience

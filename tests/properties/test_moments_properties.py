@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from properties.strategies import CHECK, TOLERANCE, B, arrays, batches
 
 from rlhf_jax.algo.off_policy import SamplerLevel, sampler_weights
-from rlhf_jax.algo.score_moments import (
+from rlhf_jax.algo.scores import (
     init_score_moments,
     normalize_scores,
     update_score_moments,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties.strategies import CHECK, TOLERANCE, B, T, arrays, batches, ragged_masks
 
-from rlhf_jax.algo.length_penalties import soft_overlong_penalty
 from rlhf_jax.algo.masking import include_end_state, response_mask
-from rlhf_jax.algo.rewards import penalize_missing_eos, shape_rewards
+from rlhf_jax.algo.rewards import shape_rewards
+from rlhf_jax.algo.scores import penalize_missing_eos, soft_overlong_penalty
 from rlhf_jax.algo.types import Prompts, Rollout
 from rlhf_jax.rollout.scoring import mark_stops
 

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import cli
-from rlhf_jax.recipes import generate, ppo, sft
-from rlhf_jax.recipes.tool_configs import GenerateConfig
+from rlhf_jax.config.tools import GenerateConfig
+from rlhf_jax.recipes import ppo, sft
+from rlhf_jax.tools import generate
 
 
 def rows(path: Path, *values: object) -> Path:

@@ -8,13 +8,13 @@ import pytest
 from chat_tokenizers import CHATML, GEMMA, gemma
 
 from rlhf_jax import cli
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.config.supervised import RewardConfig, SFTConfig
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.tiny import tiny_gpt2
 from rlhf_jax.recipes import ppo, reward_model, sft
-from rlhf_jax.recipes.configs import RewardConfig, SFTConfig
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.sft_data import read_sft_data
+from rlhf_jax.recipes.sft import read_sft_data
 
 SAMPLING = {"top_k": 64, "temperature": 0.6}
 
@@ -95,8 +95,8 @@ def test_what_is_written_is_an_instruct_checkpoint_again(checkpoint, trained, st
 
     path = checkpoint.parent / stage / "model"
     assert AutoTokenizer.from_pretrained(path).chat_template == GEMMA
-    language = Language.load(str(path))
-    assert language.stop_ids(()) == (298, 300)
+    tokenization = Tokenization.load(str(path))
+    assert tokenization.stop_ids(()) == (298, 300)
     if stage != "reward":
         written = json.loads((path / "generation_config.json").read_text())
         assert written["eos_token_id"] == [298, 300]
@@ -107,13 +107,13 @@ def test_all_answers_change_what_is_counted(trained):
     """Of each conversation It is.<end_of_turn> is learnt besides, five tokens or so."""
     _, both = read_sft_data(trained)
     only = dataclasses.replace(trained, train_on="last-answer")
-    language, last = read_sft_data(only)
+    tokenization, last = read_sft_data(only)
     np.testing.assert_array_equal(both.held_out.tokens, last.held_out.tokens)
     more = np.asarray(both.held_out.target_mask) & ~np.asarray(
         last.held_out.target_mask
     )
     for tokens, added in zip(np.asarray(both.held_out.tokens), more, strict=True):
-        assert language.tokenizer.decode(tokens[added]) == "It is.<end_of_turn>"
+        assert tokenization.tokenizer.decode(tokens[added]) == "It is.<end_of_turn>"
     assert not np.any(
         np.asarray(last.held_out.target_mask) & ~both.held_out.target_mask
     )
@@ -122,9 +122,9 @@ def test_all_answers_change_what_is_counted(trained):
 def test_a_fresh_model_reads_conversations_too(trained):
     """In the format of models without a template, of which only the end has a token."""
     config = dataclasses.replace(trained, model=None)
-    language, data = read_sft_data(config)
+    tokenization, data = read_sft_data(config)
     learnt = np.asarray(data.held_out.target_mask)[0]
-    text = language.tokenizer.decode(np.asarray(data.held_out.tokens)[0][learnt])
+    text = tokenization.tokenizer.decode(np.asarray(data.held_out.tokens)[0][learnt])
     assert text.startswith(" It is. so ") and text.endswith("<|endoftext|>")
 
 
@@ -149,8 +149,10 @@ def test_a_base_model_gets_a_template(checkpoint, trained, tmp_path):
         max_tokens=128,
     )
     sft.run(config)
-    assert Language.load(str(tmp_path / "run/model")).tokenizer.chat_template == CHATML
-    assert Language.load(str(checkpoint)).tokenizer.chat_template == GEMMA
+    assert (
+        Tokenization.load(str(tmp_path / "run/model")).tokenizer.chat_template == CHATML
+    )
+    assert Tokenization.load(str(checkpoint)).tokenizer.chat_template == GEMMA
 
 
 def test_bad_templates_are_refused_before_any_work(
@@ -193,12 +195,12 @@ def test_prompts_that_cannot_be_used_are_left_out(checkpoint, trained, tmp_path)
         unusable_prompts="drop",
         quiet=True,
     )
-    found = read_prompt_data(config, Language.load(str(checkpoint)), stage="ppo")
+    found = read_prompt_data(config, Tokenization.load(str(checkpoint)), stage="ppo")
     assert len(found.rows) == 3 and len(found.held_out.rows) == 1
 
 
 def test_generate_asks_in_the_template(checkpoint, monkeypatch, capsys):
-    from rlhf_jax.recipes import generate
+    from rlhf_jax.tools import generate
 
     asked = []
     encode = generate.encode_prompts

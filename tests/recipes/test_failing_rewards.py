@@ -8,9 +8,9 @@ import pytest
 
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
-from rlhf_jax.recipes.session import Session
-from rlhf_jax.runtime.metrics import read_metrics
-from rlhf_jax.runtime.reward_functions import RewardFunctionError
+from rlhf_jax.rewards.functions import RewardFunctionError
+from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.session import Session
 
 REWARDS = """
 import pathlib

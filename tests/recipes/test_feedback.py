@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config.run import OptimizerConfig
+from rlhf_jax.config.supervised import RewardConfig
+from rlhf_jax.data.annotation import write_annotation_file
+from rlhf_jax.data.judgements import RatingScale
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2
 from rlhf_jax.recipes import reward_model
-from rlhf_jax.recipes.configs import RewardConfig
-from rlhf_jax.recipes.feedback import read_feedback
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.runtime.annotation import write_annotation_file
-from rlhf_jax.runtime.config import OptimizerConfig
-from rlhf_jax.runtime.judgements import RatingScale
-from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.recipes.reward_model import read_feedback
+from rlhf_jax.run.metrics import read_metrics
 
 ANSWERS = (" awful", " dull", " fine", " superb")  # from worst to best
 PROMPTS = [f"The {a}{b}:" for a in "ABCD" for b in "mnop"]
@@ -59,11 +59,11 @@ def configured(model, tmp_path):
 
 def texts(feedback, config):
     """The rows of the first epoch: prompt and answers, with margins or grades."""
-    language = Language.load(config.model)
+    tokenization = Tokenization.load(config.model)
 
     def read(sequences):
         rows = zip(sequences.tokens, sequences.mask, strict=True)
-        return [language.tokenizer.decode(t[m]) for t, m in rows]
+        return [tokenization.tokenizer.decode(t[m]) for t, m in rows]
 
     for step in range(feedback.batches.steps_per_epoch):
         batch = feedback.batches[step]
@@ -74,13 +74,13 @@ def texts(feedback, config):
             for answers, grades, mask in zip(
                 batch.answers.tokens, batch.grades, batch.mask, strict=True
             ):
-                shown = [language.tokenizer.decode(a) for a in answers[mask]]
+                shown = [tokenization.tokenizer.decode(a) for a in answers[mask]]
                 yield tuple(shown), grades[mask].tolist()
 
 
 def read(config):
     config.validate()
-    feedback = read_feedback(config, Language.load(config.model))
+    feedback = read_feedback(config, Tokenization.load(config.model))
     return feedback, list(texts(feedback, config))
 
 

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.algo.types import Rollout
+from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.learner import ActorCritic, init_train_state
 from rlhf_jax.models.callables import Policy
-from rlhf_jax.recipes.grpo_programs import (
-    Judged,
-    make_grpo_optimizers,
-    make_grpo_programs,
-)
-from rlhf_jax.recipes.policy_configs import GRPOConfig
+from rlhf_jax.recipes.group_sampling import Judged
+from rlhf_jax.recipes.grpo import make_grpo_programs
+from rlhf_jax.recipes.optimizers import make_grpo_optimizers
 from rlhf_jax.recipes.prompt_batches import collate
-from rlhf_jax.runtime.mesh import make_mesh, put_batch
-from rlhf_jax.runtime.text_data import PromptRow
+from rlhf_jax.run.devices import make_mesh, put_batch
 
 N, G = 4, 2
 

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
-from rlhf_jax.recipes.policy_configs import GRPOConfig
-from rlhf_jax.recipes.session import Interrupted, Session
-from rlhf_jax.runtime.metrics import read_metrics, read_samples
-from rlhf_jax.runtime.reward_functions import RewardWorkers
-from rlhf_jax.runtime.run_directory import RunDirectory
+from rlhf_jax.rewards.functions import RewardWorkers
+from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.run_directory import RunDirectory
+from rlhf_jax.run.session import Interrupted, Session
 
 PATIENCE, SAMPLES, EVAL_EVERY = 2, 8, 4
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.runtime.metrics import read_metrics, read_samples
+from rlhf_jax.run.metrics import read_metrics, read_samples
 
-REWARDS = Path(__file__).with_name("letter_rewards.py")
+REWARDS = Path(__file__).parents[1] / "letter_rewards.py"
 EXACT = "rlhf_jax.tasks.verifiable:exact_answer"
 
 

@@ -14,20 +14,23 @@ from jax.flatten_util import ravel_pytree
 from safetensors.numpy import load_file
 
 from rlhf_jax import cli
+from rlhf_jax.config.run import (
+    FreshModelConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+from rlhf_jax.config.supervised import SFTConfig
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner import init_train_state
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo, ppo, reward_model, sft
-from rlhf_jax.recipes.adapted import Networks
-from rlhf_jax.recipes.configs import SFTConfig
-from rlhf_jax.recipes.four_models import load_four_models
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.networks import place_state
-from rlhf_jax.recipes.ppo_programs import make_optimizers
-from rlhf_jax.recipes.session import Interrupted, Session
-from rlhf_jax.runtime.config import FreshModelConfig, MeshConfig, OptimizerConfig
-from rlhf_jax.runtime.lora_config import LoraConfig
-from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.recipes.networks import Networks, place_state
+from rlhf_jax.recipes.optimizers import make_optimizers
+from rlhf_jax.recipes.policy_models import load_four_models
+from rlhf_jax.run.devices import make_mesh
+from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.session import Interrupted, Session
 
 FAST = OptimizerConfig(learning_rate=0.03, schedule="constant", warmup_fraction=0.0)
 LORA = LoraConfig(rank=4, alpha=8)
@@ -194,8 +197,8 @@ def test_nothing_compiles_twice(ppo_config, tmp_path, monkeypatch):
 
 
 def load(config):
-    language = Language.load(config.policy)
-    return load_four_models(config, language, make_mesh(), prompt_width=20)
+    tokenization = Tokenization.load(config.policy)
+    return load_four_models(config, tokenization, make_mesh(), prompt_width=20)
 
 
 def shared(left, right):

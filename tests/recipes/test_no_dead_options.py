@@ -28,14 +28,14 @@ from option_flips import (
     score,
 )
 
-from rlhf_jax.algo.score_moments import update_score_moments
+from rlhf_jax.algo.scores import update_score_moments
 from rlhf_jax.algo.types import Prompts
+from rlhf_jax.config.ppo import PPOConfig, PPOMethod
 from rlhf_jax.learner import ActorCritic, init_train_state, separate_networks
-from rlhf_jax.presets import PPOMethod
-from rlhf_jax.recipes.four_models import FourModels
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.recipes.ppo_programs import make_optimizers, make_programs, ppo_step
-from rlhf_jax.recipes.rewards import Rewards
+from rlhf_jax.recipes.optimizers import make_optimizers
+from rlhf_jax.recipes.policy_models import FourModels
+from rlhf_jax.recipes.ppo import make_programs, ppo_step
+from rlhf_jax.recipes.scorer import Rewards
 from rlhf_jax.rollout import values_from_sequence
 
 QUICK = {

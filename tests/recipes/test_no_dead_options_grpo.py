@@ -29,18 +29,14 @@ from option_flips import (
 
 from rlhf_jax.algo.options import GroupOptions, PolicyLossOptions
 from rlhf_jax.algo.types import Prompts
-from rlhf_jax.grpo_presets import GRPOMethod
+from rlhf_jax.config.grpo import GRPOConfig, GRPOMethod
+from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.learner import ActorCritic, init_train_state
-from rlhf_jax.recipes.grpo_programs import (
-    grpo_step,
-    make_grpo_optimizers,
-    make_grpo_programs,
-)
-from rlhf_jax.recipes.policy_configs import GRPOConfig
+from rlhf_jax.recipes.grpo import grpo_step, make_grpo_programs
+from rlhf_jax.recipes.optimizers import make_grpo_optimizers
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch
-from rlhf_jax.recipes.rewards import Rewards
-from rlhf_jax.runtime.text_data import PromptRow
+from rlhf_jax.recipes.scorer import Rewards
 
 UNANSWERABLE = 0
 QUICK = {

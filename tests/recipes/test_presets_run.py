@@ -10,14 +10,14 @@ import pytest
 
 from rlhf_jax import cli
 from rlhf_jax.algo.options import KLOptions, ScoreOptions
+from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models import load_pretrained
-from rlhf_jax.presets import PRESETS
 from rlhf_jax.recipes import ppo
-from rlhf_jax.recipes.four_models import load_four_models
-from rlhf_jax.recipes.language import Language
-from rlhf_jax.recipes.policy_configs import PPOConfig
-from rlhf_jax.runtime.mesh import make_mesh
-from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.recipes.policy_models import load_four_models
+from rlhf_jax.run.devices import make_mesh
+from rlhf_jax.run.metrics import read_metrics
 
 METHOD = {"epochs": 2, "minibatches": 2}
 
@@ -78,8 +78,8 @@ def test_a_target_without_a_kl_is_a_run_without_a_kl(stages, tmp_path):
 def critic_values(config):
     """The actor-critic's values of one text before training, and its models."""
     mesh = make_mesh(data=1, fsdp=1)
-    language = Language.load(config.policy)
-    models, params = load_four_models(config, language, mesh, prompt_width=8)
+    tokenization = Tokenization.load(config.policy)
+    models, params = load_four_models(config, tokenization, mesh, prompt_width=8)
     tokens = jnp.arange(20)[None] + 5
     logprobs, _, values = models.forward(
         params, tokens, tokens > 0, response_length=12, temperature=1.0

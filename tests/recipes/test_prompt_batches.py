@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.recipes.prompt_batches import PromptData, collate
-from rlhf_jax.runtime.text_data import PromptRow
 
 WIDTH, PAD = 4, 99
 

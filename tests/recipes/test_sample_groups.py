@@ -10,19 +10,15 @@ import pytest
 from option_flips import POLICY, SIZES, STOP, actor_params, configured
 
 from rlhf_jax.algo.types import Prompts, Rollout
+from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.learner import ActorCritic, init_train_state
-from rlhf_jax.recipes.grpo_programs import (
-    Judged,
-    _fill,
-    make_grpo_optimizers,
-    make_grpo_programs,
-    sample_groups,
-)
-from rlhf_jax.recipes.policy_configs import GRPOConfig
+from rlhf_jax.recipes.group_sampling import Judged, _fill, sample_groups
+from rlhf_jax.recipes.grpo import make_grpo_programs
+from rlhf_jax.recipes.optimizers import make_grpo_optimizers
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch
-from rlhf_jax.recipes.rewards import Rewards
-from rlhf_jax.runtime.text_data import PromptRow
+from rlhf_jax.recipes.scorer import Rewards
 
 G, N = 2, 4  # 8 answers of at most 4 tokens
 FLAT = (1.0, 1.0)

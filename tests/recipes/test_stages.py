@@ -13,8 +13,8 @@ import yaml
 
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import ppo, sft
-from rlhf_jax.recipes.session import Interrupted, Session
-from rlhf_jax.runtime.metrics import read_metrics, read_samples
+from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.session import Interrupted, Session
 
 
 def trained_params(run_dir):

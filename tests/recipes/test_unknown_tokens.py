@@ -2,9 +2,9 @@
 
 import pytest
 
+from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_llama
-from rlhf_jax.recipes.language import Language
 from rlhf_jax.recipes.networks import check_fits
 
 SIZES = {"needed": 8, "name": "the model", "why": "max-tokens"}
@@ -17,7 +17,7 @@ def model(tmp_path):
     def save(tokenizer):
         module, params = tiny_llama(vocab_size=258)
         save_pretrained(tmp_path, module, params, tokenizer=tokenizer)
-        return module, Language.load(tmp_path)
+        return module, Tokenization.load(tmp_path)
 
     return save
 
@@ -25,25 +25,25 @@ def model(tmp_path):
 def test_a_special_token_beyond_is_no_matter_until_a_text_has_it(model):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    module, language = model(tokenizer)
-    assert len(language.tokenizer) == 259
-    check_fits(module, language, **SIZES)
-    assert language.encoder.prompts(["ab"]) == [[66, 67]]  # "!", byte 33, is 2
+    module, tokenization = model(tokenizer)
+    assert len(tokenization.tokenizer) == 259
+    check_fits(module, tokenization, **SIZES)
+    assert tokenization.encoder.prompts(["ab"]) == [[66, 67]]  # "!", byte 33, is 2
     with pytest.raises(ValueError, match=r'"a<image>" has the token 258, .* for 258'):
-        language.encoder.prompts(["ab", "a<image>"])
+        tokenization.encoder.prompts(["ab", "a<image>"])
 
 
 def test_an_ordinary_token_beyond_is_refused(model):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["hello"])
-    module, language = model(tokenizer)
+    module, tokenization = model(tokenizer)
     with pytest.raises(ValueError, match=r"tokenizer has 259 tokens, .* for 258"):
-        check_fits(module, language, **SIZES)
+        check_fits(module, tokenization, **SIZES)
 
 
 def test_an_end_of_answers_beyond_is_refused(model):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
-    module, language = model(tokenizer)
+    module, tokenization = model(tokenizer)
     with pytest.raises(ValueError, match=r"tokenizer has 259 tokens, .* for 258"):
-        check_fits(module, language, **SIZES)
+        check_fits(module, tokenization, **SIZES)

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 
 from rlhf_jax.algo.options import AdvantageOptions, ScoreOptions
-from rlhf_jax.algo.score_moments import ScoreMoments
+from rlhf_jax.algo.scores import ScoreMoments
 from rlhf_jax.algo.types import Prompts, Rollout, ScoredRollout
 
 T = 5

@@ -33,7 +33,7 @@ from rlhf_jax.algo.options import (
     PolicyLossOptions,
     ScoreOptions,
 )
-from rlhf_jax.presets import PPOMethod
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.rollout import make_experience
 from rlhf_jax.rollout.experience import sampler_gap, whiten_minibatch
 

@@ -11,7 +11,7 @@ import pytest
 from bare_models import context_logits, context_params, context_values, left_padded
 
 from rlhf_jax.algo.types import Prompts, Rollout
-from rlhf_jax.recipes.rewards import score_program
+from rlhf_jax.recipes.scorer import score_program
 from rlhf_jax.rollout import (
     score_rollout,
     token_logprobs_from_logits,

@@ -16,10 +16,10 @@ from rlhf_jax.algo.options import (
     ScoreOptions,
     check_bootstrap,
 )
-from rlhf_jax.algo.score_moments import ScoreMoments
+from rlhf_jax.algo.scores import ScoreMoments
 from rlhf_jax.algo.types import Prompts, Rollout, ScoredRollout
+from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.learner import ActorCritic, init_train_state, make_update, ppo_objective
-from rlhf_jax.presets import PPOMethod
 from rlhf_jax.rollout import make_experience
 
 SCORE, T = 0.25, 6

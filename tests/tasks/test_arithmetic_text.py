@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlhf_jax.tasks.arithmetic import is_correct, steps
+from rlhf_jax.tasks.arithmetic_problems import is_correct, steps
 from rlhf_jax.tasks.arithmetic_text import ask_to_reason, make_text
 from rlhf_jax.tasks.verifiable import exact_answer, reasoning_format
 

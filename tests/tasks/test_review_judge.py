@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.runtime.reward_functions import load_reward_function
+from rlhf_jax.rewards.functions import load_reward_function
 from rlhf_jax.tasks.reviews import make_demonstrations, true_reward
 
 

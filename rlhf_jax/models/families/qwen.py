@@ -3,11 +3,7 @@
 from typing import Any
 
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import (
-    PRE_NORMS,
-    QUERY_KEY_NORMS,
-    llama_family,
-)
+from rlhf_jax.models.families.family import PRE_NORMS, QUERY_KEY_NORMS, llama_family
 from rlhf_jax.models.families.fields import (
     Fields,
     activation,

@@ -1,0 +1,1 @@
+"""Every option of every command: its name, its default and what it means."""

@@ -1,0 +1,273 @@
+"""Six implementations of PPO for language models, each as a complete method.
+
+A preset says how, not on what: models, data, batch size and lengths are left to the
+run. Each returns a `PPOMethod` that can be changed further with `dataclasses.replace`;
+on the command line, `rlhf-jax ppo --preset trl`, and flags after it.
+
+Where an original does something that has no effect on what is learned, or that is an
+outright fault, the docstring says so and the preset leaves it out.
+"""
+
+import dataclasses
+
+from rlhf_jax.algo.options import (
+    AdvantageOptions,
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+    ValueLossOptions,
+)
+from rlhf_jax.config.ppo import PPOMethod
+from rlhf_jax.config.run import OptimizerConfig
+
+_OPENAI_LINE = OptimizerConfig(
+    learning_rate=3e-6,
+    schedule="linear",
+    warmup_fraction=0.0,
+    end_fraction=0.0,
+    b2=0.999,
+    eps=1e-5,
+    max_grad_norm=0.0,
+)
+
+
+def openai_2019() -> PPOMethod:
+    """openai/lm-human-preferences, in the setting of its books tasks.
+
+    KL in the reward with the adaptive β of the books tasks (0.15, target 6 nats per
+    answer, horizon 10,000); scores scaled by mean and deviation of the reference's
+    answers; −1 for an answer that never reached its stop token; token rewards whitened
+    without centring; advantages whitened inside the loss. Answers have a fixed length:
+    what follows the stop token is hidden from the reward model, but sampled, trained
+    on and rewarded at its last token. One trunk, a value head that starts at 0, one
+    Adam in TensorFlow's form.
+
+    Left to the run: the stop token (`--stop .` there; a stop among the first 16 tokens
+    does not count there, and does here). Departs from its paper: the paper mentions
+    neither whitening, and its controller has a constant gain. β turns negative where a
+    batch has more than 5 · horizon episodes, which `adapt_kl_coef` prevents. Whitening
+    is per rank, of 8, there. The learning rate falls once per update; here at every
+    optimizer step.
+
+    References:
+        Ziegler et al., 2019, arXiv:1909.08593; Huang et al., 2023, "The N
+        implementation details of RLHF with PPO".
+    """
+    optimizer = dataclasses.replace(_OPENAI_LINE, learning_rate=1e-5, form="tf1")
+    return PPOMethod(
+        temperature=0.7,
+        after_stop="keep",
+        old_logprobs="sampler",
+        kl=KLOptions(coef=0.15, target=6.0, horizon=10_000),
+        scores=ScoreOptions(
+            normalization="reference",
+            missing_eos="replace",
+            missing_eos_penalty=-1.0,
+            whiten_rewards=True,
+        ),
+        advantages=AdvantageOptions(lam=0.95, whiten="minibatch"),
+        policy_loss=PolicyLossOptions(),
+        value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
+        epochs=4,
+        minibatches=1,
+        critic_trunk="shared",
+        critic_head_std=0.0,
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def nplus_tldr() -> PPOMethod:
+    """vwxyzjn/summarize_from_feedback_details: "The N+ implementation details".
+
+    KL in the reward, β = 0.05; the score on the state after the last token, whose
+    value is kept and trained; −1 for an answer without EOS; advantages whitened over
+    response tokens (ddof 0); a critic of its own, from the reward model, in one loss
+    with weight 0.1; AdamW with ε = 1e-5 and PyTorch's weight decay of 0.01 on
+    everything; each microbatch averaged by itself: there one answer makes one, so give
+    `--microbatches` as many as a minibatch has answers to have the same.
+
+    Departs from its paper: whitening is per rank, of 8, there, and here over the batch
+    (`whiten="shard"` has it per rank); the learning rate falls by hand once per update,
+    here at every optimizer step, and its scheduler argument is never read; positions
+    of left-padded prompts are not corrected there, because generation collapsed with
+    it, and are here. The reward model's bias (its mean reward on the normalisation
+    set) belongs to the checkpoint.
+
+    References:
+        Huang et al., 2024, arXiv:2403.17031.
+    """
+    optimizer = dataclasses.replace(_OPENAI_LINE, weight_decay=0.01, decay="all")
+    return PPOMethod(
+        temperature=0.7,
+        old_logprobs="sampler",
+        kl=KLOptions(coef=0.05),
+        scores=ScoreOptions(
+            missing_eos="replace",
+            missing_eos_penalty=-1.0,
+            position="after_last_token",
+        ),
+        advantages=AdvantageOptions(lam=0.95, whiten="batch"),
+        policy_loss=PolicyLossOptions(mean_of_means=True),
+        value_loss=ValueLossOptions(clip_eps=0.2, coef=0.1),
+        epochs=4,
+        minibatches=1,
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def trl() -> PPOMethod:
+    """TRL's `PPOTrainer` (1.12, the last release that has it), at its defaults.
+
+    As `nplus_tldr`, from which it was ported, but whitening has ddof 1, an answer
+    without a stop token keeps its score, and Adam has ε = 1e-8 and no weight decay.
+    The mean of means is over its microbatches: `--microbatches` is its
+    `gradient_accumulation_steps`.
+
+    Departs from its documentation: `missing_eos_penalty` looks for the tokenizer's EOS
+    only, whatever `stop_token` is; `max_grad_norm` is never applied; with accumulation
+    over microbatches `num_mini_batches` adds no optimizer steps; masks are made from
+    the pad id, so that padding inside a prompt, or an EOS that is the pad, changes the
+    result (here masks come from lengths). Its learning rate falls once per update, in
+    steps; here at every optimizer step.
+
+    References:
+        https://huggingface.co/docs/trl/v1.12.0/ppo_trainer.
+    """
+    optimizer = dataclasses.replace(_OPENAI_LINE, eps=1e-8)
+    return dataclasses.replace(
+        nplus_tldr(),
+        scores=ScoreOptions(position="after_last_token"),
+        advantages=AdvantageOptions(lam=0.95, whiten="batch", ddof=1),
+        actor_optimizer=optimizer,
+        critic_optimizer=optimizer,
+    )
+
+
+def openrlhf() -> PPOMethod:
+    """OpenRLHF 0.11 at its defaults.
+
+    KL in the reward, β = 0.01, each term held within ±10; scores within ±10; λ = 1;
+    advantages whitened over the whole batch; one epoch of several optimizer steps on
+    recomputed log-probabilities; actor and critic with optimizers of their own.
+
+    Departs from its documentation: the clamp that its comment gives to k3 acts on k1
+    too. Its whitening bounds the variance from below where others add ε, which differs
+    for constant advantages only. A critic that starts from a language model draws its
+    head with deviation 1/(width + 1): `--critic-head-std`.
+
+    References:
+        Hu et al., 2024, arXiv:2405.11143.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=1e-6,
+        schedule="cosine",
+        warmup_fraction=0.03,
+        end_fraction=0.1,
+        b2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(coef=0.01, clamp=10.0),
+        scores=ScoreOptions(clip=10.0),
+        advantages=AdvantageOptions(lam=1.0, whiten="batch"),
+        policy_loss=PolicyLossOptions(log_ratio_clamp=20.0),
+        value_loss=ValueLossOptions(clip_eps=0.5),
+        epochs=1,
+        minibatches=8,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=9e-6),
+    )
+
+
+def verl() -> PPOMethod:
+    """verl 0.9 with `adv_estimator=gae`, at its defaults.
+
+    No KL at all; λ = 1; advantages whitened over the whole batch with ddof 1; dual
+    clip at 3; value clip 0.5; AdamW with weight decay 0.01 on everything; actor and
+    critic with optimizers of their own.
+
+    Departs from what one would expect: the dual clip is on unless it is taken out, and
+    the reference is off unless it is asked for.
+
+    References:
+        Sheng et al., 2024, arXiv:2409.19256.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=1e-6,
+        schedule="constant",
+        warmup_fraction=0.0,
+        end_fraction=0.0,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        decay="all",
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(place="none"),
+        scores=ScoreOptions(),
+        advantages=AdvantageOptions(lam=1.0, whiten="batch", ddof=1),
+        policy_loss=PolicyLossOptions(dual_clip=3.0, log_ratio_clamp=20.0),
+        value_loss=ValueLossOptions(clip_eps=0.5),
+        epochs=1,
+        minibatches=4,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=1e-5),
+    )
+
+
+def deepspeed_chat() -> PPOMethod:
+    """DeepSpeed-Chat's `ppo_trainer.py`.
+
+    KL in the reward, β = 0.1; scores within ±5, paid one past the last token, in a
+    state whose value is bootstrapped from but not trained; advantages not whitened;
+    one epoch on recomputed log-probabilities; actor and critic in engines of their own.
+
+    Departs from what its comments say: the KL of the pad token is added to the score in
+    the state after the last token; here that state has no KL. Log-probabilities ignore
+    the temperature of the sampler, so that only 1 is on-policy; they are recomputed in
+    training mode, with dropout where the model has any. Its 100 warm-up steps are 5 %
+    of the run here.
+
+    References:
+        Yao et al., 2023, arXiv:2308.01320.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=9.65e-6,
+        schedule="cosine",
+        warmup_fraction=0.05,
+        end_fraction=0.0,
+        b2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+    )
+    return PPOMethod(
+        temperature=1.0,
+        old_logprobs="recomputed",
+        kl=KLOptions(coef=0.1),
+        scores=ScoreOptions(clip=5.0, position="after_last_token", end_value="kept"),
+        advantages=AdvantageOptions(lam=0.95, whiten="none"),
+        policy_loss=PolicyLossOptions(),
+        value_loss=ValueLossOptions(clip_eps=0.2),
+        epochs=1,
+        minibatches=1,
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=5e-6),
+    )
+
+
+PRESETS = {
+    "openai_2019": openai_2019,
+    "nplus_tldr": nplus_tldr,
+    "trl": trl,
+    "openrlhf": openrlhf,
+    "verl": verl,
+    "deepspeed_chat": deepspeed_chat,
+}

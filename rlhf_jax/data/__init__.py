@@ -1,0 +1,1 @@
+"""From files of texts, comparisons and prompts to batches of token ids."""

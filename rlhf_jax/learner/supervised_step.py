@@ -1,0 +1,85 @@
+"""One optimizer step of a stage that trains one model, as one compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.learner.finite import first_nonfinite
+from rlhf_jax.learner.gradients import (
+    Assemble,
+    Metrics,
+    Objective,
+    accumulate_gradients,
+    apply_gradients,
+    on_trainable,
+)
+from rlhf_jax.learner.train_state import ModelState
+
+SupervisedStep = Callable[..., tuple[ModelState, Metrics]]
+
+
+def make_supervised_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    count: Callable[[Any], Array],
+    num_microbatches: int = 1,
+    assemble: Assemble | None = None,
+    state_sharding: ModelState | None = None,
+) -> SupervisedStep:
+    """Builds `step(state, batch, frozen=None) -> (state, metrics)`.
+
+    The state is donated, frozen parameters are not.
+
+    Args:
+        objective: what is minimised.
+        optimizer: over the model's parameters.
+        count: the objective's divisor, from a whole batch.
+        num_microbatches: a divisor of the batch size.
+        assemble: makes the objective's parameters of the state's and the frozen ones;
+            its key differs from step to step, and from microbatch to microbatch. None:
+            the state's are all.
+        state_sharding: `NamedSharding`s in the shape of the state; None: one device.
+
+    Returns:
+        A compiled function. Where the loss or the norm of the gradient is not finite
+        the step is not taken, `step` does not advance, and `first_nonfinite/…` says
+        which it was. The state is then that before the failed step, bit for bit: the
+        same batch would fail again, so it is there to be looked into, not to go on
+        from. Other metrics may overflow; they decide nothing.
+    """
+
+    def step(
+        state: ModelState, batch: Any, frozen: Params | None = None
+    ) -> tuple[ModelState, Metrics]:
+        key = None if assemble is None else jax.random.fold_in(state.key, state.step)
+        loss, metrics, grads = accumulate_gradients(
+            on_trainable(objective, assemble, frozen),
+            state.params,
+            batch,
+            count(batch),
+            num_microbatches=num_microbatches,
+            key=key,
+        )
+        grad_norm = optax.tree.norm(grads)
+        accept = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = apply_gradients(
+            optimizer, grads, state.opt_state, state.params, accept=accept
+        )
+        metrics = metrics | {"grad_norm": grad_norm}
+        metrics |= first_nonfinite({"loss": loss[None], "gradient": grad_norm[None]})
+        state = ModelState(
+            params=params,
+            opt_state=opt_state,
+            key=state.key,
+            step=state.step + accept,
+        )
+        return state, metrics
+
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))

@@ -1,0 +1,274 @@
+"""Hugging Face checkpoints ↔ the parameter tree, without PyTorch."""
+
+import json
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.models.config import DecoderConfig, Head
+from rlhf_jax.models.families import (
+    SCORE,
+    Family,
+    config_fields,
+    family_of,
+    read_config,
+)
+from rlhf_jax.models.heads import fresh_score
+from rlhf_jax.models.hf.hub import local_directory
+from rlhf_jax.models.hf.leaf_placement import Index, Piece, count_not_finite, place_leaf
+from rlhf_jax.models.hf.model_directory import replaced_directory
+from rlhf_jax.models.hf.safetensors_files import (
+    TensorReader,
+    TensorToWrite,
+    open_tensors,
+    write_tensors,
+)
+from rlhf_jax.models.hf.tensor_checks import check_finite, check_tensors, check_tie
+from rlhf_jax.models.hf.tensor_layout import (
+    LeafSource,
+    leaf_pieces,
+    leaf_sources,
+    parameter_shapes,
+    stored_array,
+    stored_tensors,
+)
+from rlhf_jax.models.sharding import parameter_sharding
+from rlhf_jax.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    head: Head = "lm",
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
+    convert: Callable[[str, Array], dict[str, Array]] | None = None,
+) -> tuple[Transformer, Params]:
+    """Reads a checkpoint of any supported family (`rlhf_jax.models.families`).
+
+    Tensors go from the file to their devices in pieces (`leaf_placement.PIECE_BYTES`):
+    beyond the parameters themselves, loading takes no more memory for a large model
+    than for a small one. Code that a checkpoint brings with it is never run.
+
+    Args:
+        path: directory, or name on the Hub (`hub.local_directory`), with `config.json`
+            and safetensors files (float32, float16 or bfloat16), of a language model,
+            a sequence classifier with one label, or a bare trunk.
+        head: `"value"` and `"reward"` read the classifier's `score.weight`.
+        dtype: dtype of the parameters and of activations; use
+            `module.clone(dtype=jnp.bfloat16)` to let the two differ.
+        mesh: places the parameters by `parameter_sharding`; each process reads only
+            what its devices hold. None: everything on the default device.
+        key: draws the score vector if the checkpoint has none; otherwise not used.
+        convert: `(path, leaf) -> {path: leaf}`, of what takes the place of each leaf
+            once it is loaded, such as `quantize.quantized_leaf`; one at a time.
+
+    Returns:
+        The module and its parameters.
+
+    Raises:
+        ValueError: the directory is no checkpoint of a supported family; a tensor is
+            missing, unknown, of the wrong shape or dtype, or holds NaN or infinite
+            values; a head is wanted that the checkpoint does not have.
+    """
+    if head not in typing.get_args(Head):
+        raise ValueError(f"head={head!r} must be one of {typing.get_args(Head)}")
+    path = local_directory(path)
+    family, config = read_config(path)
+    module = Transformer(config, head=head, dtype=dtype, param_dtype=dtype)
+    shapes = parameter_shapes(module)
+    placements: dict[str, Any] = {}
+    if mesh is not None:
+        tree = parameter_sharding(mesh, unflatten_dict(shapes, sep="/"))
+        placements = flatten_dict(tree, sep="/")
+    with open_tensors(path) as tensors:
+        prefix = _prefix(family, tensors)
+        _check_head(path, family, config, head, tensors, key)
+        if head != "lm" and SCORE.name not in tensors.file_of:
+            del shapes["score"]
+        stored = stored_tensors(family, prefix, shapes, config.num_layers)
+        check_tensors(path, family, stored, tensors)
+        if head == "lm" and config.tie_embeddings:
+            check_tie(family, prefix + family.trunk[0].name, tensors)
+        not_finite: Counter[str] = Counter()
+        leaves: dict[str, Array] = {}
+        for name, source in leaf_sources(family, prefix, shapes).items():
+            pieces_of = partial(_checked_pieces, source, tensors, not_finite)
+            leaf = place_leaf(
+                source.shape, source.dtype, placements.get(name), pieces_of
+            )
+            leaves |= {name: leaf} if convert is None else convert(name, leaf)
+            del leaf
+        check_finite(not_finite, dtype, tensors)
+    params = unflatten_dict(leaves, sep="/")
+    if head != "lm" and "score" not in params:
+        assert key is not None  # _check_head
+        params["score"] = fresh_score(params["final_norm"]["scale"], key)
+    return module, params
+
+
+def save_pretrained(
+    path: str | Path,
+    module: Transformer,
+    params: Params,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint that `transformers` and `load_pretrained` read.
+
+    Critics and reward models become sequence classifiers with one label. A model that
+    was in the directory is replaced, whole, once the new one is complete; other files
+    stay. With several processes all must call; the first one writes. One tensor at a
+    time is on the host, of stacked leaves one layer.
+
+    Args:
+        path: directory to write.
+        module: the transformer.
+        params: its parameters; stored in their dtype.
+        tokenizer: saved beside the model, chat template included; gives the ids of
+            EOS, BOS and pad.
+        generation_config: fields of `generation_config.json` to carry over, such as
+            several `eos_token_id` and defaults of sampling; what it says of token ids
+            stands before the tokenizer's. Written for language models.
+        max_shard_bytes: files are split at this size.
+
+    Raises:
+        ValueError: `params` are not the module's, the configuration fits no family, or
+            `path` is a file.
+    """
+    config = module.config
+    family = family_of(config)
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    _check_leaves(module, leaves)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in leaves.items()}
+    tensors = {}
+    stored = stored_tensors(family, family.prefix, shapes, config.num_layers)
+    for name, tensor in stored.items():
+        dtype = shapes[tensor.rule.leaves[0]].dtype
+        tensors[name] = TensorToWrite(
+            shape=tensor.shape,
+            dtype=dtype,
+            compute=partial(stored_array, tensor, leaves),
+        )
+    given = {k: v for k, v in (generation_config or {}).items() if v is not None}
+    generation = _token_ids(tokenizer) | given
+    ids = {name: generation[name] for name in _TOKEN_IDS}
+    fields = config_fields(config, module.head, leaves["token_embedding"].dtype) | ids
+    if module.head != "lm" and ids["pad_token_id"] in _as_list(ids["eos_token_id"]):
+        # transformers reads the score at the last token that is not pad. Were pad EOS,
+        # that would be the token before the one where ours is read.
+        fields["pad_token_id"] = None
+
+    is_writer = jax.process_index() == 0
+    staged = replaced_directory(Path(path), with_tokenizer=tokenizer is not None)
+    with staged if is_writer else nullcontext() as directory:
+        write_tensors(directory, tensors, max_shard_bytes=max_shard_bytes)
+        if directory is not None:
+            _write_json(directory / "config.json", fields)
+            if module.head == "lm":
+                _write_json(directory / "generation_config.json", generation)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _checked_pieces(
+    source: LeafSource,
+    tensors: TensorReader,
+    not_finite: Counter[str],
+    index: Index,
+    piece_bytes: int,
+) -> Iterator[Piece]:
+    """Pieces of part of a leaf; counts values that are none, by tensor."""
+    for piece in leaf_pieces(source, tensors, index, piece_bytes):
+        not_finite[piece.name] += count_not_finite(piece.values, source.dtype)
+        yield piece
+        tensors.release(piece.name)
+
+
+def _prefix(family: Family, tensors: TensorReader) -> str:
+    """The family's prefix, or none if the file holds a bare trunk."""
+    embedding = family.trunk[0].name
+    bare = embedding in tensors.file_of
+    return (
+        ""
+        if bare and family.prefix + embedding not in tensors.file_of
+        else family.prefix
+    )
+
+
+def _check_head(
+    path: Path,
+    family: Family,
+    config: DecoderConfig,
+    head: Head,
+    tensors: TensorReader,
+    key: Array | None,
+) -> None:
+    output = family.lm_head.name
+    if head == "lm":
+        if not config.tie_embeddings and output not in tensors.file_of:
+            raise ValueError(
+                f"{path} has no {output} and tie_word_embeddings is false: it is "
+                "no language model; load it with head='value' or head='reward'"
+            )
+    elif SCORE.name not in tensors.file_of and key is None:
+        raise ValueError(
+            f"{path} has no {SCORE.name}: it is a language model without a "
+            f"{head} head; pass key=jax.random.key(seed) to start from a fresh one"
+        )
+
+
+def _check_leaves(module: Transformer, leaves: dict[str, Any]) -> None:
+    """The parameters are those of the module."""
+    want = {name: leaf.shape for name, leaf in parameter_shapes(module).items()}
+    have = {name: leaf.shape for name, leaf in leaves.items()}
+    owner = f"a {type(module).__name__} with head={module.head!r}"
+    for name in sorted(want.keys() | have.keys()):
+        if name not in want:
+            raise ValueError(f"params have {name}, which {owner} does not have")
+        if name not in have:
+            raise ValueError(
+                f"params lack {name} of shape {want[name]}; {owner} has it"
+            )
+        if want[name] != have[name]:
+            raise ValueError(
+                f"params have {name} of shape {have[name]}; the module's configuration "
+                f"says {want[name]}"
+            )
+
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """Null where unknown: `transformers` takes an absent EOS of GPT-2 for 50256."""
+    return {name: getattr(tokenizer, name, None) for name in _TOKEN_IDS}
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,223 @@
+"""Tensors in one or many safetensors files, read where they lie, without a copy."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""Safetensors' words for the dtypes that NumPy has."""
+
+
+class TensorReader:
+    """Names, shapes and contents of the tensors in a checkpoint's files.
+
+    Files are mapped into memory: nothing is read before it is looked at, and what was
+    looked at is the kernel's to drop. Use `open_tensors`.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.file_of: dict[str, Path] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for file in files:
+            self._maps[file], begin, header = _map(file)
+            for name, entry in header.items():
+                if name in self.file_of:
+                    raise ValueError(
+                        f"tensor {name} is stored twice, in {self.file_of[name]} and "
+                        f"{file}; keep one of the two"
+                    )
+                self.file_of[name] = file
+                place = begin + entry["data_offsets"][0]
+                self._entries[name] = (entry["dtype"], tuple(entry["shape"]), place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return self._entries[name][1]
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor in safetensors' words, such as `"BF16"`."""
+        return self._entries[name][0]
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor inside the mapped file: read-only, and read when it is used."""
+        word, shape, place = self._entries[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        memory = self._maps[self.file_of[name]]
+        return np.frombuffer(memory, DTYPES[word], count, place).reshape(shape)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A copy of part of a tensor."""
+        return self.view(name)[index].copy()
+
+    def release(self, name: str) -> None:
+        """Takes the pages of a tensor's file out of this process's memory.
+
+        They stay in the kernel's cache, and views stay valid.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._maps[self.file_of[name]].madvise(mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[TensorReader]:
+    """Opens `model.safetensors`, or the files its index lists.
+
+    Raises:
+        ValueError: there are no such files, or one is missing or damaged.
+    """
+    # The maps close when the last view is gone; closing them before is an error.
+    yield TensorReader(_tensor_files(path))
+
+
+def _map(file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """A file's map, where its data begin, and its header: name → dtype, shape, place.
+
+    The library checks the header: every tensor lies inside the file, none overlap.
+    """
+    try:
+        with safe_open(file, framework="np"), file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    header.pop("__metadata__", None)
+    return mapped, 8 + length, header
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = set(
+                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index} has no weight_map of tensors to files") from None
+        for name in sorted(map(str, names)):
+            if Path(name).name != name or Path(name).suffix != ".safetensors":
+                raise ValueError(
+                    f"{index} names the file {name!r}; tensors are read from "
+                    ".safetensors files in the same directory only"
+                )
+        return [path / name for name in sorted(names)]
+    if any(path.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{path} holds its weights as a pickle (pytorch_model*.bin), which can run "
+            f"code when read and is never opened here; convert it to {SINGLE}"
+        )
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
+
+
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+_ALIGNMENT = 64  # of the data; lets readers use them where they lie
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorToWrite:
+    """One tensor of a file, computed when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    compute: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_tensors(
+    path: Path | None,
+    tensors: Mapping[str, TensorToWrite],
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or shards and an index if that would be too large.
+
+    Args:
+        path: directory to write into; None: compute the arrays (every process must take
+            part in gathering what is spread over processes) and write nothing.
+        tensors: by name.
+        max_shard_bytes: largest shard; a larger tensor gets a shard of its own.
+    """
+    shards: list[list[str]] = []
+    filled = 0
+    for name, tensor in tensors.items():
+        if not shards or filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else SINGLE
+        weight_map |= dict.fromkeys(names, file)
+        if path is not None:
+            _write_file(path / file, tensors, names)
+        else:
+            for name in names:
+                tensors[name].compute()
+    if path is not None and len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(
+    file: Path, tensors: Mapping[str, TensorToWrite], names: Sequence[str]
+) -> None:
+    """One file: length of the header, header, data (huggingface/safetensors, Format).
+
+    By hand because the library wants all tensors of a file in memory at once, and its
+    0.8.0 stores arrays that are not C-contiguous scrambled (#825).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _WORDS[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little"))
+        handle.write(text)
+        for name in names:
+            array = np.ascontiguousarray(tensors[name].compute())
+            want = (tensors[name].shape, np.dtype(tensors[name].dtype))
+            assert (array.shape, array.dtype) == want, name
+            handle.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,119 @@
+"""Whether the tensors of a checkpoint are what its configuration says."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.families import SCORE, Family
+from rlhf_jax.models.hf.leaf_placement import PIECE_BYTES
+from rlhf_jax.models.hf.safetensors_files import TensorReader
+from rlhf_jax.models.hf.tensor_layout import StoredTensor
+
+_SUPPORTED = ("F32", "F16", "BF16")
+
+
+def check_tensors(
+    path: Path,
+    family: Family,
+    stored: Mapping[str, StoredTensor],
+    tensors: TensorReader,
+) -> None:
+    """Every tensor is there, has its shape and a floating dtype; no other is.
+
+    Reads headers only.
+
+    Raises:
+        ValueError: naming file, tensor and what is wrong.
+    """
+    problems = []
+    for name, tensor in stored.items():
+        if name not in tensors.file_of:
+            problems.append(f"{path}: tensor {name} of shape {tensor.shape} is missing")
+        elif tensors.shape(name) != tensor.shape:
+            problems.append(
+                f"{tensors.file_of[name]}: tensor {name} has shape "
+                f"{tensors.shape(name)}; config.json says {tensor.shape}"
+            )
+        elif tensors.dtype(name) not in _SUPPORTED:
+            problems.append(
+                f"{tensors.file_of[name]}: tensor {name} is of dtype "
+                f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
+            )
+    heads = (family.lm_head.name, SCORE.name)  # of the heads not asked for
+    for name, file in tensors.file_of.items():
+        is_known = name in stored or name in heads
+        if not is_known and not family.buffers.fullmatch(name):
+            problems.append(
+                f"{file}: tensor {name} of shape {tensors.shape(name)} has no place in "
+                f"a {family.model_type} model with this config.json"
+            )
+    _raise_first(problems)
+
+
+def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
+    """Some files store the tied output matrix again; it must be the same.
+
+    Args:
+        family: of the checkpoint.
+        embedding: name of the token embedding, whose header is known to be right.
+        tensors: the files.
+
+    Raises:
+        ValueError: where it is another.
+    """
+    output = family.lm_head.name
+    if output not in tensors.file_of:
+        return
+    is_same = (
+        tensors.shape(output) == tensors.shape(embedding)
+        and tensors.dtype(output) in _SUPPORTED
+    )
+    rows, width = tensors.shape(embedding)
+    step = max(1, PIECE_BYTES // (4 * width))
+    for begin in range(0, rows, step) if is_same else ():
+        again, first = (
+            tensors.view(name)[begin : begin + step] for name in (output, embedding)
+        )
+        if again.dtype == first.dtype:  # NaN differs from itself, its bits do not
+            again, first = (x.view(f"u{x.dtype.itemsize}") for x in (again, first))
+        is_same &= np.array_equal(again, first)
+        tensors.release(output)
+        tensors.release(embedding)
+    if not is_same:
+        raise ValueError(
+            f"{tensors.file_of[output]}: {output} differs from {embedding}, but "
+            "config.json says tie_word_embeddings; set it to false"
+        )
+
+
+def check_finite(
+    not_finite: Mapping[str, int], dtype: Any, tensors: TensorReader
+) -> None:
+    """No value is NaN or infinite.
+
+    Args:
+        not_finite: how many values are, by tensor.
+        dtype: in which they are.
+        tensors: the files.
+
+    Raises:
+        ValueError: naming file, tensor and how many.
+    """
+    _raise_first(
+        [
+            f"{tensors.file_of[name]}: tensor {name} has {count} of "
+            f"{int(np.prod(tensors.shape(name)))} values that are NaN or infinite in "
+            f"{jnp.dtype(dtype).name}; take a sound copy of it, or a wider dtype"
+            for name, count in not_finite.items()
+            if count
+        ]
+    )
+
+
+def _raise_first(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)

@@ -1,0 +1,1 @@
+"""Calling reward functions in processes of their own, and reward models."""

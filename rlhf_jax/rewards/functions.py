@@ -1,0 +1,253 @@
+"""Rewards that are Python functions, called in processes of their own.
+
+A function of anybody's may raise, hang, print, or take the interpreter down with it; in
+a worker process it can do none of that to the run.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+
+from rlhf_jax.config.policy import function_name
+from rlhf_jax.data.row_files import shown
+from rlhf_jax.rewards.process import RewardProcess, run_jobs
+from rlhf_jax.rewards.worker import (
+    Job,
+    Outcome,
+    RewardFunctionError,
+    load_reward_function,
+)
+
+__all__ = [
+    "OnFailure",
+    "RewardFunctionError",
+    "RewardScores",
+    "RewardWorkers",
+    "function_name",
+    "load_reward_function",
+]
+
+OnFailure = Literal["stop"] | float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RewardScores:
+    """What F reward functions say of B responses."""
+
+    scores: np.ndarray  # [B] float32, Σ_f weight_f · by_function[f]
+    by_function: np.ndarray  # [F, B] float32
+    failures: np.ndarray  # [F] int32, rows that got the stated value instead
+    complaints: tuple[str, ...]  # why: one line for each failure
+
+
+class RewardWorkers:
+    """Worker processes that score batches with reward functions.
+
+        with RewardWorkers(["my_rewards.py:exact_answer"]) as rewards:
+            scores = rewards.score(prompts, responses, columns).scores  # [B]
+
+    Each function is called as `function(prompts, responses, columns)`, with lists of
+    equal length (`columns` is a dictionary of them), and returns that many numbers in a
+    list, a tuple or an array. True and False count as 1 and 0. None, text, NaN,
+    infinity and whatever else is no finite float32 are failures; so are an exception,
+    the wrong length, a call that takes longer than the limit and the process's end.
+
+    A function must score each row by itself, because it sees only part of a batch: the
+    batch is divided among the workers, and where a call fails as a whole, its rows are
+    scored again one at a time to find the one at fault. Only the rows that fail alone
+    are failures. A worker that hangs is killed, with every process it started, and its
+    successor imports the files again.
+
+    Workers leave the accelerators alone (`JAX_PLATFORMS=cpu`), get no Ctrl-C and end
+    with this process, however it ends. What they print goes where this process prints.
+
+    Entering the block starts the workers and has every function imported and checked:
+    enter it before any expensive work.
+
+    Args:
+        specs: F functions, `path/to/file.py:function` or `package.module:function`;
+            modules are looked for where this process looks, and in the working
+            directory.
+        weights: of the functions in the sum; as it is, 1 each.
+        processes: number of workers.
+        time_limit: seconds for a call, on a worker's part of a batch or on one row.
+        on_failure: "stop", or the score of a row that fails.
+
+    Raises:
+        RewardFunctionError: on entering, where a function cannot be used.
+        ValueError: where an option is wrong.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[str],
+        *,
+        weights: Sequence[float] | None = None,
+        processes: int = 4,
+        time_limit: float = 5.0,
+        on_failure: OnFailure = "stop",
+    ):
+        self.specs = list(specs)
+        self.weights = [1.0] * len(self.specs) if weights is None else list(weights)
+        self.processes = processes
+        self.time_limit = time_limit
+        self.on_failure: OnFailure = on_failure
+        self._check_options()
+        self._workers: list[RewardProcess] = []
+
+    def __enter__(self) -> "RewardWorkers":
+        try:
+            for _ in range(self.processes):
+                self._workers.append(RewardProcess(self.specs))
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self._end_workers()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_workers()
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence],
+    ) -> RewardScores:
+        """Scores of B responses, in their order.
+
+        Args:
+            prompts: B texts.
+            responses: B texts.
+            columns: the other columns of the rows, B values each.
+
+        Raises:
+            RewardFunctionError: with `on_failure="stop"`, where a row fails: one line
+                with the function, the row (from 0) and the beginning of its response.
+            ValueError: where the lengths differ, or outside the `with` block.
+        """
+        if not self._workers:
+            raise ValueError("RewardWorkers.score: call it inside the `with` block")
+        named = [("prompts", prompts), ("responses", responses), *columns.items()]
+        if len({len(column) for _, column in named}) > 1:
+            counts = ", ".join(f"{len(column)} {name}" for name, column in named)
+            raise ValueError(f"a row has one of each, so {counts} do not fit together")
+        batch = _Batch(prompts, responses, columns)
+        complaints: list[str] = []
+        found, failures = [], []
+        for function in range(len(self.specs)):
+            before = len(complaints)
+            found.append(self._score_one(function, batch, complaints))
+            failures.append(len(complaints) - before)
+        by_function = np.array(found, np.float64)
+        return RewardScores(
+            scores=(np.array(self.weights) @ by_function).astype(np.float32),
+            by_function=by_function.astype(np.float32),
+            failures=np.array(failures, np.int32),
+            complaints=tuple(complaints),
+        )
+
+    def _score_one(
+        self, function: int, batch: "_Batch", complaints: list[str]
+    ) -> list[float]:
+        """Every row's score by one function; a line for each failure is added."""
+        parts = batch.parts(self.processes)
+        outcomes = self._run([batch.job(function, part) for part in parts])
+        scores = []
+        for part, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, str):
+                outcome = self._score_again(function, batch, part, outcome)
+            # A run that is about to stop has not scored the part's last rows again.
+            for row, score in zip(part, outcome, strict=False):
+                if isinstance(score, str):
+                    response = shown(batch.responses[row])
+                    line = (
+                        f"{self.specs[function]}, row {row} (response {response}): "
+                        f"{score}"
+                    )
+                    if self.on_failure == "stop":
+                        raise RewardFunctionError(line)
+                    complaints.append(line)
+                    score = self.on_failure
+                scores.append(score)
+        return scores
+
+    def _score_again(
+        self, function: int, batch: "_Batch", part: range, complaint: str
+    ) -> list[float | str]:
+        """One row at a time, because the call for all failed; up to one that stops."""
+        stopping = self.on_failure == "stop"
+        jobs = [batch.job(function, range(row, row + 1)) for row in part]
+        outcomes = self._run(jobs, until_failure=stopping)
+        found = [
+            outcome if isinstance(outcome, str) else outcome[0] for outcome in outcomes
+        ]
+        if stopping and not any(isinstance(score, str) for score in found):
+            raise RewardFunctionError(
+                f"{self.specs[function]}, rows {part[0]} to {part[-1]} in one call: "
+                f"{complaint}; each of these rows alone is scored without trouble"
+            )
+        return found
+
+    def _run(self, jobs: list[Job], *, until_failure: bool = False) -> list[Outcome]:
+        return run_jobs(
+            self._workers,
+            jobs,
+            time_limit=self.time_limit,
+            until_failure=until_failure,
+        )
+
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _check_options(self) -> None:
+        if not self.specs:
+            raise ValueError("no reward function is named: give file.py:function")
+        if len(self.weights) != len(self.specs):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.specs)} reward functions: "
+                "give one each"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"weights={self.weights}: give finite numbers")
+        if self.processes < 1:
+            raise ValueError(f"processes={self.processes}: give at least 1")
+        if not 0 < self.time_limit < math.inf:
+            raise ValueError(f"time_limit={self.time_limit}: give seconds above 0")
+        value = self.on_failure
+        if value != "stop" and (isinstance(value, str) or not math.isfinite(value)):
+            raise ValueError(
+                f'on_failure={shown(value)}: give "stop" or the score of failed rows'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    prompts: Sequence[str]
+    responses: Sequence[str]
+    columns: Mapping[str, Sequence]
+
+    def parts(self, count: int) -> list[range]:
+        """The rows in at most `count` consecutive parts, none of them empty."""
+        total = len(self.responses)
+        bounds = [total * part // count for part in range(count + 1)]
+        pairs = itertools.pairwise(bounds)
+        return [range(start, stop) for start, stop in pairs if start < stop]
+
+    def job(self, function: int, rows: range) -> Job:
+        part = slice(rows.start, rows.stop)
+        columns = {name: list(column[part]) for name, column in self.columns.items()}
+        return function, list(self.prompts[part]), list(self.responses[part]), columns

@@ -1,0 +1,1 @@
+"""A run on this machine: its directory, devices, checkpoints, log and report."""

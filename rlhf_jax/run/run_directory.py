@@ -1,0 +1,315 @@
+"""The files of one run: where they lie, and who may write into them.
+
+config.yaml     the resolved configuration; goes back in through `--config`
+launches.jsonl  per start of the run: time, command line, versions, devices
+metrics.jsonl   one line of numbers per step
+samples.jsonl   prompts with answers, where the stage generates
+checkpoints/    what `--resume` and `--resume-step` go on from
+model/          the result, as a Hugging Face directory
+adapter/        of a run with low-rank adapters: these alone, in PEFT's format
+report.html     all of it on one page
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+MAY_DIFFER = (
+    "run_dir",
+    "resume",
+    "quiet",
+    "tensorboard",
+    "wandb",
+    "checkpoint_every",
+    "eval_every",
+    "mesh",
+)
+"""Fields that change nothing about what is learnt, so a resumed run may change them."""
+
+_PACKAGES = (
+    "rlhf-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """The paths inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def launches(self) -> Path:
+        """One JSON line per start of the run."""
+        return self.path / "launches.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON line per prompt and answer."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """Directory of the trained model in Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """Directory of the trained adapters in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    def read_config(self) -> dict[str, Any]:
+        """The stored configuration; empty where there is none."""
+        if not self.config.exists():
+            return {}
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def read_launches(self) -> list[dict[str, Any]]:
+        """Every start of the run so far, the first one first."""
+        if not self.launches.exists():
+            return []
+        lines = self.launches.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def check_run(
+    path: str | Path,
+    config: Mapping[str, Any],
+    *,
+    stage: str,
+    resume: bool = False,
+    may_differ: Sequence[str] = MAY_DIFFER,
+    weights: Mapping[str, str] | None = None,
+) -> None:
+    """Raises what `open_run` would raise, and writes nothing; arguments as there."""
+    if jax.process_index() != 0:
+        return
+    run, plain = RunDirectory(Path(path)), _plain(config, "")
+    if resume:
+        _check_resumable(run, plain, stage, may_differ)
+        _check_weights(run, weights or {})
+    else:
+        _check_unused(run)
+
+
+def open_run(
+    path: str | Path,
+    config: Mapping[str, Any],
+    *,
+    stage: str,
+    resume: bool = False,
+    may_differ: Sequence[str] = MAY_DIFFER,
+    weights: Mapping[str, str] | None = None,
+) -> RunDirectory:
+    """Makes the directory of a new run, or enters that of a run to go on with.
+
+    Only process 0 looks and writes. A run that was stopped before its first checkpoint
+    can be resumed too: it begins anew.
+
+    Args:
+        path: the run directory, made when needed.
+        config: the resolved configuration, nested; plain values and paths.
+        stage: the command that trains, for example `"ppo"`.
+        resume: go on with the run in `path`, instead of starting one.
+        may_differ: fields (dotted; a section stands for all inside it) whose stored
+            value a resumed run may replace.
+        weights: fingerprints of the models that the run reads and its checkpoints do
+            not hold, by option; a resumed run must find the same.
+
+    Raises:
+        ValueError: if `path` holds a run already and `resume` is not set; if it is set
+            and there is no run, or one of another configuration or stage; or if a
+            value of `config` is no plain one.
+    """
+    run = RunDirectory(Path(path))
+    if jax.process_index() != 0:
+        return run
+    options: dict[str, Any] = {"resume": resume, "may_differ": may_differ}
+    check_run(path, config, stage=stage, weights=weights, **options)
+    plain = _plain(config, "")
+    run.path.mkdir(parents=True, exist_ok=True)
+    launch = _launch(stage) | {"weights": dict(weights or {})}
+    launches = [*run.read_launches(), launch]
+    write_atomic(run.launches, "".join(json.dumps(row) + "\n" for row in launches))
+    # Last, because a directory with a configuration counts as a run.
+    write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return run
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file so that readers, and a crash, see the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name empty
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_unused(run: RunDirectory) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"--run-dir {run.path} is a file; name a directory")
+    traces = (run.config, run.metrics, run.samples, run.checkpoints, run.model)
+    traces += (run.adapter,)
+    found = [trace.name for trace in traces if trace.exists()]
+    if found:
+        raise ValueError(
+            f"--run-dir {run.path} already holds a run ({', '.join(found)}); choose "
+            "another --run-dir, or pass --resume to go on with it"
+        )
+
+
+def _check_weights(run: RunDirectory, weights: Mapping[str, str]) -> None:
+    first = next(iter(run.read_launches()), {})
+    for name, found in weights.items():
+        if first.get("weights", {}).get(name, found) != found:
+            raise ValueError(
+                f"cannot resume --run-dir {run.path}: the weights that {name} names "
+                "are no longer those that the run began with, and its checkpoints do "
+                "not hold them; put those back, or start again"
+            )
+
+
+def _check_resumable(
+    run: RunDirectory, config: dict[str, Any], stage: str, may_differ: Sequence[str]
+) -> None:
+    if not run.config.exists():
+        raise ValueError(
+            f"nothing to resume in --run-dir {run.path}: it has no config.yaml; "
+            "check the path, or start without --resume"
+        )
+    launches = run.read_launches()
+    if launches and launches[0]["stage"] != stage:
+        raise ValueError(
+            f"cannot resume --run-dir {run.path} as {stage}: it holds a run of "
+            f"{launches[0]['stage']}"
+        )
+    stored, given = _flat(run.read_config()), _flat(config)
+    unequal = [
+        f"{name} was {_shown(stored, name)} and is now {_shown(given, name)}"
+        for name in dict.fromkeys([*stored, *given])
+        if _shown(stored, name) != _shown(given, name)
+        and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+    ]
+    if unequal:
+        raise ValueError(
+            f"cannot resume --run-dir {run.path}: {'; '.join(unequal)}; give the "
+            "stored values, or choose another --run-dir"
+        )
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value as YAML reads it back, so that stored and given ones compare."""
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(inner, f"{name}.{key}" if name else str(key))
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ValueError(
+        f"{name}={value!r}: a configuration holds text, numbers, lists and sections, "
+        f"not {type(value).__name__}"
+    )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _shown(flat: Mapping[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "not set"
+
+
+def _launch(stage: str) -> dict[str, Any]:
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    return {
+        "stage": stage,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions | {name: _version(name) for name in _PACKAGES},
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # for example run from a source tree
+
+
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+
+def fingerprint(directory: Path) -> str:
+    """A digest of the safetensors files of a directory; empty where there are none.
+
+    Of the name and size of each file, and of blocks spread evenly over it: any training
+    step changes them, and reading them takes no time whatever the size of the model.
+    """
+    digest = hashlib.sha256()
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(_BLOCKS):
+                file.seek(number * max(0, size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16] if files else ""

@@ -1,1 +1,0 @@
-"""Files, devices and reporting: everything a run needs that is not arithmetic."""

@@ -1,0 +1,1 @@
+"""A file per command that trains nothing: generate, evaluate, inspect, and others."""
