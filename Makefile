@@ -1,16 +1,21 @@
-# `make quickstart` and `make test` do all the set-up themselves.
+# `make quickstart` and the tests do all the set-up themselves.
 # Another interpreter: `make test PYTHON=python3.12` (it gets an environment of its own).
 
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tests of one file go to one process, which compiles what they share once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+FAST := $(addprefix tests/,algo rollout learner config test_imports.py)
 
-.PHONY: help quickstart test check benchmark clean
+.PHONY: help quickstart test test-all test-fast check benchmark clean
 
 help:
 	@echo "make quickstart  install, then train SFT, reward model and PPO on short reviews"
-	@echo "make test        install, then lint, types, import rules and all tests"
+	@echo "make test        install, then lint, types and the tests but for long scripts"
+	@echo "make test-all    the same with every test, as before a release"
+	@echo "make test-fast   install, then the tests of the formulas, in two minutes"
 	@echo "make check       lint and types only"
 	@echo "make benchmark   install, then the GAE and whole-update benchmarks"
 	@echo "make clean       remove environments and caches"
@@ -19,7 +24,13 @@ quickstart: $(VENV)/installed
 	$(BIN)/rlhf-jax quickstart $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: check
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/installed-test
+	$(PYTEST) -m 'not slow' $(FAST) $(ARGS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -1,20 +1,18 @@
-"""PPO with one option changed at a time: what does each do to the true reward?
+"""PPO with one option changed at a time, and the effect on the true reward.
 
     python benchmarks/ablation.py                              # ten cases, three seeds
     python benchmarks/ablation.py --cases lambda-1 one-epoch --seeds 5
-    python benchmarks/ablation.py --cases debated extras       # more of them
+    python benchmarks/ablation.py --cases debated extras       # more cases
 
-The task is that of `rlhf-jax quickstart`: short reviews whose true reward is known, but
-never shown to the training. An SFT model and a reward model are trained once. From them
-PPO runs once per case and seed: the default is the quickstart's PPO stage with fewer
-updates, every other case changes one thing. Then each policy answers the same held-out
-prompts and is judged by the true reward, by the reward model, and by its KL to the SFT
-model.
+The task is that of `rlhf-jax quickstart`: short reviews whose true reward is known but
+hidden from training. An SFT model and a reward model are trained once. PPO then runs
+once per case and seed: the default is the quickstart's PPO stage with fewer updates,
+every other case changes one option. Each policy is evaluated on the same held-out
+prompts by the true reward, the reward model, and its KL to the SFT model.
 
-In the work directory are `ablation.md` (a table), `ablation.png` (a plot) and
-`ablation.jsonl` (a line per run). Interrupted, or with more cases or seeds, the same
-command goes on with what is there. It takes about 25 minutes on 2 cores that do nothing
-else.
+The work directory gets `ablation.md` (a table), `ablation.png` (a plot) and
+`ablation.jsonl` (a line per run). Running the same command again, also with more cases
+or seeds, resumes. It takes about 25 minutes on 2 otherwise idle cores.
 """
 
 import argparse
@@ -51,13 +49,13 @@ SMOKE: dict[str, Any] = {
     "updates": 2,
     "batch_size": 16,
 }
-NUM_JUDGED, NUM_JUDGED_SMOKE = 1_024, 64  # prompts that every policy answers
+NUM_JUDGED, NUM_JUDGED_SMOKE = 1_024, 64  # prompts for every policy
 
 
 def train_models(
     root: Path, seed: int, *, smoke: bool, family: Literal["gpt2", "llama"] = "llama"
 ) -> None:
-    """The quickstart's first two stages and its prompts; what is there is kept."""
+    """The quickstart's first two stages and its prompts; existing ones are kept."""
     complete = root / "complete"
     if complete.exists():
         return
@@ -88,7 +86,7 @@ def make_jobs(arguments: argparse.Namespace, root: Path) -> list[Job]:
     """All cases with the first seed, then with the next.
 
     Raises:
-        ValueError: where a case does not go with the sizes.
+        ValueError: a case is incompatible with the sizes.
     """
     models = root / f"models-{arguments.base_seed}"
     config = QuickstartConfig(run_dir=str(models), seed=arguments.base_seed)
@@ -123,14 +121,14 @@ def train_and_run(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Ru
     """Outcomes of all jobs.
 
     Raises:
-        ValueError: if the work directory holds runs of other options.
-        SystemExit: after Ctrl-C, with a word on how to go on.
+        ValueError: the work directory contains runs with other options.
+        SystemExit: after Ctrl-C, with how to resume.
     """
     try:
         train_models(jobs[0].models, arguments.base_seed, smoke=arguments.smoke)
         return run_all(jobs, arguments.jobs)
     except (KeyboardInterrupt, SystemExit):
-        sys.exit("Stopped. The same command goes on from here.")
+        sys.exit("Stopped. Run the same command again to resume.")
 
 
 def publish(jobs: Sequence[Job], runs: Sequence[Run], root: Path) -> None:
@@ -143,7 +141,7 @@ def publish(jobs: Sequence[Job], runs: Sequence[Run], root: Path) -> None:
     machine = timing.machine()
     title = (
         f"PPO with one option changed: {config.updates} updates × {config.batch_size} "
-        f"answers, {num_seeds} seed{'s' * (num_seeds > 1)}"
+        f"responses, {num_seeds} seed{'s' * (num_seeds > 1)}"
     )
     table = markdown(
         summaries, sft_figures, title=title, machine=machine, num_seeds=num_seeds
@@ -170,10 +168,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"cases, by group, and the flags of `rlhf-jax ppo` that they stand "
-        f"for:\n\n{list_cases()}\n\nA preset is a complete method with the learning "
-        "rates of its original, which are meant for\nmodels of billions of parameters "
-        "and are far too small here: its row says little else.",
+        epilog=f"cases, by group, and their flags of `rlhf-jax ppo`:"
+        f"\n\n{list_cases()}\n\nA preset is a complete method with the learning "
+        "rates of its original, which are meant for\nmodels with billions of "
+        "parameters and are far too small here: its row shows little else.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -197,28 +195,33 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="SEED",
-        help="of the SFT and the reward model, which all runs share; default 0",
+        help="seed of the SFT and reward model, shared by all runs; default 0",
     )
-    add("--updates", type=int, metavar="N", help="per run; default 40, quickstart: 60")
-    add("--batch-size", type=int, metavar="N", help="answers per update; default 64")
+    add(
+        "--updates",
+        type=int,
+        metavar="N",
+        help="updates per run; default 40, quickstart: 60",
+    )
+    add("--batch-size", type=int, metavar="N", help="responses per update; default 64")
     add(
         "--jobs",
         type=int,
         default=2,
         metavar="N",
-        help="runs at a time, each in a process with its share of the cores; default "
-        "2. For an accelerator: 1",
+        help="parallel runs, each in a process with its share of the cores; default "
+        "2. Use 1 on an accelerator",
     )
     add(
         "--smoke",
         action="store_true",
-        help="see in under a minute that all works: tiny models, two updates",
+        help="quick test, under a minute: tiny models, two updates",
     )
     return parser
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Checked flags; those not given depend on --smoke."""
+    """Validated flags; defaults depend on --smoke."""
     given = vars(parser.parse_args())
     sizes = SMOKE if given["smoke"] else FULL
     given |= {name: sizes[name] for name in sizes if given[name] is None}
@@ -229,10 +232,10 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains what is not there yet, and writes the results."""
+    """Trains missing models and runs, and writes the results."""
     parser = make_parser()
     arguments = parse_arguments(parser)
-    # Several processes share a device: none may take all of its memory at the start.
+    # Several processes share a device: none may preallocate all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     quieten_libraries()
     use_compilation_cache()

@@ -1,11 +1,11 @@
-"""Options of PPO that people argue about, each as the flags of `rlhf-jax ppo`."""
+"""Debated options of PPO, each as flags of `rlhf-jax ppo`."""
 
 import dataclasses
 
 import tyro
 
 from rlhf_jax.config.ppo import PPOConfig, PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,10 +13,10 @@ class Case:
     """One way of running PPO.
 
     Attributes:
-        name: on the command line, and of its directory.
-        title: in tables and plots.
-        flags: what it changes; a word `SFT` stands for the SFT model's directory.
-        preset: a method that takes the place of the default's before that.
+        name: name on the command line and of its directory.
+        title: title in tables and plots.
+        flags: changed options; `SFT` is replaced by the SFT model's directory.
+        preset: preset that replaces the default method before that.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Case:
 
     @property
     def shown_flags(self) -> str:
-        """What to add to `rlhf-jax ppo` for this case; empty for the default."""
+        """Flags to add to `rlhf-jax ppo` for this case; empty for the default."""
         return self.flags if self.preset is None else f"--preset {self.preset}"
 
     def configure(self, default: PPOConfig) -> PPOConfig:
-        """The default's run with this case's method; models, data and sizes stay.
+        """The default run with this case's method; same models, data and sizes.
 
         Raises:
-            ValueError: where the two do not go together.
+            ValueError: the two are incompatible.
         """
         config = default
         if self.preset is not None:
-            method = PRESETS[self.preset]()
+            method = PPO_PRESETS[self.preset]()
             fields = dataclasses.fields(PPOMethod)
             values = {field.name: vars(method)[field.name] for field in fields}
             config = dataclasses.replace(config, **values)
@@ -104,7 +104,7 @@ EXTRAS = (
     Case(
         name="adaptive-kl",
         title="β adapted to a KL of 3 nats",
-        # A horizon short enough for β to change within a few thousand answers.
+        # A horizon short enough for β to change within a few thousand responses.
         flags="--kl.target 3 --kl.horizon 500",
     ),
     Case(
@@ -130,7 +130,7 @@ EXTRAS = (
 )
 
 PRESET_CASES = tuple(
-    Case(name=name, title=f"preset {name}", preset=name) for name in PRESETS
+    Case(name=name, title=f"preset {name}", preset=name) for name in PPO_PRESETS
 )
 
 GROUPS = {"debated": DEBATED, "extras": EXTRAS, "presets": PRESET_CASES}
@@ -140,7 +140,7 @@ def select(names: list[str]) -> list[Case]:
     """The default, and the cases of these names or groups, each once, in order.
 
     Raises:
-        ValueError: on a name that is neither.
+        ValueError: for an unknown name.
     """
     known = {DEFAULT.name: (DEFAULT,)} | GROUPS
     known |= {case.name: (case,) for group in GROUPS.values() for case in group}

@@ -1,4 +1,4 @@
-"""What the runs of an ablation amount to: means, differences, a table and a plot."""
+"""Summary of an ablation: means, differences, a table and a plot."""
 
 import dataclasses
 import math
@@ -11,24 +11,24 @@ from ablation_cases import DEFAULT, Case
 
 from rlhf_jax.run.charts import COLORS
 
-if TYPE_CHECKING:  # Matplotlib is slow to import, and workers do not draw
+if TYPE_CHECKING:  # slow to import, and workers do not draw
     from matplotlib.axes import Axes
 
 CONFIDENCE = 0.95
 LEGEND = (
     "Dots are seeds, diamonds their means; line and band are the default ± its "
-    "standard deviation.\nBold cases differ from it in true reward by more than chance "
-    "would allow (paired by seed, 95 %)."
+    "standard deviation.\nBold cases differ from it significantly in true reward "
+    "(paired by seed, 95 %)."
 )
 
 Figures = Mapping[str, float]
-"""true_reward, proxy_reward, kl (nats per answer), length (tokens), stop_rate and
+"""true_reward, proxy_reward, kl (nats per response), length (tokens), stop_rate and
 wall_seconds of one trained policy, means over held-out prompts"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One case with one seed; without figures where it diverged."""
+    """One case with one seed; without figures if it diverged."""
 
     case: str
     seed: int
@@ -38,14 +38,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean over seeds, and standard deviation (ddof 1) where there are several."""
+    """Mean over seeds, and standard deviation (ddof 1) if there are several."""
 
     mean: float
     std: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value or more."""
+        """The spread of one or more values."""
         std = statistics.stdev(values) if len(values) > 1 else None
         return cls(mean=statistics.fmean(values), std=std)
 
@@ -55,16 +55,15 @@ class Summary:
     """One case over its seeds.
 
     Attributes:
-        case: which.
-        seeds: those that did not diverge.
-        diverged: those that did.
+        case: the case.
+        seeds: seeds that did not diverge.
+        diverged: seeds that diverged.
         figures: as in `Figures`.
         points: true reward and KL by seed, in the order of `seeds`.
         gain: true reward minus the default's with the same seed, mean over seeds; None
-            for the default, and where no seed is in both.
-        gain_error: standard error of that; None for less than two seeds.
-        clear: the difference is further from 0 than chance takes it in 19 of 20 such
-            comparisons, by Student's t.
+            for the default, and without common seeds.
+        gain_error: standard error of `gain`; None for fewer than two seeds.
+        clear: the difference is significant at 95 %, by Student's t.
     """
 
     case: Case
@@ -84,7 +83,7 @@ class Summary:
 
 
 def summarize(cases: Sequence[Case], runs: Sequence[Run]) -> list[Summary]:
-    """The default first, then the others from high to low true reward."""
+    """The default first, then the others by decreasing true reward."""
     by_case = {case.name: {} for case in cases}
     for run in runs:
         by_case[run.case][run.seed] = run.figures
@@ -143,7 +142,7 @@ def _paired(
 
 
 def critical(num_seeds: int) -> float:
-    """Standard errors beyond which a difference over so many seeds is `clear`."""
+    """Standard errors beyond which a difference over this many seeds is `clear`."""
     from scipy.stats import t
 
     return float(t.ppf((1 + CONFIDENCE) / 2, num_seeds - 1))
@@ -157,7 +156,7 @@ def markdown(
     machine: Mapping[str, Any],
     num_seeds: int,
 ) -> str:
-    """The table, with what is needed to read it and to repeat it."""
+    """The table, with notes and the command to reproduce it."""
     columns = ("case", "flags", "true reward", "− default", "proxy reward")
     columns += ("KL (nats)", "length (tokens)", "stop rate", "wall (s)")
     rows = [_sft_row(sft), *map(_row, summaries)]
@@ -179,17 +178,17 @@ def markdown(
 def _note(summaries: Sequence[Summary], num_seeds: int) -> str:
     text = (
         "± is the standard deviation over seeds; in the column “− default” it is the "
-        "standard error of the mean difference, paired by seed. Seeds differ in PPO's "
-        "own randomness only: all runs share one SFT model and one reward model. Wall "
-        "seconds are the median update × updates, without compilation, on one worker."
+        "standard error of the mean difference, paired by seed. Seeds affect only PPO: "
+        "all runs share one SFT model and one reward model. Wall time is the median "
+        "update × updates, without compilation, on one worker."
     )
     if num_seeds < 2:
-        return text + " One seed says nothing about chance."
+        return text + " One seed gives no standard error."
     compared = sum(summary.gain_error is not None for summary in summaries)
     return (
         f"{text} Bold differences are more than {critical(num_seeds):.1f} standard "
         f"errors from 0 (Student's t, 95 %, {num_seeds} seeds); of {compared} cases "
-        f"{compared * (1 - CONFIDENCE):.2g} would be so by chance alone."
+        f"{compared * (1 - CONFIDENCE):.2g} are expected to be by chance."
     )
 
 
@@ -257,7 +256,7 @@ def draw(summaries: Sequence[Summary], path: Path, *, title: str) -> None:
         _draw_panel(left, summaries, "true_reward", COLORS[0])
         left.set_xlabel("true reward on held-out prompts  →  better")
         _draw_panel(right, summaries, "kl", COLORS[1])
-        right.set_xlabel("KL to the SFT model, nats per answer")
+        right.set_xlabel("KL to the SFT model, nats per response")
         left.set_yticks(range(len(summaries)), list(map(_name, summaries)))
         left.set_ylim(len(summaries) - 0.5, -0.5)  # the first row at the top
         for label, summary in zip(left.get_yticklabels(), summaries, strict=True):

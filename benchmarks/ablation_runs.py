@@ -1,4 +1,4 @@
-"""The runs of an ablation, in worker processes, each done once."""
+"""The runs of an ablation, each done once in a worker process."""
 
 import dataclasses
 import functools
@@ -26,17 +26,17 @@ from rlhf_jax.demos.review_panel import ReviewPanel
 from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.recipes import ppo
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.progress import heading, progress
 from rlhf_jax.run.run_directory import RunDirectory, write_atomic
 from rlhf_jax.tasks import reviews
 
-JUDGE_SEED = 7  # of the held-out prompts and the answers: the same for every policy
+JUDGE_SEED = 7  # of held-out prompts and sampling: the same for every policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One PPO run and its judgement; goes to a worker process."""
+    """One PPO run and its evaluation, for a worker process."""
 
     case: Case
     config: PPOConfig
@@ -45,12 +45,12 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """Where the outcome is, once there is one: one line of JSON."""
+        """File of the outcome, one line of JSON."""
         return Path(self.config.run_dir) / "result.json"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the outcome depends on, as JSON reads it back."""
+        """Everything that the outcome depends on, as read back from JSON."""
         values = to_dict(self.config) | {"num_judged": self.num_judged}
         for name in ("run_dir", "resume", "resume_step", "quiet"):
             del values[name]
@@ -58,10 +58,10 @@ class Job:
 
 
 def read_result(job: Job) -> Run | None:
-    """The outcome of a job that was done before.
+    """The outcome of a job that is already done.
 
     Raises:
-        ValueError: if its directory holds that of other options.
+        ValueError: its directory contains one with other options.
     """
     if not job.result.exists():
         return None
@@ -69,7 +69,7 @@ def read_result(job: Job) -> Run | None:
     if found["settings"] != job.settings:
         raise ValueError(
             f"{job.config.run_dir} was run with other options than {job.case.name} "
-            "has now; remove it, or choose another --work-dir"
+            "has now; remove it or choose another --work-dir"
         )
     names = [field.name for field in dataclasses.fields(Run)]
     return Run(**{name: found[name] for name in names})
@@ -82,7 +82,7 @@ def _panel(models: Path) -> ReviewPanel:
 
 
 def judge(models: Path, policy: Path, num_prompts: int) -> dict[str, float]:
-    """Figures of a policy on held-out prompts, all but its time."""
+    """Figures of a policy on held-out prompts, except its time."""
     panel = _panel(models)
     prompts = reviews.make_prompts(JUDGE_SEED, num_prompts, "heldout")
     _, params = load_pretrained(policy)
@@ -95,12 +95,12 @@ def judge(models: Path, policy: Path, num_prompts: int) -> dict[str, float]:
         "length": measured["length_mean"],
         "stop_rate": measured["stop_rate"],
     }
-    # Of the SFT model itself the KL is rounding noise; + 0.0 turns -0.0 into 0.0.
+    # The KL of the SFT model itself is rounding noise; + 0.0 turns -0.0 into 0.0.
     return {name: round(value, 4) + 0.0 for name, value in figures.items()}
 
 
 def run_job(job: Job) -> Run:
-    """Trains and judges one policy, in a worker process; leaves `result.json`."""
+    """Trains and evaluates one policy in a worker process; writes `result.json`."""
     run = RunDirectory(Path(job.config.run_dir))
     config = dataclasses.replace(job.config, resume=run.config.exists())
     figures = error = None
@@ -127,8 +127,8 @@ def run_job(job: Job) -> Run:
 
 def _start_worker(num_threads: int) -> None:
     """Settings of a worker, before it touches a device."""
-    # How many threads XLA starts on a CPU. Workers of one thread each finish more
-    # updates in total than one program that spreads small matrices over all cores.
+    # Number of CPU threads of XLA. Single-threaded workers finish more updates in total
+    # than one program that splits small matrices over all cores.
     os.environ["NPROC"] = str(num_threads)
     # Ctrl-C reaches every process. A training loop stops after its step, and writes a
     # checkpoint; a worker that does anything else leaves without a traceback.
@@ -138,7 +138,7 @@ def _start_worker(num_threads: int) -> None:
 
 
 def _run_in_workers(jobs: Sequence[Job], num_workers: int) -> Iterator[Run]:
-    """Outcomes in the order in which they come.
+    """Outcomes in the order of completion.
 
     Raises:
         SystemExit: after Ctrl-C, once the runs in progress have written checkpoints;
@@ -163,13 +163,13 @@ def _run_in_workers(jobs: Sequence[Job], num_workers: int) -> Iterator[Run]:
 
 
 def run_all(jobs: Sequence[Job], num_workers: int) -> list[Run]:
-    """Outcomes of all jobs; those that were done before are not repeated."""
+    """Outcomes of all jobs; finished ones are not repeated."""
     found = [(job, read_result(job)) for job in jobs]
     runs = [run for _, run in found if run is not None]
     todo = [job for job, run in found if run is None]
     heading(
         f"PPO: {len(jobs)} runs of {jobs[0].config.updates} updates, {len(runs)} of "
-        f"them done before; {num_workers} at a time"
+        f"them done; {num_workers} at a time"
     )
     with progress(len(jobs), "ablation", start=len(runs)) as bar:
         for run in _run_in_workers(todo, num_workers) if todo else ():

@@ -1,11 +1,11 @@
-"""What it costs to store a frozen base in 16 or 8 bits.
+"""The cost of storing a frozen base in 16 or 8 bits.
 
     python benchmarks/base_storage.py --model runs/quickstart/sft/model \\
         --data runs/quickstart/demonstrations_held_out.jsonl
 
-Logits on held-out texts against those of float32: the root of the mean square of the
-difference, over that of the logits about their mean. Perplexity on the same texts, and
-bytes. Activations are float32 throughout.
+Error of logits on held-out texts compared with float32: root mean square difference
+over the standard deviation of the logits. Also perplexity on these texts, and bytes.
+Activations are float32 throughout.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STORED: dict[str, dict[str, Any]] = {
 
 
 def read_rows(model: Path, data: Path, limit: int, max_tokens: int) -> Demonstrations:
-    """Held-out texts, as `rlhf-jax sft` has them."""
+    """Held-out texts, as in `rlhf-jax sft`."""
     tokenization = Tokenization.load(model)
     found = read_examples(data, columns=Columns(), render_chat=tokenization.render)
     encoded = encode_examples(

@@ -1,17 +1,17 @@
-"""PPO, GRPO and RLOO on arithmetic: what does each make of the same sampled tokens?
+"""PPO, GRPO and RLOO on arithmetic, with the same number of sampled tokens.
 
     python benchmarks/critic_free.py                              # three seeds
     python benchmarks/critic_free.py --methods ppo dr_grpo --seeds 5
     python benchmarks/critic_free.py --methods grpo --form r1-zero --updates 300
 
-The task is that of `rlhf-jax arithmetic`: a small model has imitated a careless
-pupil, and reinforcement learning rewards right answers. Each seed has problems and an
-SFT model of its own, from which every method starts; all see as many answers.
+The task is that of `rlhf-jax arithmetic`: a small model is trained on error-prone
+demonstrations, then rewarded for correct answers. Each seed has its own problems and
+SFT model, from which every method starts; all sample the same number of responses.
 
-In the work directory are `critic_free.md` (a table), `critic_free.png` (learning curves
-with their spread) and `critic_free.jsonl` (a line per run). Interrupted, or with more
-methods or seeds, the same command goes on with what is there. It takes about 15 minutes
-on 2 cores that do nothing else.
+The work directory gets `critic_free.md` (a table), `critic_free.png` (learning curves
+with standard deviations) and `critic_free.jsonl` (a line per run). Running the same
+command again, also with more methods or seeds, resumes. It takes about 15 minutes on 2
+otherwise idle cores.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from critic_free_report import Curve, draw, markdown, summarize
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
 from rlhf_jax.config.demos import ArithmeticConfig, Method
 from rlhf_jax.demos import arithmetic
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import RunDirectory, write_atomic
 from rlhf_jax.run.session import Interrupted
@@ -48,7 +48,7 @@ def make_config(arguments: argparse.Namespace, method: str, seed: int) -> Any:
     """One cell: a method with a seed, in the directory of the seed.
 
     Raises:
-        ValueError: where the method does not go with the sizes.
+        ValueError: the method is incompatible with the sizes.
     """
     run_dir = arguments.root / f"{arguments.form}-{seed}"
     config = ArithmeticConfig(
@@ -68,7 +68,7 @@ def make_config(arguments: argparse.Namespace, method: str, seed: int) -> Any:
 
 
 def run_cell(config: ArithmeticConfig) -> Curve:
-    """The learning curve of one cell; what is there already is kept."""
+    """The learning curve of one cell; existing results are kept."""
     root = Path(config.run_dir)
     settings = _settings(config)
     result = root / config.method / "result.json"
@@ -93,7 +93,7 @@ def run_cell(config: ArithmeticConfig) -> Curve:
 
 
 def _settings(config: ArithmeticConfig) -> dict[str, Any]:
-    """All that the outcome depends on."""
+    """Everything that the outcome depends on."""
     values = dataclasses.asdict(config)
     return {name: values[name] for name in values if name not in ("run_dir", "quiet")}
 
@@ -128,7 +128,7 @@ def publish(curves: Sequence[Curve], arguments: argparse.Namespace) -> None:
     root, machine = arguments.root, timing.machine()
     summaries = summarize(curves)
     title = (
-        f"Right answers rewarded: arithmetic, form {arguments.form}, {arguments.seeds} "
+        f"Verifiable rewards: arithmetic, form {arguments.form}, {arguments.seeds} "
         f"seed{'s' * (arguments.seeds > 1)}"
     )
     table = markdown(summaries, title=title, machine=machine)
@@ -174,13 +174,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--smoke",
         action="store_true",
-        help="see in under a minute that all works: five steps, two updates",
+        help="quick test, under a minute: five steps, two updates",
     )
     return parser
 
 
 def main() -> None:
-    """Runs what is not there yet, and writes the results."""
+    """Runs missing cells and writes the results."""
     parser = make_parser()
     arguments = parser.parse_args()
     if arguments.seeds < 1:
@@ -201,7 +201,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     except (KeyboardInterrupt, Interrupted):
-        sys.exit("Stopped. The same command goes on from here.")
+        sys.exit("Stopped. Run the same command again to resume.")
     publish(curves, arguments)
 
 

@@ -1,4 +1,4 @@
-"""What the learning curves of several methods amount to: means, a table, a figure."""
+"""Summary of the learning curves of several methods: means, a table, a figure."""
 
 import dataclasses
 import statistics
@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # Matplotlib is slow to import
 
 PANELS = {
     "pass_at_1": "pass@1 on held-out problems",
-    "form_kept": "share of answers in the reasoning form",
+    "form_kept": "share of responses in the reasoning form",
     "length": "response length, tokens",
 }
 LEGEND = (
     "Thick lines: mean over seeds. Bands: ± 1 standard deviation over seeds. Thin "
-    "lines: single seeds. Problems are held out; answers sampled at temperature 1."
+    "lines: single seeds. Problems are held out; temperature 1."
 )
 
 
@@ -32,11 +32,11 @@ class Curve:
         method: of reinforcement learning.
         seed: of problems, SFT model and method.
         tokens: response tokens sampled for training until then.
-        pass_at_1: share of right answers to held-out problems.
-        pass_at_4: share of problems that one of four answers solves.
-        form_kept: share of answers in the reasoning form.
-        length: of answers, in tokens.
-        seconds: in updates, with compilation and without evaluations.
+        pass_at_1: share of correct responses to held-out problems.
+        pass_at_4: share of problems solved by one of four responses.
+        form_kept: share of responses that use the reasoning form.
+        length: response length, in tokens.
+        seconds: time of updates, with compilation and without evaluations.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Curve:
     seconds: float
 
     def at(self, name: str, tokens: float | np.ndarray) -> Any:
-        """A column of the curve after so many tokens, linear between evaluations."""
+        """A column of the curve after this many tokens, interpolated linearly."""
         return np.interp(tokens, self.tokens, vars(self)[name])
 
 
@@ -65,9 +65,9 @@ class Summary:
         end: pass@1 after it.
         gain: points between the two, by seed.
         end_at_4: pass@4 after it.
-        form_kept: share of answers in the reasoning form after it.
-        length: tokens of an answer, before and after, means over seeds.
-        seconds: of the whole run.
+        form_kept: share of responses in the reasoning form after training.
+        length: tokens per response, before and after, means over seeds.
+        seconds: time of the run.
     """
 
     method: str
@@ -117,7 +117,7 @@ def _summary(curves: Sequence[Curve], budget: float) -> Summary:
 def markdown(
     summaries: Sequence[Summary], *, title: str, machine: Mapping[str, Any]
 ) -> str:
-    """The table, with what is needed to read it and to repeat it."""
+    """The table, with notes and the command to reproduce it."""
     columns = ("method", "pass@1 before", "pass@1 after", "gain (points)")
     columns += (
         "least gain",
@@ -136,8 +136,8 @@ def markdown(
             table,
             f"Held-out problems, after {summaries[0].tokens:,.0f} sampled response "
             "tokens, the most that every run has sampled. ± is the standard deviation "
-            "over seeds; the least gain is that of the worst seed. Seconds are those "
-            "in updates, with compilation and without evaluations and SFT.",
+            "over seeds; the least gain is that of the worst seed. Seconds are update "
+            "time, with compilation and without evaluations and SFT.",
             f"`{machine['command']}`  \n{machine['processor']}, {machine['cores']} "
             f"cores, {machine['device']}, load average {machine['load_average']:.1f}; "
             f"Python {machine['python']}, {versions}; commit {machine['commit']}\n",
@@ -167,7 +167,7 @@ def _shown(values: Sequence[float], unit: str = "", sign: str = "") -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path, *, title: str) -> None:
-    """A PNG: pass@1, form and length over sampled tokens, a colour per method."""
+    """A PNG: pass@1, form and length over sampled tokens, a color per method."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""What is unbiased, and where methods stop: the tables of docs/what-is-unbiased.md.
+"""Bias and stationary points: the tables of docs/what-is-unbiased.md.
 
     python benchmarks/enumeration.py
 
-On a language of 121 answers every expectation is a sum: `expected_gradients.py` adds up
-gradients, `stationary_points.py` follows them to the end. Nothing is sampled, so the
+On a language of 121 responses every expectation is a sum: `expected_gradients.py` sums
+gradients, `stationary_points.py` follows them to convergence. Nothing is sampled: the
 numbers are properties of the formulas, exact to float32 (printed as 0), and do not
 depend on the machine.
 """
@@ -35,7 +35,7 @@ from outcomes import CHANGES, FINED, PLAIN, Outcome, changed_outcome, outcome
 from stale_kl import Moved
 
 from rlhf_jax.algo.options import AdvantageOptions
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.tasks import enumerable
 
 SEEDS = range(5)
@@ -97,7 +97,7 @@ Rows = Iterable[Sequence[object]]
 
 
 def kl_rows(distance: float) -> Rows:
-    """Every estimator, so far from the reference."""
+    """Every estimator, at this distance from the reference."""
     cases = [Case(seed, distance=distance) for seed in SEEDS]
     yield (
         f"KL = {mean(case.kl for case in cases):.2g} nats",
@@ -120,14 +120,14 @@ def kl_rows(distance: float) -> Rows:
 
 
 def kl_length_rows() -> Rows:
-    """What token-wise k2 in the loss leaves out, by the length of answers."""
+    """What token-wise k2 in the loss omits, by response length."""
     yield (
-        "tokens per answer",
-        "KL per answer, nats",
-        "token-wise k2: error to ∇KL of answers",
+        "tokens per response",
+        "KL per response, nats",
+        "token-wise k2: error to ∇KL of responses",
         "cosine",
         "the same, to the KL of states",
-        "k2 of the answer: error to ∇KL of answers",
+        "k2 of the response: error to ∇KL of responses",
     )
     for limit in (1, 2, 4, 8):
         cases = long_answer_cases(limit)
@@ -161,7 +161,7 @@ def kl_length_rows() -> Rows:
 
 
 def stale_kl_rows() -> Rows:
-    """A KL in the loss once the policy has moved from the one that answered."""
+    """A KL in the loss once the policy has moved from the behavior policy."""
     terms: dict[str, dict[str, Any]] = {
         "k2": {"estimator": "k2"},
         "k3": {"estimator": "k3"},
@@ -265,22 +265,22 @@ def reduction_rows() -> Rows:
             case, case.policy_gradients(advantages), size
         )
 
-    yield row("none, or the number of answers", of_one_answer("token-sum"))
+    yield row("none, or the number of responses", of_one_answer("token-sum"))
     for size in (4, 16, 64, 256):
         yield row(f"tokens of a batch of {size}", of_batch(size))
-    yield row("tokens of the answer", of_one_answer("seq-mean-token-mean"))
+    yield row("tokens of the response", of_one_answer("seq-mean-token-mean"))
 
 
 def whitening_rows() -> Rows:
-    """Error of direction of batches whose advantages are whitened by themselves."""
-    yield "answers in the batch", "not whitened", "scaled", "scaled and centred"
+    """Error of direction of batches whose advantages are whitened per batch."""
+    yield "responses in the batch", "not whitened", "scaled", "scaled and centred"
     for size in (2, 4, 8):
         errors = np.mean([whitening_errors(case, size) for case in tiny_cases()], 0)
         yield size, *(percent(error) for error in errors)
 
 
 def tiny_cases() -> list[Case]:
-    """15 answers of up to three tokens, so that whole batches can be listed."""
+    """15 responses of up to three tokens, so that whole batches can be listed."""
     return [Case(seed, vocabulary_size=3, max_steps=3) for seed in SEEDS]
 
 
@@ -305,17 +305,17 @@ def preset_rows() -> Rows:
         "E[r]",
         "KL, nats",
         "without a stop",
-        "answers in effect",
+        "effective responses",
     )
     tasks = [enumerable.random_task(seed) for seed in TASKS]
     methods = {"PPOMethod()": PLAIN, 'the same, missing_eos="subtract"': FINED}
-    methods |= {name: make() for name, make in PRESETS.items()}
+    methods |= {name: make() for name, make in PPO_PRESETS.items()}
     for name, method in methods.items():
         yield outcome_row(name, [outcome(x, method, beta=BETA) for x in tasks])
     untrained = [
         outcome(
             task,
-            PRESETS["deepspeed_chat"](),
+            PPO_PRESETS["deepspeed_chat"](),
             beta=BETA,
             end_values=np.zeros_like(task.scores),
         )
@@ -325,7 +325,7 @@ def preset_rows() -> Rows:
 
 
 def change_rows() -> Rows:
-    """Where one option changed leads, every answer keeping its score."""
+    """Stationary points with one option changed; every response keeps its score."""
     yield (
         "changed in `PPOMethod()`",
         "share of J*",
@@ -333,7 +333,7 @@ def change_rows() -> Rows:
         "E[r]",
         "KL, nats",
         "without a stop",
-        "answers in effect",
+        "effective responses",
     )
     tasks = [enumerable.random_task(seed) for seed in TASKS]
     for name, method in CHANGES.items():
@@ -379,7 +379,7 @@ def mean(numbers: Iterable[float]) -> float:
 
 
 def percent(x: float) -> str:
-    """Below 0.001 % is what float32 leaves, and 0."""
+    """Below 0.001 % is float32 rounding, shown as 0."""
     if math.isnan(x):
         return "–"
     if abs(x) < 1e-5:
@@ -388,7 +388,7 @@ def percent(x: float) -> str:
 
 
 def number(x: float, digits: int = 2) -> str:
-    """A dash for what there is not."""
+    """A dash for missing values."""
     if math.isnan(x):
         return "–"
     return "0" if abs(x) < 1e-5 else f"{x:.{digits}f}"

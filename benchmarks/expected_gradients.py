@@ -1,9 +1,9 @@
 """Expected gradients, summed over every response of a small language.
 
-Answers of up to four tokens from a vocabulary of four: 121 of them, each with its
-probability. So an expectation is a sum and not a sample. The formulas are the
-library's own (`make_experience`, `kl_estimate`, `clipped_policy_loss`, `aggregate`,
-`masked_whiten`); what they are compared with is `rlhf_jax.tasks.enumerable`.
+Responses of up to four tokens from a vocabulary of four: 121 of them, each with its
+probability. So an expectation is a sum, not a sample. The formulas are the library's
+(`make_experience`, `kl_estimate`, `clipped_policy_loss`, `aggregate`, `masked_whiten`),
+compared with `rlhf_jax.tasks.enumerable`.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ experience_of = jax.jit(make_experience, static_argnames=("kl", "scores", "advan
 
 
 class Case:
-    """A task, a policy some way off its reference, and what is known of both."""
+    """A task, a policy at some distance from its reference, and exact quantities."""
 
     def __init__(
         self, seed: int, *, distance: float = 1.0, stop_logit: float = 0.0, **sizes: int
     ):
-        """Everything follows from the seed.
+        """Everything is determined by the seed.
 
         Args:
-            seed: of task, policy and noise.
-            distance: standard deviation of what is added to the reference's logits.
+            seed: seed of task, policy and noise.
+            distance: standard deviation of the noise on the reference's logits.
             stop_logit: added to the reference's logit of the stop token.
             sizes: `vocabulary_size` and `max_steps`.
         """
@@ -177,7 +177,7 @@ def error_of_direction(found: np.ndarray, want: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLResult:
-    """One estimator in one case, against the exact KL of whole answers."""
+    """One estimator in one case, against the exact KL of responses."""
 
     value_error: float  # of E Σ_t k_t
     value_noise: float  # standard deviation of Σ_t k_t, over the KL
@@ -225,8 +225,8 @@ def kl_loss_gradient(case: Case, **options: Any) -> np.ndarray:
 def per_state_kl_gradient(case: Case) -> np.ndarray:
     """`[N, V]`: Σ_s d(s) ∇KL(π(·|s) ‖ π_ref(·|s)), the weights d of states held fixed.
 
-    The gradient of the KL of whole answers is this plus Σ_s ∇d(s) KL(s): a token also
-    decides which states, and so which divergences, come after it.
+    The gradient of the KL of responses is this plus Σ_s ∇d(s) KL(s): a token also
+    affects which states, and so which divergences, follow.
     """
     logprobs = enumerable.log_softmax(case.logits)
     policy = np.exp(logprobs)
@@ -236,7 +236,7 @@ def per_state_kl_gradient(case: Case) -> np.ndarray:
 
 
 def whole_answer_k2_gradient(case: Case) -> np.ndarray:
-    """`[N, V]`: E ∇ ½(Σ_t ℓ_t)², k2 of the answer in place of its tokens."""
+    """`[N, V]`: E ∇ ½(Σ_t ℓ_t)², k2 of the response in place of its tokens."""
     mask = jnp.asarray(case.responses.mask)
 
     def k2_of_answer(logprobs: Array) -> Array:
@@ -309,8 +309,8 @@ def exact_advantages(case: Case) -> np.ndarray:
 def token_mean_gradient(case: Case, weights: np.ndarray, batch: int) -> np.ndarray:
     """`[N, V]`: E[Σ_i g_i / Σ_i n_i] over batches of independent responses.
 
-    Exact for any size: the other responses matter by their number of tokens alone,
-    whose distribution is a convolution.
+    Exact for any size: the other responses matter only by their number of tokens, whose
+    distribution is a convolution.
 
     Args:
         case: whose responses.
@@ -328,7 +328,7 @@ def token_mean_gradient(case: Case, weights: np.ndarray, batch: int) -> np.ndarr
 def whitened_gradient(
     case: Case, advantages: np.ndarray, batch: int, *, center: bool
 ) -> np.ndarray:
-    """`[N, V]`: token mean of whitened advantages, over every batch there can be.
+    """`[N, V]`: token mean of whitened advantages, over all possible batches.
 
     Batches of equal content are counted once, with their multinomial weight. For few
     responses and small batches only.

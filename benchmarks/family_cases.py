@@ -1,7 +1,8 @@
-"""Small models of every family, each with what makes the family different.
+"""Small models of every family, with the features specific to it.
 
-Imported where PyTorch is. Widths, windows and original lengths are such that 24 tokens
-reach past every limit: windows slide, stretched frequencies differ from plain ones.
+Requires PyTorch. Widths, windows and original lengths are chosen so that 24 tokens
+exceed every limit: windows slide, and scaled RoPE frequencies differ from unscaled
+ones.
 """
 
 # pyright: reportMissingImports=false
@@ -67,7 +68,7 @@ class Case:
         family: `model_type`.
         make: its configuration.
         one_length: frequencies depend on the longest row of a batch in PyTorch, of
-            each row here: answers are compared in batches of one length only.
+            each row here: responses are compared only in batches of one length.
     """
 
     family: str

@@ -1,11 +1,11 @@
-"""Every family against its PyTorch class: outputs, gradients, answers, files.
+"""Every family against its PyTorch class: outputs, gradients, responses, files.
 
     python benchmarks/family_parity.py
 
-For each case of `family_cases.py`: a model with random weights is saved by
-`transformers`, loaded here, and both compute. Errors are the largest absolute
-difference over all real tokens; of gradients, relative to the largest entry of the same
-tensor, or a thousandth of the model's largest where that is more. Here rows are a
+For each case of `family_cases.py`, a model with random weights is saved by
+`transformers`, loaded here, and both are run. Errors are the largest absolute
+difference over all real tokens; for gradients, relative to the largest entry of the
+same tensor, or to a thousandth of the model's largest if that is more. Here rows are a
 left-padded batch; there each runs alone, without padding.
 """
 
@@ -42,20 +42,20 @@ SHARD = "20KB"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the two are from each other."""
+    """Differences between the two."""
 
     logits: float
     hidden: float  # after the final norm
     values: float  # of a classifier, at every token
     scores: float  # of a classifier, at the last token
     gradients: float  # relative, worst tensor
-    greedy: float  # share of answers that are the same, token for token
+    greedy: float  # share of identical tokens in greedy responses
     round_trip: bool  # load and save: the same tensors, bit for bit
     bfloat16: float  # our error of bfloat16 over theirs, root mean squares
 
 
 def rows() -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded rows; padding holds ordinary ids."""
+    """Left-padded rows; padding has ordinary ids."""
     width = max(LENGTHS)
     tokens = np.random.default_rng(7).integers(2, 48, (len(LENGTHS), width))
     mask = np.arange(width) >= width - np.array(LENGTHS)[:, None]
@@ -186,7 +186,7 @@ def _gradients(theirs: Any, module: Any, params: Any, directory: Path) -> float:
 
 
 def _greedy(case: Case, theirs: Any, module: Any, params: Any) -> float:
-    """Share of tokens of the likeliest answers that are the same."""
+    """Share of identical tokens in greedy responses."""
     tokens, mask = rows()
     if case.one_length:  # of prompts past the original length, on which all depends
         prompts, lengths = tokens[:1, -20:], np.array([20], np.int32)
@@ -222,7 +222,7 @@ def _greedy(case: Case, theirs: Any, module: Any, params: Any) -> float:
 
 
 def _round_trip(source: Path, module: Any, params: Any, target: Path) -> bool:
-    """Whether what we write has the tensors of what they wrote, and they read it."""
+    """Whether our files have the same tensors as theirs, and they can read ours."""
     save_pretrained(target, module, params, max_shard_bytes=20_000)
     theirs, ours = (
         {

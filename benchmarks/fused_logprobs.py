@@ -3,10 +3,10 @@
     python benchmarks/fused_logprobs.py
     python benchmarks/fused_logprobs.py --shapes 8x512x1024x151936 --dtype bfloat16
 
-`fused` is `rlhf_jax.fused_token_logprobs`; `whole` multiplies all hidden states with
-the output matrix and calls `token_logprobs` and `token_entropy`. Each runs forward
-alone and with the gradients of both inputs. Temporary memory is what the compiled
-program asks for beside inputs and outputs. The two must agree before they are timed.
+`fused` is `rlhf_jax.fused_token_logprobs`; `whole` multiplies all hidden states by the
+output matrix and calls `token_logprobs` and `token_entropy`. Each runs forward only and
+with the gradients of both inputs. Temporary memory is that of the compiled program,
+without inputs and outputs. The two must agree before they are timed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def draw_inputs(shape: tuple[int, int, int, int], dtype: str) -> tuple[Array, ..
 
 
 def check_agreement(results: dict[str, Any], dtype: str) -> None:
-    """Raises unless both give the same, up to the rounding of the gradients' dtype."""
+    """Raises unless both agree, up to rounding in the gradients' dtype."""
     tolerance = 1e-4 if dtype == "float32" else 2e-2
     for fused, other in zip(*map(jax.tree.leaves, results.values()), strict=True):
         fused, other = np.asarray(fused, "float32"), np.asarray(other, "float32")
@@ -126,7 +126,7 @@ def main() -> None:
         "--budget", type=float, default=2.0, help="seconds per line pair; default 2"
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="a tiny shape, to see that it runs"
+        "--smoke", action="store_true", help="quick test with a tiny shape"
     )
     arguments = parser.parse_args()
     shapes = arguments.shapes or (SMOKE_SHAPES if arguments.smoke else SHAPES)

@@ -1,13 +1,14 @@
-"""Generalized advantage estimation five ways, over a grid of shapes.
+"""Five implementations of generalized advantage estimation, on a grid of shapes.
 
     python benchmarks/gae.py
     python benchmarks/gae.py --shapes 512x1024 64x8192
 
 `scan` and `associative` are the two methods of `rlhf_jax.gae`; `loop` is a NumPy loop
-over time; `rlax` is RLax's function under `vmap`; `torch` is the loop of TRL's trainer,
-on the same kind of device. `add` adds the two inputs, which no method can undercut. All
-must agree before any is timed. Inputs are float32 and already on the device. Masks are
-all True: only the first two know masks, and only they return value targets too.
+over time; `rlax` is RLax's function with `vmap`; `torch` is the loop of TRL's trainer,
+on the same kind of device. `add` adds the two inputs, a lower bound for every method.
+All must agree before they are timed. Inputs are float32 and already on the device.
+Masks are all True: only the first two support masks, and only they also return value
+targets.
 """
 
 import argparse
@@ -32,7 +33,7 @@ Advantages = Callable[[], Any]
 
 
 def numpy_loop(rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The definition, backwards over time and vectorised over the batch."""
+    """The definition, backwards over time and vectorized over the batch."""
     advantages = np.zeros_like(rewards)
     advantage = next_value = np.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -56,7 +57,7 @@ def torch_loop(torch: ModuleType, rewards: Any, values: Any) -> Any:
 
 
 def optional(name: str) -> ModuleType | str:
-    """The module, or why it cannot be had."""
+    """The module, or why it is unavailable."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -105,7 +106,7 @@ def torch_method(
 
 
 def check_agreement(calls: dict[str, Advantages], expected: np.ndarray) -> None:
-    """Raises unless every method gives the advantages of a float64 loop.
+    """Raises unless every method matches a float64 loop.
 
     The tolerance is that of float32 sums of some twenty terms, 1 / (1 - γλ).
     """
@@ -190,7 +191,7 @@ def main() -> None:
         "--budget", type=float, default=2.0, help="seconds per shape, twice; default 2"
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes, to see that it runs"
+        "--smoke", action="store_true", help="quick test with tiny shapes"
     )
     arguments = parser.parse_args()
     shapes = arguments.shapes or (SMOKE_SHAPES if arguments.smoke else SHAPES)

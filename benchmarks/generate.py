@@ -1,12 +1,13 @@
-"""New tokens per second of the sampler, beside `generate` of `transformers`.
+"""New tokens per second of the sampler, compared with `generate` of `transformers`.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --vocab-size 50257 --batch 16 --transformers
 
-Prompts of one length, answers all as long as the limit, temperature 1, no truncation of
-the distribution. Without shape flags two shapes run: a small vocabulary, where the
-transformer is the work, and GPT-2's own, where the output matrix is. The two sides take
-turns. Times hold the whole call, prefill included; compilation stands apart.
+All prompts have the same length, all responses the maximum length; temperature 1, no
+truncation of the distribution. Without shape flags two shapes run: a small vocabulary,
+where the transformer dominates, and GPT-2's, where the output matrix does. The two
+sides alternate. Times include the whole call with prefill; compilation is reported
+separately.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SHAPES = [Shape(), Shape(vocab_size=50257, batch=16)]
 
 
 class JaxSampler:
-    """This library's side: one call of the compiled sampler per turn."""
+    """This library: one call of the compiled sampler per turn."""
 
     def __init__(self, shape: Shape):
         module = make_module(shape, "lm")
@@ -59,7 +60,7 @@ class JaxSampler:
         self._sample = sample
 
     def take_turn(self) -> dict[str, Any]:
-        """Answers to a batch of new prompts."""
+        """Responses to a batch of new prompts."""
         prompts = draw_prompts(self._random, self._shape)
         seconds, rollout = timing.timed(
             lambda: self._sample(self._params, self._key, self._calls, prompts)
@@ -104,7 +105,7 @@ def summarize(reports: list[dict[str, Any]], shape: Shape) -> dict[str, Any]:
     """Median and best rate; the first report warms up.
 
     Raises:
-        RuntimeError: an answer was shorter than the limit.
+        RuntimeError: a response was shorter than the limit.
     """
     expected = shape.batch * shape.response
     for report in reports:
@@ -145,7 +146,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[Shape]]:
     )
     add_python_argument(parser)
     parser.add_argument(
-        "--smoke", action="store_true", help="a tiny shape, to see that it runs"
+        "--smoke", action="store_true", help="quick test with a tiny shape"
     )
     arguments = parser.parse_args()
     if arguments.rounds is None:
@@ -159,7 +160,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[Shape]]:
 def main() -> None:
     """Measures one or two shapes; prints rates and a line of JSON."""
     arguments, shapes = parse_arguments()
-    # Read when JAX first touches a GPU: leaves room there for the other side.
+    # Read when JAX first uses a GPU: leaves memory for the other side.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     python = arguments.trl_python
     if python is None and arguments.transformers:

@@ -1,6 +1,6 @@
-"""`transformers`' side of `generate.py`: one call of `generate` per turn.
+"""The `transformers` side of `generate.py`: one call of `generate` per turn.
 
-Run by the peers' interpreter, not by hand.
+Run by the peers' interpreter, not manually.
 """
 
 # pyright: reportMissingImports=false

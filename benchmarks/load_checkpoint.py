@@ -1,15 +1,16 @@
-"""Memory and time of loading a checkpoint, under a limit that the kernel enforces.
+"""Memory and time of loading a checkpoint, under a limit enforced by the kernel.
 
     python benchmarks/load_checkpoint.py
     python benchmarks/load_checkpoint.py --gigabytes 8 --devices 1 --headroom-mb 500
 
-Writes a Llama-like checkpoint of random values, in shards, to a temporary directory,
-and loads it in a child process. When JAX is up, the child may grow by the bytes of the
-parameters and `--headroom-mb`, and by no more (`RLIMIT_DATA`, which counts private
-memory but not files mapped to be read). A thread samples the anonymous memory of the
-process while it loads. `stacked` loads as a plain loader would, all layers of a leaf on
-the host and then to the device: it shows that the limit is one. Linux only; on an
-accelerator the parameters are no memory of the host, and the limit is tighter by them.
+Writes a sharded Llama-like checkpoint with random values to a temporary directory and
+loads it in a child process. After JAX has started, the child may grow by at most the
+bytes of the parameters plus `--headroom-mb` (`RLIMIT_DATA`, which counts private memory
+but not files mapped read-only). A thread samples the anonymous memory of the process
+during loading. `stacked` loads naively, stacking all layers of a leaf on the host
+before moving it to the device; it shows that the limit is effective. Linux only. On an
+accelerator the parameters are not in host memory, so the limit is tighter by their
+size.
 """
 
 import argparse
@@ -63,7 +64,7 @@ CASES = (
 
 
 def shape_of(gigabytes: float, itemsize: int, *, smoke: bool) -> DecoderConfig:
-    """A Llama with so many layers that it fills the bytes, at least two."""
+    """A Llama with as many layers as fill the bytes, at least two."""
     width, mlp_width, vocab_size = (256, 1024, 4096) if smoke else (2560, 8192, 32_000)
     layer = width * (2 * width + 2 * width // 4 + 3 * mlp_width)
     rest = 2 * vocab_size * width
@@ -111,7 +112,7 @@ def write_checkpoint(directory: Path, config: DecoderConfig, dtype: str) -> int:
 
 
 def drop_from_cache(directory: Path) -> None:
-    """The next reader has to go to the disk."""
+    """Drops the file cache, so that the next read is from disk."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -1,21 +1,20 @@
-"""PPO through low-rank adapters beside PPO that trains everything.
+"""PPO with low-rank adapters, compared with PPO on all parameters.
 
     python benchmarks/lora.py                                # both families, one seed
     python benchmarks/lora.py --families llama --seeds 3
 
-The task is that of `rlhf-jax quickstart`: short reviews whose true reward is known, but
-never shown to the training. For each family an SFT model and a reward model are trained
-once. From them PPO runs in full and through adapters, everything else the same but the
-learning rates, which adapters want about ten times as high. Each policy then answers
-the same held-out prompts.
+The task is that of `rlhf-jax quickstart`: short reviews whose true reward is known but
+hidden from training. For each family an SFT model and a reward model are trained once.
+PPO then trains all parameters or adapters, with the same options except the learning
+rates, which are about ten times higher for adapters. Each policy is evaluated on the
+same held-out prompts.
 
-After that both kinds of update are timed in turn, and what they keep in memory is
-counted: parameters that are trained, their gradients, their optimizer state, and frozen
-parameters, each array once.
+Then both kinds of update are timed alternately, and their memory is counted: trainable
+parameters, gradients, optimizer state and frozen parameters, each array once.
 
-In the work directory is `lora.md`, a table. Interrupted, or with more seeds, the same
-command goes on with what is there. It takes about 25 minutes on 2 cores that do nothing
-else, most of them for the SFT and reward models.
+The work directory gets `lora.md`, a table. Running the same command again, also with
+more seeds, resumes. It takes about 25 minutes on 2 otherwise idle cores, mostly for the
+SFT and reward models.
 """
 
 import argparse
@@ -56,7 +55,7 @@ SMOKE: dict[str, Any] = {"families": ["llama"], "updates": 2, "batch_size": 16}
 
 
 def cases(*, smoke: bool) -> tuple[Case, ...]:
-    """All, or to see that it runs, one of each kind."""
+    """All cases, or one of each kind for a quick test."""
     return CASES[:2] if smoke else CASES
 
 
@@ -113,7 +112,7 @@ def _means(runs: Sequence[Run]) -> dict[str, float]:
     """Of the figures over seeds.
 
     Raises:
-        ValueError: where a run diverged.
+        ValueError: a run diverged.
     """
     figures = [run.figures for run in runs if run.figures is not None]
     if len(figures) < len(runs):
@@ -124,14 +123,14 @@ def _means(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Two tables: what was learned, and what it cost."""
+    """Two tables: results and costs."""
     learned = [
         "| family | trained | true reward | reward model | KL to SFT (nats) | length |",
         "|---|---|--:|--:|--:|--:|",
     ]
     cost = [
         "| family | trained | parameters trained | + gradients + optimizer | frozen | "
-        "update (s) | answer tokens / s of update | whole step (s) |",
+        "update (s) | response tokens / s of update | step (s) |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -159,7 +158,7 @@ def _mb(size: int) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Checked flags; those not given depend on --smoke."""
+    """Validated flags; defaults depend on --smoke."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -167,10 +166,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--work-dir", type=Path, default=Path("runs/lora"), metavar="DIR")
     add("--families", nargs="+", choices=["gpt2", "llama"])
     add("--seeds", type=int, default=1, metavar="N", help="PPO seeds 0 to N − 1")
-    add("--updates", type=int, metavar="N", help="per run; default 40")
-    add("--batch-size", type=int, metavar="N", help="answers per update; default 64")
-    add("--jobs", type=int, default=2, metavar="N", help="runs at a time; default 2")
-    add("--smoke", action="store_true", help="see in a minute that all works")
+    add("--updates", type=int, metavar="N", help="updates per run; default 40")
+    add("--batch-size", type=int, metavar="N", help="responses per update; default 64")
+    add("--jobs", type=int, default=2, metavar="N", help="parallel runs; default 2")
+    add("--smoke", action="store_true", help="quick test, a minute")
     given = vars(parser.parse_args())
     sizes = SMOKE if given["smoke"] else FULL
     given |= {name: sizes[name] for name in sizes if given[name] is None}
@@ -181,9 +180,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains what is not there yet, and writes the results."""
+    """Trains missing models and runs, and writes the results."""
     arguments = parse_arguments()
-    # Several processes share a device: none may take all of its memory at the start.
+    # Several processes share a device: none may preallocate all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     quieten_libraries()
     use_compilation_cache()

@@ -1,4 +1,4 @@
-"""What an update costs: bytes that are kept, and seconds, in full and by adapters."""
+"""Memory and time of an update, on all parameters and with adapters."""
 
 import dataclasses
 import functools
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.data.tokenization import Tokenization
-from rlhf_jax.learner.train_state import TrainState, init_train_state, step_keys
-from rlhf_jax.recipes.networks import place_state
-from rlhf_jax.recipes.optimizers import make_optimizers
-from rlhf_jax.recipes.policy_models import FourModels, load_four_models
-from rlhf_jax.recipes.ppo import Programs, make_programs
+from rlhf_jax.learner.train_state import TrainState, step_keys
+from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes.networks import Networks
+from rlhf_jax.recipes.policy_models import FourModels
+from rlhf_jax.recipes.ppo import Programs
 from rlhf_jax.recipes.prompt_batches import read_prompt_data
 from rlhf_jax.run.devices import make_mesh, put_batch
 
 
 @dataclasses.dataclass
 class Update:
-    """One PPO update after the other, on the same prompts."""
+    """Successive PPO updates on the same prompts."""
 
     models: FourModels
     programs: Programs
@@ -31,15 +31,16 @@ class Update:
     state: TrainState
 
     def step(self) -> dict[str, float]:
-        """Seconds of one update and of its last part, and its answer tokens."""
+        """Seconds of one update and of its last part, and its response tokens."""
         began = time.perf_counter()
         key, _ = step_keys(self.state)
         actor = self.models.actor(self.state.params.actor)
         rollout = self.programs.sample(key, actor, self.prompts)
         scores, _ = self.programs.score(self.models.reward, rollout)
-        experience, _, _ = jax.block_until_ready(
-            self.programs.experience_of(
-                self.state, self.models.frozen, self.models.reference, scores, rollout
+        models = self.models
+        experience, *_ = jax.block_until_ready(
+            self.programs.experience(
+                self.state, models.frozen, models.reference, scores, rollout
             )
         )
         scored = time.perf_counter()
@@ -56,32 +57,23 @@ class Update:
 
 @functools.cache
 def load(config: PPOConfig) -> Update:
-    """The models of a run and its compiled programs, as `rlhf-jax ppo` has them."""
+    """The models and compiled programs of a run, as in `rlhf-jax ppo`."""
     tokenization = Tokenization.load(config.policy)
-    data = read_prompt_data(config, tokenization, stage="ppo")
+    data = read_prompt_data(config, tokenization)
     mesh = make_mesh()
-    models, params = load_four_models(
-        config, tokenization, mesh, prompt_width=data.width
-    )
-    optimizers, _ = make_optimizers(config)
-    state = init_train_state(
-        jax.random.key(config.seed), params, optimizers, kl_coef=config.kl.coef
-    )
-    state, sharding = place_state(state, mesh)
-    programs = make_programs(
+    setup = ppo.setup(
         config,
-        models,
-        optimizers,
+        Networks(config, mesh),
         stop_ids=tokenization.stop_ids(config.stop),
         pad_id=tokenization.pad_id,
-        state_sharding=sharding,
     )
     batches = data.batches(batch_size=config.batch_size, seed=config.seed)
-    return Update(models, programs, put_batch(mesh, batches[0].prompts), state)
+    prompts = put_batch(mesh, batches[0].prompts)
+    return Update(setup.models, setup.programs, prompts, setup.state)
 
 
 def bytes_of(config: PPOConfig) -> dict[str, int]:
-    """Bytes of what one update keeps; arrays that are shared count once."""
+    """Bytes kept by one update; shared arrays count once."""
     update = load(config)
     state, models = update.state, update.models
     frozen = (models.frozen, models.reference, models.reward)
@@ -102,7 +94,7 @@ def _size(tree: Any) -> int:
 def time_updates(
     configs: Mapping[str, PPOConfig], *, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Medians over updates, taken in turn after one that compiles."""
+    """Medians over alternating updates, after one that compiles."""
     steps: dict[str, Callable[[], dict[str, float]]] = {
         name: load(config).step for name, config in configs.items()
     }

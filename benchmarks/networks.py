@@ -1,4 +1,4 @@
-"""This library's networks and prompts in the sizes of a benchmark."""
+"""This library's networks and prompts for a benchmark's sizes."""
 
 import functools
 
@@ -26,7 +26,7 @@ def make_module(shape: Shape, head: Head) -> Transformer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(module: Transformer, key: Array) -> Params:
-    """Fresh parameters."""
+    """Random parameters."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, tokens, jnp.ones((1, 1), bool))["params"]
 

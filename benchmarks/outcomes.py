@@ -1,4 +1,4 @@
-"""Stationary points of methods beside the optimum of what they climb."""
+"""Stationary points of methods, compared with the optimum of their objective."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.tasks import enumerable
 from rlhf_jax.tasks.enumerable import EnumerableTask
 
-PLAIN = PPOMethod()  # every answer keeps its score
+PLAIN = PPOMethod()  # every response keeps its score
 FINED = PPOMethod(scores=ScoreOptions(missing_eos="subtract"))  # or loses 1
 CHANGES: dict[str, PPOMethod] = {
     "none": PLAIN,
@@ -24,14 +24,14 @@ CHANGES: dict[str, PPOMethod] = {
     "length-adaptive λ, α = 1": dataclasses.replace(
         PLAIN, advantages=AdvantageOptions(lam_alpha=1.0)
     ),
-    "each answer divided by its length": dataclasses.replace(
+    "each response divided by its length": dataclasses.replace(
         PLAIN, policy_loss=PolicyLossOptions(aggregation="seq-mean-token-mean")
     ),
     "γ = 0.9": dataclasses.replace(PLAIN, advantages=AdvantageOptions(gamma=0.9)),
     "token rewards whitened": dataclasses.replace(
         PLAIN, scores=ScoreOptions(whiten_rewards=True)
     ),
-    "answers without a stop masked": dataclasses.replace(
+    "responses without a stop masked": dataclasses.replace(
         PLAIN, scores=ScoreOptions(missing_eos="mask")
     ),
     "k2 in the reward": dataclasses.replace(PLAIN, kl=KLOptions(estimator="k2")),
@@ -60,7 +60,7 @@ CHANGES: dict[str, PPOMethod] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A stationary point beside the optimum of J(π) = E[r] − β · KL(π ‖ π_ref)."""
+    """A stationary point and the optimum of J(π) = E[r] − β · KL(π ‖ π_ref)."""
 
     own_share: float  # of what can be gained over the reference, by the method's own r
     share: float  # the same by the scores as they are
@@ -68,7 +68,7 @@ class Outcome:
     distance: float  # the same by the scores as they are
     score: float  # E[r], of the scores as they are
     kl: float  # nats
-    truncated: float  # share of answers without a stop token
+    truncated: float  # share of responses without a stop token
     answers: float  # how many there are in effect, the exponential of the entropy
     steps: int
 
@@ -114,7 +114,7 @@ def outcome(
 def own_scores(
     task: EnumerableTask, method: PPOMethod, end_values: np.ndarray | None = None
 ) -> np.ndarray:
-    """`[K]`: the r of which E[r] − β · KL is what the method climbs, by hand."""
+    """`[K]`: the r for which the method maximizes E[r] − β · KL, derived by hand."""
     scores, options = task.scores, method.scores
     truncated = task.responses.truncated
     if options.normalization == "reference":
@@ -126,7 +126,7 @@ def own_scores(
     if options.missing_eos == "subtract":
         scores = np.where(truncated, scores - options.missing_eos_penalty, scores)
     if options.end_value == "kept" and end_values is not None:
-        # The last token bootstraps from an end that is never trained; an answer that
+        # The last token bootstraps from an end that is never trained; a response that
         # fills all T columns has no such state.
         lam = method.advantages.lam
         mixed = lam * scores + (1 - lam) * end_values
@@ -135,7 +135,7 @@ def own_scores(
 
 
 def changed_outcome(task: EnumerableTask, method: PPOMethod, *, beta: float) -> Outcome:
-    """With small steps where an estimate grows steeply."""
+    """Uses small steps where an estimate grows steeply."""
     steep = method.kl.estimator == "k3" or method.kl == KLOptions(estimator="k2")
     rate = 0.1 if steep else 0.5
     return outcome(task, method, beta=beta, rate=rate)

@@ -1,8 +1,8 @@
-"""The other side of a comparison: its environment, its process, and taking turns.
+"""The other side of a comparison: its environment, process and turns.
 
-A peer (TRL, `transformers`) needs PyTorch, so it runs under an interpreter of its own.
-The benchmark is the parent and alternates with it: while one side works the other
-waits on a pipe, using no processor. Standard library only: both sides import this.
+A peer (TRL, `transformers`) needs PyTorch, so it has its own interpreter. The benchmark
+is the parent and alternates with it: while one side works, the other waits on a pipe
+without using CPU. Standard library only: both sides import this.
 """
 
 import argparse
@@ -20,13 +20,13 @@ _HERE = Path(__file__).resolve().parent
 
 
 def add_python_argument(parser: argparse.ArgumentParser) -> None:
-    """`--trl-python PATH`, an interpreter that has `REQUIREMENTS` already."""
+    """`--trl-python PATH`, an interpreter that has `REQUIREMENTS` installed."""
     parser.add_argument(
         "--trl-python",
         type=_existing_file,
         metavar="PATH",
         help=f"interpreter with {' and '.join(REQUIREMENTS)}; default: that of "
-        ".venv-trl in the repository, made if absent",
+        ".venv-trl in the repository, created if missing",
     )
 
 
@@ -38,12 +38,12 @@ def _existing_file(text: str) -> Path:
 
 
 def make_environment() -> Path:
-    """The interpreter of `.venv-trl`, which is made first where there is none."""
+    """The interpreter of `.venv-trl`, created if missing."""
     environment = _HERE.parent / ".venv-trl"
     python = environment / "bin" / "python"
     complete = environment / "complete"
     if not complete.is_file():
-        print(f"making {environment} with {' '.join(REQUIREMENTS)}", file=sys.stderr)
+        print(f"creating {environment} with {' '.join(REQUIREMENTS)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         install = [python, "-m", "pip", "install", "--quiet", *REQUIREMENTS]
         subprocess.run(install, check=True, stdout=sys.stderr)
@@ -52,7 +52,7 @@ def make_environment() -> Path:
 
 
 class Peer:
-    """A peer's process, as its parent sees it: `hello`, then a reply to every turn."""
+    """A peer's process, seen by the parent: `hello`, then a reply per turn."""
 
     def __init__(self, python: Path, script: str, settings: dict[str, Any]):
         """Starts `script`, a file beside this one, with settings as its argument."""
@@ -82,7 +82,7 @@ class Peer:
         self._log.close()
 
     def hello(self) -> dict[str, Any]:
-        """What the peer says of itself once it is ready."""
+        """The peer's description of itself once it is ready."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -93,7 +93,7 @@ class Peer:
         return json.loads(line)
 
     def take_turn(self) -> dict[str, Any]:
-        """Lets the peer do one unit of its work, and waits for its report."""
+        """Lets the peer do one unit of work, and waits for its report."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -101,10 +101,10 @@ class Peer:
 
 
 class Turns:
-    """The same pipe, as the peer sees it."""
+    """The same pipe, seen by the peer."""
 
     def __init__(self):
-        """Keeps standard output for reports: all that is printed goes to stderr."""
+        """Reserves stdout for reports; prints go to stderr."""
         self._reports = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

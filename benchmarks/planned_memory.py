@@ -1,12 +1,12 @@
-"""What `rlhf-jax inspect` says a stage takes, beside what it took.
+"""The memory planned by `rlhf-jax inspect`, compared with measured memory.
 
     python benchmarks/planned_memory.py
     python benchmarks/planned_memory.py --layers 12 --batch 32 --remat
 
-A random GPT-2 is saved; its stages are planned from its `config.json`, and then a few
-steps of `sft` and of `ppo` run, with the recipes' own programs. On CPU the measure is
-the anonymous memory of the process above what it was, after compiling, before any
-array was there; on an accelerator it is the device's own peak.
+A random GPT-2 is saved; its stages are planned from its `config.json`, then a few steps
+of `sft` and `ppo` run with the recipes' programs. On CPU, memory is the growth of the
+process's anonymous memory, starting after compilation and before any array is
+allocated; on an accelerator, it is the device's peak.
 """
 
 import argparse
@@ -25,20 +25,17 @@ from rlhf_jax.algo.types import Demonstrations, Prompts
 from rlhf_jax.config.inspection import InspectConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.supervised import SFTConfig
-from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.imitation import count_targets, imitation_objective
 from rlhf_jax.learner.supervised_step import make_supervised_step
-from rlhf_jax.learner.train_state import init_model_state, init_train_state
+from rlhf_jax.learner.train_state import init_model_state, step_keys
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.callables import policy
 from rlhf_jax.models.config import gpt2_config
 from rlhf_jax.models.tiny import byte_tokenizer
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.recipes.networks import Networks, place_state
-from rlhf_jax.recipes.optimizers import make_optimizers, optimizer_of
-from rlhf_jax.recipes.policy_models import load_four_models
-from rlhf_jax.recipes.ppo import make_programs, ppo_step
-from rlhf_jax.recipes.scorer import Rewards
+from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes.networks import Networks
+from rlhf_jax.recipes.optimizers import optimizer_of
 from rlhf_jax.run.devices import make_mesh, put_batch
 from rlhf_jax.tools.memory_plan import StageMemory, stage_memory
 
@@ -63,7 +60,7 @@ def save_model(directory: Path, layers: int, width: int, vocab_size: int) -> Any
 
 
 def sft_steps(config: SFTConfig) -> Callable[[], None]:
-    """A few steps of stage 1, each call from the files on."""
+    """A few steps of stage 1; each call starts from the files."""
     mesh = make_mesh()
     assert config.model is not None
     path = config.model
@@ -80,9 +77,10 @@ def sft_steps(config: SFTConfig) -> Callable[[], None]:
     )
 
     def run() -> None:
-        _, params = Networks(config, mesh).trained(path, "lm")
+        networks = Networks(config, mesh)
+        _, params = networks.trained(path, "lm")
         state = init_model_state(jax.random.key(0), params, optimizer)
-        state, _ = place_state(state, mesh)
+        state, _ = networks.place(state)
         del params
         for _ in range(STEPS):
             state, metrics = step(state, put_batch(mesh, batch))
@@ -92,42 +90,36 @@ def sft_steps(config: SFTConfig) -> Callable[[], None]:
 
 
 def ppo_steps(config: PPOConfig) -> Callable[[], None]:
-    """A few updates of stage 3, each call from the files on."""
-    mesh, tokenization = make_mesh(), Tokenization.load(config.policy)
-    optimizers, _ = make_optimizers(config)
-    programs = []
+    """A few updates of stage 3; each call starts from the files."""
+    mesh, programs = make_mesh(), []
 
     def run() -> None:
-        models, params = load_four_models(
-            config, tokenization, mesh, prompt_width=config.max_prompt_tokens
-        )
-        state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.1)
-        state, sharding = place_state(state, mesh)
-        del params
+        setup = ppo.setup(config, Networks(config, mesh), stop_ids=(), pad_id=0)
         if not programs:
-            rest: dict[str, Any] = {"stop_ids": (), "pad_id": 0}
-            rest["state_sharding"] = sharding
-            programs.append(make_programs(config, models, optimizers, **rest))
+            programs.append(setup.programs)
+        state, models = setup.state, setup.models
+        del setup
         prompts = Prompts(
             tokens=jnp.ones((config.batch_size, config.max_prompt_tokens), jnp.int32),
             lengths=jnp.full(config.batch_size, config.max_prompt_tokens, jnp.int32),
         )
-
-        def reward_of(rollout: Any) -> Rewards:
-            scores, _ = programs[0].score(models.reward, rollout)
-            return Rewards(scores=scores, metrics={})
-
         for _ in range(STEPS):
-            state, carried, _ = ppo_step(
-                state, put_batch(mesh, prompts), models, programs[0], reward_of
+            key, _ = step_keys(state)
+            actor = models.actor(state.params.actor)
+            rollout = programs[0].sample(key, actor, put_batch(mesh, prompts))
+            del actor
+            scores, _ = programs[0].score(models.reward, rollout)
+            experience, *_ = programs[0].experience(
+                state, models.frozen, models.reference, scores, rollout
             )
-            state = dataclasses.replace(state, **carried)
+            state, _ = programs[0].update(state, experience, models.frozen)
+            jax.block_until_ready(state)
 
     return run
 
 
 def measured(run: Callable[[], None]) -> int:
-    """Bytes that the second of two calls took at its peak; the first compiles."""
+    """Peak bytes of the second of two calls; the first compiles."""
     run()
     give_back()
     if jax.default_backend() != "cpu":
@@ -140,9 +132,8 @@ def measured(run: Callable[[], None]) -> int:
 
 
 def planned(stage: str, config: InspectConfig, shape: Any) -> StageMemory:
-    """As the command works it out."""
+    """The command's plan."""
     return stage_memory(
-        stage,
         config.of_stage(stage),  # pyright: ignore[reportArgumentType]
         shape,
         make_mesh(),

@@ -1,14 +1,14 @@
-"""One whole PPO update, beside TRL 1.12's `PPOTrainer` on the same machine.
+"""A complete PPO update, compared with TRL 1.12's `PPOTrainer` on the same machine.
 
-    python benchmarks/ppo_update.py            # makes .venv-trl for TRL at first
-    python benchmarks/ppo_update.py --no-trl   # this library alone
+    python benchmarks/ppo_update.py            # first creates .venv-trl for TRL
+    python benchmarks/ppo_update.py --no-trl   # only this library
 
 An update is a rollout, its scoring by four separate models (actor, critic, reference,
-reward), and epochs × minibatches optimizer steps. No stop token: every answer is as
-long as the limit, on both sides, and both sides' optimizer steps are counted. The two
-take turns, one update each. Compilation is left out of the times and reported apart.
+reward model), and epochs × minibatches optimizer steps. There is no stop token: every
+response has the maximum length on both sides, and both sides' optimizer steps are
+counted. The two alternate, one update each. Compilation is reported separately.
 
-Left out on both sides: evaluation, logging, checkpoints.
+Excluded on both sides: evaluation, logging, checkpoints.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Report = dict[str, Any]
 
 
 def run_jax_alone(shape: Shape, updates: int) -> Report:
-    """This library: a warm-up that compiles, then `updates` more."""
+    """This library: a warm-up that compiles, then `updates` updates."""
     return _run(shape, updates, trl=None)[0]
 
 
@@ -66,7 +66,7 @@ def _run(shape: Shape, updates: int, trl: Peer | None) -> tuple[Report, Report]:
 
 
 def summarize(reports: list[Report], shape: Shape, *, side: str) -> Report:
-    """Medians over updates. The first one warms up and stands apart.
+    """Medians over updates; the first one is a warm-up.
 
     Raises:
         RuntimeError: an update did not do the work it was timed for.
@@ -97,7 +97,7 @@ def summarize(reports: list[Report], shape: Shape, *, side: str) -> Report:
 
 
 def print_table(ours: Report, trl: Report | None) -> None:
-    """A line per number, a column per side."""
+    """A line per metric, a column per side."""
     rows = [
         ("update, median", "update_s", "{:.3f} s"),
         ("update, fastest", "update_min_s", "{:.3f} s"),
@@ -136,10 +136,10 @@ def parse_arguments() -> tuple[argparse.Namespace, Shape]:
     )
     add_shape_arguments(parser, Shape())
     parser.add_argument("--updates", type=int, help="timed ones; default 7, smoke 2")
-    parser.add_argument("--no-trl", action="store_true", help="this library alone")
+    parser.add_argument("--no-trl", action="store_true", help="only this library")
     add_python_argument(parser)
     parser.add_argument(
-        "--smoke", action="store_true", help="a tiny shape, to see that it runs"
+        "--smoke", action="store_true", help="quick test with a tiny shape"
     )
     arguments = parser.parse_args()
     if arguments.updates is None:
@@ -153,7 +153,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Shape]:
 def main() -> None:
     """Runs one side or both; prints a table, the ratio and a line of JSON."""
     arguments, shape = parse_arguments()
-    # Read when JAX first touches a GPU: leaves room there for the other side.
+    # Read when JAX first uses a GPU: leaves memory for the other side.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     python = None
     if not arguments.no_trl:

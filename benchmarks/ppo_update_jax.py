@@ -1,4 +1,4 @@
-"""This library's side of `ppo_update.py`: one update per turn."""
+"""This library in `ppo_update.py`: one update per turn."""
 
 import time
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""TRL's side of `ppo_update.py`: its own trainer and loop, one update per turn.
+"""TRL in `ppo_update.py`: its own trainer and loop, one update per turn.
 
-Run by the peers' interpreter, not by hand. Pauses between updates, where the trainer
-calls `on_step_end`; a turn lasts from there to the next one and so holds all the
-trainer does for an update, but no logging, checkpoint or sample table.
+Run by the peers' interpreter, not manually. Pauses between updates, where the trainer
+calls `on_step_end`; a turn lasts until the next such call, so it includes everything
+the trainer does for an update, without logging, checkpoints or sample tables.
 """
 
 # pyright: reportMissingImports=false
@@ -108,7 +108,8 @@ def make_models(shape: Shape) -> tuple[transformers.PreTrainedModel, ...]:
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """The trainer wants one; pad and EOS lie outside the vocabulary it samples from.
 
-    TRL finds padding by its id. One that the policy could draw would cut answers short.
+    TRL finds padding by its id. One that the policy can sample would cut responses
+    short.
     """
     ids = {str(i): i for i in range(vocab_size)}
     ids |= {"[PAD]": vocab_size, "[EOS]": vocab_size + 1}

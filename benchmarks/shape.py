@@ -1,6 +1,6 @@
-"""What both sides of a comparison must agree on: model, batch and recipe.
+"""Model, batch and recipe shared by both sides of a comparison.
 
-Standard library only: the peers' interpreters import this too.
+Standard library only: the peers' interpreters also import this.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Shape:
 
 
 SMOKE = Shape(vocab_size=64, width=32, layers=1, heads=2, batch=8, prompt=8, response=8)
-"""Compiles and runs in seconds; its times mean nothing."""
+"""Compiles and runs in seconds; its times are meaningless."""
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser, default: Shape) -> None:
@@ -68,7 +68,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser, default: Shape) -> None
 def given_shape(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, default: Shape
 ) -> Shape:
-    """The default shape with what the flags put in its place."""
+    """The default shape with the flags' changes."""
     flags = vars(arguments)
     names = [field.name for field in dataclasses.fields(Shape)]
     given = {name: flags[name] for name in names if flags[name] is not None}

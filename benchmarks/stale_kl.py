@@ -1,7 +1,7 @@
-"""The KL in the loss after the policy has moved, summed over every answer there is.
+"""The KL in the loss after the policy has moved, summed over all responses.
 
-Tokens were drawn from π_old. What the term should have is the gradient of π's own KL,
-in the states that π_old visits.
+Tokens are sampled from π_old. The term should have the gradient of π's KL in the states
+that π_old visits.
 """
 
 from functools import partial
@@ -18,10 +18,10 @@ from rlhf_jax.tasks import enumerable
 
 
 class Moved:
-    """A random task, the policy that answered, and where it has moved to."""
+    """A random task, the behavior policy, and the policy after moving."""
 
     def __init__(self, seed: int, distance: float):
-        """Everything follows from the seed; `distance` is that of the two in logits."""
+        """Everything is determined by the seed; `distance` is between their logits."""
         self.task = enumerable.random_task(seed)
         rng = np.random.default_rng(seed)
         noise = rng.normal(size=(3, *self.task.ref_logits.shape))

@@ -1,14 +1,14 @@
-"""Where a method stops: the policy at which its expected update is zero.
+"""Stationary points of methods: policies whose expected update is zero.
 
 A policy is a table of logits over the prefixes of a small language, a critic a table of
-values. One batch holds every response with its probability for a weight, which is what
-a batch tends to as it grows. Each round gives the critic the fixed point of the
-method's own value targets, then moves the policy along the expected gradient of the
-method's own loss at ratio 1, until that gradient is gone.
+values. One batch contains every response, weighted by its probability: the limit of a
+large batch. Each round sets the critic to the fixed point of the method's value
+targets, then moves the policy along the expected gradient of the method's loss at ratio
+1, until that gradient vanishes.
 
-Scores become advantages in the library's `make_experience`, advantages a loss in its
-`actor_loss`. Only whitening is done here: its statistics have to be weighted by
-probability, and the library counts every row once.
+The library computes advantages (`make_experience`) and losses (`actor_loss`). Only
+whitening is done here: its statistics must be weighted by probability, and the library
+weights every row equally.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ TOLERANCE = 1e-6  # of the norm of the gradient, over that at the reference
 
 
 def essentials(method: PPOMethod) -> PPOMethod:
-    """Only what acts on an expected update at ratio 1; what is left out is default.
+    """Options that affect an expected update at ratio 1; others are at their defaults.
 
     What scores become before any reward is `method_scores`; of a batch without end
     every part is like the whole, and ddof is nothing.
@@ -69,12 +69,12 @@ def essentials(method: PPOMethod) -> PPOMethod:
 
 
 def method_scores(language: Language, method: PPOMethod) -> Array:
-    """`[K]`: what the method makes of the scores, before its KL."""
+    """`[K]`: the method's scores after normalization and penalties, before its KL."""
     scored = scored_rollout(
         language, language.ref_logits, jnp.zeros(language.num_critic_states)
     )
     moments = None
-    if method.scores.normalization != "none":  # by the reference's answers, all of them
+    if method.scores.normalization != "none":  # over all of the reference's responses
         probs = language.probs(language.ref_logits)
         mean = probs @ language.scores
         squares = probs @ jnp.square(language.scores - mean)
@@ -129,7 +129,7 @@ def experience_of(
 
 
 def weighted_moments(x: Array, weights: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation, as `masked_whiten` has them of equal weights."""
+    """Weighted mean and standard deviation, as in `masked_whiten` for equal weights."""
     total = jnp.sum(weights)
     mean = jnp.sum(jnp.where(weights > 0, x * weights, 0.0)) / total
     squares = jnp.where(weights > 0, jnp.square(x - mean) * weights, 0.0)
@@ -143,7 +143,7 @@ def fixed_point_critic(
     method: PPOMethod,
     beta: float,
 ) -> Array:
-    """`[N + K]`: the critic that is the mean of its own targets, in every state.
+    """`[N + K]`: the critic that equals the mean of its targets in every state.
 
     States that the method does not train keep their value.
     """
@@ -205,7 +205,7 @@ def expected_step(
             ),
             aggregation=method.policy_loss.aggregation,
             num_tokens=jnp.sum(weights),
-            num_sequences=1.0,  # the weights add up to one answer
+            num_sequences=1.0,  # the weights add up to one response
         )[0]
 
     per_token = -deviation * jax.grad(loss)(language.logprobs(logits))
@@ -226,7 +226,7 @@ def expected_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StationaryPoint:
-    """Where the expected updates of a method led."""
+    """Result of following a method's expected updates."""
 
     probs: np.ndarray  # [K] float64, of the task's responses, read through the stop
     gradient: float  # norm of the expected gradient, over that at the reference
@@ -273,16 +273,16 @@ def stationary_point(
     rate: float = 1.0,
     max_steps: int = 2000,
 ) -> StationaryPoint:
-    """Follows the expected update from the reference until it is gone.
+    """Follows the expected update from the reference until it vanishes.
 
     Args:
         task: the language, its reference and scores.
-        method: only what acts on an expected update at ratio 1 plays a part.
-        beta: in place of the method's own.
-        end_values: `[K]`, where the critic starts in the states after the last token;
-            the scores by default, as of a critic that comes from the reward model.
-        rate: of the natural gradient, in units of reward.
-        max_steps: give up after these.
+        method: only options that affect an expected update at ratio 1 matter.
+        beta: replaces the method's β.
+        end_values: `[K]`, initial values in the states after the last token; default:
+            the scores, as for a critic initialized from the reward model.
+        rate: step size of the natural gradient, in units of reward.
+        max_steps: maximum number of steps.
     """
     language = language_of(task, method)
     language = dataclasses.replace(language, scores=method_scores(language, method))

@@ -1,8 +1,8 @@
-"""How every benchmark here measures, and what it says of the machine.
+"""Timing and machine description for all benchmarks.
 
-Compilation is counted and reported apart; results are waited for; alternatives are
-timed in turn, so that a slow moment of the machine falls on all of them; the last line
-of standard output is JSON.
+Compilation is reported separately; results are waited for; alternatives are timed
+alternately, so that slow periods affect all of them; the last line of standard output
+is JSON.
 """
 
 import json
@@ -30,7 +30,7 @@ _COMPILE_EVENTS = (
 
 
 class Compilations:
-    """Counts programs compiled since it was made, and the seconds that took."""
+    """Counts programs compiled since its creation, and their compile time."""
 
     def __init__(self):
         self.count = 0
@@ -44,7 +44,7 @@ class Compilations:
 
 
 def timed(call: Callable[[], _T]) -> tuple[float, _T]:
-    """Seconds of one call until its arrays are computed, and what it returned."""
+    """Seconds of one call until its arrays are computed, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
@@ -53,13 +53,13 @@ def timed(call: Callable[[], _T]) -> tuple[float, _T]:
 def alternate(
     calls: Mapping[str, Callable[[], Any]], *, budget: float, max_rounds: int = 200
 ) -> dict[str, list[float]]:
-    """Times calls in turn, each once per round, after one round that is thrown away.
+    """Times calls alternately, each once per round, after one discarded round.
 
     Args:
-        calls: by name. Slow ones should come with faster ones of their kind: every
-            call runs in every round.
-        budget: seconds after which no new round begins; three rounds run regardless.
-        max_rounds: most rounds.
+        calls: calls by name. Every call runs in every round, so group calls of similar
+            duration.
+        budget: seconds after which no new round starts; three rounds run regardless.
+        max_rounds: maximum number of rounds.
 
     Returns:
         Seconds of each call, by name.
@@ -86,13 +86,13 @@ def summary(samples: list[float]) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process has held at once."""
+    """Peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_peak_bytes() -> int | None:
-    """Most accelerator memory held at once, or None where the device does not say."""
+    """Peak accelerator memory, or None if the device does not report it."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
 
@@ -115,14 +115,14 @@ def machine() -> dict[str, Any]:
 
 
 def print_machine(found: dict[str, Any]) -> None:
-    """`machine()` for people, and a warning when it has other work to do."""
+    """`machine()` in readable form, with a warning if the machine is busy."""
     versions = " ".join(f"{k} {v}" for k, v in found["versions"].items())
     print(f"{found['device']} · {found['processor']}, {found['cores']} cores")
     print(f"python {found['python']} {versions} · commit {found['commit']}")
     if found["load_average"] > 0.5 * found["cores"]:
         print(
-            f"WARNING: load average {found['load_average']:.1f}: something else is "
-            "running, and PyTorch\nsuffers more from that than XLA. Do not quote times."
+            f"WARNING: load average {found['load_average']:.1f}: other processes are "
+            "running, which slows\nPyTorch more than XLA. Do not quote these times."
         )
 
 

@@ -1,6 +1,6 @@
-"""The peers' networks in the sizes of a benchmark.
+"""The peers' networks for a benchmark's sizes.
 
-Imported by their interpreter only.
+Imported only by their interpreter.
 """
 
 # pyright: reportMissingImports=false
@@ -11,7 +11,7 @@ from shape import Shape
 
 
 def make_config(shape: Shape) -> transformers.PretrainedConfig:
-    """Without special tokens: nothing ends an answer before the limit."""
+    """Without special tokens: responses always reach the limit."""
     positions = shape.prompt + shape.response
     common = {
         "vocab_size": shape.vocab_size,

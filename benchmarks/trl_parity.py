@@ -1,14 +1,13 @@
-"""PPO updates of TRL 1.12's `PPOTrainer`, number by number beside this library's.
+"""Compares PPO updates with those of TRL 1.12's `PPOTrainer`, quantity by quantity.
 
-    python benchmarks/trl_parity.py                # makes .venv-trl for TRL at first
+    python benchmarks/trl_parity.py                # first creates .venv-trl for TRL
     python benchmarks/trl_parity.py --case llama   # one of the cases
 
-TRL draws four models, prompts of unequal lengths and, with its policy, the answers,
-some of which stop early. It then trains with its own loop. This library reads the same
-model directories, the same prompts, answers and order of minibatches, and computes
-everything else itself: one row of the table per quantity, from scores to the weights
-that the last update leaves. Exit code 1 if a row is further off than its tolerance.
-Both sides run on the CPU, in float32.
+TRL initializes four models and prompts of unequal lengths, and samples responses, some
+of which stop early. It then trains with its own loop. This library reads the same model
+directories, prompts, responses and order of minibatches, and computes everything else:
+one row of the table per quantity, from scores to the weights after the last update.
+Exit code 1 if a row exceeds its tolerance. Both sides run on the CPU, in float32.
 """
 
 import argparse
@@ -81,7 +80,7 @@ METHOD = dataclasses.replace(
         eps=1e-5,
     ),
 )
-"""The preset that claims to be TRL, changed where its defaults would hide something."""
+"""The `trl` preset, changed where its defaults would hide differences."""
 
 # Rounding of float32, 1.2e-7, grown by a few dozen sums and products: the networks,
 # and what follows from them, with the weights that were loaded. Measured below 1e-6.
@@ -98,7 +97,7 @@ WEIGHTS = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """How far one quantity of the two sides is apart."""
+    """Difference of one quantity between the two sides."""
 
     name: str
     shape: tuple[int, ...]
@@ -113,7 +112,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """False for NaN, and where all is 0, which would show nothing."""
+        """False for NaN, and if all values are 0, which would test nothing."""
         return self.relative <= self.tolerance
 
 
@@ -164,7 +163,7 @@ def tolerances(update: int) -> dict[str, float]:
 
 
 def trl_numbers(found: Numbers, *, microbatch: int) -> dict[str, np.ndarray]:
-    """What TRL computed, by the names of the table, 0 where an answer has ended.
+    """TRL's quantities, by the names of the table, 0 after the end of a response.
 
     Args:
         found: local variables of its `train()`, by its names.
@@ -200,7 +199,7 @@ def trl_numbers(found: Numbers, *, microbatch: int) -> dict[str, np.ndarray]:
 
 
 def make_settings(case: Case, updates: int, directory: Path) -> dict[str, Any]:
-    """What both sides are told."""
+    """Settings of both sides."""
     shape = dataclasses.replace(SHAPE, family=case.family, minibatches=case.minibatches)
     # More than are used: on the last batch of its data TRL does not accumulate.
     num_prompts = shape.batch * (updates + 2)
@@ -231,7 +230,7 @@ def make_settings(case: Case, updates: int, directory: Path) -> dict[str, Any]:
 def record_trl(
     case: Case, updates: int, python: Path, directory: Path
 ) -> dict[str, Any]:
-    """Has TRL write its models and numbers into a directory; returns the settings."""
+    """Makes TRL write its models and quantities to a directory; returns settings."""
     settings = make_settings(case, updates, directory)
     with Peer(python, "trl_parity_trl.py", settings) as trl:
         trl.hello()
@@ -243,7 +242,7 @@ def record_trl(
 def compare_case(
     settings: dict[str, Any], updates: int, method: PPOMethod = METHOD
 ) -> list[list[Row]]:
-    """Takes this library's updates on what TRL has sampled; the rows of each."""
+    """This library's updates on TRL's samples; the rows of each."""
     directory = Path(settings["directory"])
     microbatch = settings["trainer"]["per_device_train_batch_size"]
     ours = JaxSide(settings, method)
@@ -290,7 +289,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs the cases, prints their tables, and exits with the verdict."""
+    """Runs the cases, prints their tables, and exits with 1 on differences."""
     arguments = parse_arguments()
     jax.config.update("jax_platforms", "cpu")
     python = arguments.trl_python or make_environment()

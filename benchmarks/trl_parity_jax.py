@@ -1,4 +1,4 @@
-"""This library's side of `trl_parity.py`: the same updates from the same samples."""
+"""This library in `trl_parity.py`: the same updates from the same samples."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +99,7 @@ class JaxSide:
         )
 
     def take_turn(self, recorded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """An update on what TRL sampled, in its order, by the names of the table.
+        """An update on TRL's samples, in its order, by the names of the table.
 
         Args:
             recorded: `queries` [B, P], `responses` [B, T] and `steps`, the rows of each
@@ -202,7 +202,7 @@ class JaxSide:
 def make_staircase_optimizer(
     settings: dict[str, Any], config: OptimizerConfig
 ) -> optax.GradientTransformation:
-    """AdamW at a learning rate that changes between updates only, as TRL's does."""
+    """AdamW with a learning rate that changes only between updates, as in TRL."""
     schedule = make_schedule(
         config.schedule,
         learning_rate=config.learning_rate,
@@ -221,12 +221,12 @@ def make_staircase_optimizer(
 
 
 def flat(params: Params) -> np.ndarray:
-    """All weights of a model in one vector; a copy, for updates donate buffers."""
+    """All weights of a model in one vector, copied because updates donate buffers."""
     return np.concatenate([np.array(leaf).ravel() for leaf in jax.tree.leaves(params)])
 
 
 def change_of_weights(directory: Path, model: str, update: int) -> np.ndarray:
-    """What an update of TRL's did to all weights of `"actor"` or `"critic"`."""
+    """The change of all weights of `"actor"` or `"critic"` by an update of TRL."""
     before, after = (
         flat(load_pretrained(directory / f"{model}-{n}", head=HEADS[model])[1])
         for n in (update - 1, update)

@@ -1,8 +1,8 @@
-"""TRL's side of `trl_parity.py`: its own trainer and loop, with all it computed.
+"""TRL in `trl_parity.py`: its own trainer and loop, with all computed quantities.
 
-Run by the peers' interpreter, not by hand. Nothing of the trainer is replaced: its
-numbers are the local variables of its `train()`, read where it calls back at the end
-of an update. Models before and after are saved as Hugging Face directories.
+Run by the peers' interpreter, not manually. The trainer is unmodified: the quantities
+are local variables of its `train()`, read in its callback at the end of an update.
+Models before and after are saved as Hugging Face directories.
 """
 
 # pyright: reportMissingImports=false
@@ -64,7 +64,7 @@ def train_locals() -> dict[str, Any]:
 
 
 class Record(TrainerCallback):
-    """Waits for its turn before every update and writes down what it computed."""
+    """Waits for its turn before every update and records what it computed."""
 
     def __init__(self, turns: Turns, directory: Path):
         self.turns = turns
@@ -110,7 +110,7 @@ class Record(TrainerCallback):
 
 
 def make_models(shape: Shape, directory: Path) -> dict[str, Any]:
-    """Four networks with weights of their own, saved as `actor-0` and so on."""
+    """Four networks with different weights, saved as `actor-0` and so on."""
     config = make_config(shape)
     language = transformers.AutoModelForCausalLM
     scorer = transformers.AutoModelForSequenceClassification
@@ -138,8 +138,8 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The trainer wants one, for its stop token and its padding.
 
-    TRL finds padding by its id, and an answer ends where the policy draws that id. So
-    it is one outside the vocabulary.
+    TRL finds padding by its id, and a response ends where the policy samples that id.
+    So it is outside the vocabulary.
     """
     ids = {str(i): i for i in range(vocab_size)} | {"[PAD]": pad_id}
     return PreTrainedTokenizerFast(

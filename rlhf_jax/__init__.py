@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback with PPO, as pure JAX functions.
 
-What is exported here takes arrays and returns arrays; shapes and conventions are in
-`rlhf_jax.algo.types`. Importing it loads jax and chex only.
+The exported functions take and return arrays; shapes and conventions are in
+`rlhf_jax.algo.types`. Importing loads only jax and chex.
 """
 
 from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns, td_errors

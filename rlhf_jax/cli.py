@@ -1,7 +1,8 @@
-"""The command `rlhf-jax`: flags and files to a configuration, and that to a run."""
+"""The command `rlhf-jax`: parses flags and files, and runs the command."""
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import sys
@@ -20,7 +21,7 @@ from rlhf_jax.config.grpo import GRPOConfig, GRPOMethod
 from rlhf_jax.config.grpo_presets import GRPO_PRESETS
 from rlhf_jax.config.inspection import InspectConfig, ShowDataConfig
 from rlhf_jax.config.ppo import PPOConfig, PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.config.run import load_yaml, to_dict
 from rlhf_jax.config.supervised import RewardConfig, SFTConfig
 from rlhf_jax.config.tools import (
@@ -33,167 +34,135 @@ from rlhf_jax.config.tools import (
 )
 from rlhf_jax.tools.preset_table import find_preset
 
-USAGE = """\
-usage: rlhf-jax COMMAND [options]
 
-Reinforcement learning from human feedback, from a Hugging Face directory to a Hugging
-Face directory.
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: its options, a one-line summary, and the function that runs it.
 
-to see it work, from nothing, in minutes:
-  quickstart        all three stages on short reviews
-  arithmetic        verifiable rewards: imitation, then GRPO or PPO on problems
-  overoptimization  what pressing a reward model too hard does: a figure
+    The module is imported when the command runs, so that `--help` is fast.
+    """
 
-stages, in the order in which they are used:
-  sft               stage 1: a language model learns to imitate texts or answers
-  annotate write    answers of a model, in a file in which people rank or rate them
-  annotate read     such files, filled in, as judgements for a reward model
-  reward            stage 2: a reward model learns from human preferences
-  ppo               stage 3: the language model learns to be rewarded, by a critic
-  grpo              stage 3 without a critic: answers to a prompt against each other
+    config: type
+    summary: str
+    module: str
+    function: str = "run"
 
-tools:
-  inspect           what a model is, and the memory that training it would take
-  show-data         tokens of a data set, those that a stage learns in colour
-  generate          answers of a model to prompts
-  evaluate          held-out figures of a language model, a policy or a reward model
-  merge             an adapter and its base model as one model
-  presets           how known methods set the options of ppo and grpo
-
-`rlhf-jax COMMAND --help` explains every option. Options can also come from a YAML file:
-`rlhf-jax ppo --config ppo.yaml --updates 200`; flags override the file.
-"""
+    def run(self, config: Any) -> None:
+        """Runs the command."""
+        module = importlib.import_module(f"rlhf_jax.{self.module}")
+        getattr(module, self.function)(config)
 
 
-def sft(config: SFTConfig) -> None:
-    """Runs stage 1."""
-    from rlhf_jax.recipes import sft as recipe
-
-    recipe.run(config)
-
-
-def reward(config: RewardConfig) -> None:
-    """Runs stage 2."""
-    from rlhf_jax.recipes import reward_model as recipe
-
-    recipe.run(config)
-
-
-def ppo(config: PPOConfig) -> None:
-    """Runs stage 3."""
-    from rlhf_jax.recipes import ppo as recipe
-
-    recipe.run(config)
-
-
-def grpo(config: GRPOConfig) -> None:
-    """Runs stage 3 without a critic."""
-    from rlhf_jax.recipes import grpo as recipe
-
-    recipe.run(config)
-
-
-def generate(config: GenerateConfig) -> None:
-    """Prints answers."""
-    from rlhf_jax.tools import generate as recipe
-
-    recipe.run(config)
-
-
-def annotate_write(config: AnnotateWriteConfig) -> None:
-    """Writes a file to fill in."""
-    from rlhf_jax.tools import annotate as recipe
-
-    recipe.write(config)
-
-
-def annotate_read(config: AnnotateReadConfig) -> None:
-    """Reads files that were filled in."""
-    from rlhf_jax.tools import annotate as recipe
-
-    recipe.read(config)
-
-
-def show_data(config: ShowDataConfig) -> None:
-    """Prints tokens."""
-    from rlhf_jax.tools import show_data as recipe
-
-    recipe.run(config)
-
-
-def evaluate(config: EvaluateConfig) -> None:
-    """Prints figures."""
-    from rlhf_jax.tools import evaluate as recipe
-
-    recipe.run(config)
-
-
-def inspect_model(config: InspectConfig) -> None:
-    """Prints what a model is and needs."""
-    from rlhf_jax.tools import inspect_model as recipe
-
-    recipe.run(config)
-
-
-def merge(config: MergeConfig) -> None:
-    """Writes a model with an adapter in it."""
-    from rlhf_jax.tools import merge as recipe
-
-    recipe.run(config)
-
-
-def presets(config: PresetsConfig) -> None:
-    """Prints presets."""
-    from rlhf_jax.tools import preset_table as recipe
-
-    recipe.run(config)
-
-
-def quickstart(config: QuickstartConfig) -> None:
-    """Runs everything on the embedded task."""
-    from rlhf_jax.demos import quickstart as recipe
-
-    recipe.run(config)
-
-
-def arithmetic(config: ArithmeticConfig) -> None:
-    """Runs imitation and reinforcement learning on problems with right answers."""
-    from rlhf_jax.demos import arithmetic as recipe
-
-    recipe.run(config)
-
-
-def overoptimization(config: OveroptimizationConfig) -> None:
-    """Draws proxy and true reward over √KL."""
-    from rlhf_jax.demos.overoptimization import command as recipe
-
-    recipe.run(config)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "quickstart": (QuickstartConfig, quickstart),
-    "arithmetic": (ArithmeticConfig, arithmetic),
-    "sft": (SFTConfig, sft),
-    "annotate write": (AnnotateWriteConfig, annotate_write),
-    "annotate read": (AnnotateReadConfig, annotate_read),
-    "reward": (RewardConfig, reward),
-    "ppo": (PPOConfig, ppo),
-    "grpo": (GRPOConfig, grpo),
-    "inspect": (InspectConfig, inspect_model),
-    "merge": (MergeConfig, merge),
-    "presets": (PresetsConfig, presets),
-    "show-data": (ShowDataConfig, show_data),
-    "generate": (GenerateConfig, generate),
-    "evaluate": (EvaluateConfig, evaluate),
-    "overoptimization": (OveroptimizationConfig, overoptimization),
+GROUPS: dict[str, dict[str, Command]] = {
+    "to see it work, from scratch, in minutes": {
+        "quickstart": Command(
+            QuickstartConfig,
+            "all three stages on short reviews",
+            "demos.quickstart",
+        ),
+        "arithmetic": Command(
+            ArithmeticConfig,
+            "verifiable rewards: SFT, then GRPO or PPO, on arithmetic",
+            "demos.arithmetic",
+        ),
+        "overoptimization": Command(
+            OveroptimizationConfig,
+            "reward-model overoptimization, with a figure",
+            "demos.overoptimization.command",
+        ),
+    },
+    "stages, in order": {
+        "sft": Command(
+            SFTConfig,
+            "stage 1: fine-tune a language model on texts or responses",
+            "recipes.sft",
+        ),
+        "annotate write": Command(
+            AnnotateWriteConfig,
+            "sample responses into a file for people to rank or rate",
+            "tools.annotate",
+            "write",
+        ),
+        "annotate read": Command(
+            AnnotateReadConfig,
+            "read completed files as data for a reward model",
+            "tools.annotate",
+            "read",
+        ),
+        "reward": Command(
+            RewardConfig,
+            "stage 2: train a reward model on human preferences",
+            "recipes.reward_model",
+        ),
+        "ppo": Command(
+            PPOConfig,
+            "stage 3: optimize the language model for a reward with PPO",
+            "recipes.ppo",
+        ),
+        "grpo": Command(
+            GRPOConfig,
+            "stage 3 without a critic: GRPO and related methods",
+            "recipes.grpo",
+        ),
+    },
+    "tools": {
+        "inspect": Command(
+            InspectConfig,
+            "describe a model and the memory needed to train it",
+            "tools.inspect_model",
+        ),
+        "show-data": Command(
+            ShowDataConfig,
+            "print the tokens of a dataset, with trained tokens in color",
+            "tools.show_data",
+        ),
+        "generate": Command(
+            GenerateConfig, "sample responses to prompts", "tools.generate"
+        ),
+        "evaluate": Command(
+            EvaluateConfig,
+            "held-out metrics of a language model, policy or reward model",
+            "tools.evaluate",
+        ),
+        "merge": Command(
+            MergeConfig, "merge an adapter into its base model", "tools.merge"
+        ),
+        "presets": Command(
+            PresetsConfig,
+            "list the presets of ppo and grpo",
+            "tools.preset_table",
+        ),
+    },
 }
+COMMANDS = {
+    name: command for group in GROUPS.values() for name, command in group.items()
+}
+
+
+def usage() -> str:
+    """The output of `rlhf-jax --help`."""
+    lines = [
+        "usage: rlhf-jax COMMAND [options]",
+        "",
+        "Reinforcement learning from human feedback, from a Hugging Face checkpoint to",
+        "a Hugging Face checkpoint.",
+    ]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<17} {x.summary}" for name, x in group.items()]
+    lines += [
+        "",
+        "`rlhf-jax COMMAND --help` explains every option. Options can also come from a",
+        "YAML file: `rlhf-jax ppo --config ppo.yaml --updates 200`; flags override it.",
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; user errors end with one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage())
         return
     command, *flags = arguments
     if flags and f"{command} {flags[0]}" in COMMANDS:  # such as `annotate write`
@@ -207,18 +176,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         halves = [name for name in COMMANDS if name.startswith(f"{command} ")]
         if halves:
             seconds = " or ".join(name.split()[1] for name in halves)
-            _fail(f"{command} what? Add {seconds}: rlhf-jax {halves[0]} --help")
+            _fail(f"{command} requires {seconds}: rlhf-jax {halves[0]} --help")
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
-    config_type, run = COMMANDS[command]
+    found = COMMANDS[command]
     from rlhf_jax.learner.finite import NonFiniteError
 
     try:
         flags = _with_names(command, flags)
-        config = parse(config_type, flags, prog=f"rlhf-jax {command}")
+        config = parse(found.config, flags, prog=f"rlhf-jax {command}")
         quieten_libraries()
         use_compilation_cache()
-        run(config)
-    except BrokenPipeError:  # whoever read the output has seen enough
+        found.run(config)
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError, NonFiniteError) as error:
@@ -230,14 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
-    """A configuration from flags, and from a YAML file where `--config` names one.
+    """A configuration from flags, and from a YAML file given by `--config`.
 
-    What a preset and the file say becomes flags before those given, so that the last
-    one counts and one parser checks all values.
+    Values of a preset and the file become flags before the given ones, so the last one
+    wins and one parser checks all values.
 
     Raises:
-        ValueError: on a file that cannot be read or has keys that do not exist, or a
-            preset that does not.
+        ValueError: for an unreadable file, unknown keys or an unknown preset.
     """
     flags, path = _take(list(flags), "--config", "the path of a YAML file")
     values = {} if path is None else load_yaml(path)
@@ -263,7 +231,7 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
 
 
 def _with_names(command: str, flags: list[str]) -> list[str]:
-    """The flags, with the name of the one that may go without: `inspect DIRECTORY`."""
+    """The flags, with the name of the positional one added: `inspect DIRECTORY`."""
     if command == "inspect" and flags and not flags[0].startswith("-"):
         return ["--model", *flags]
     return flags
@@ -271,18 +239,18 @@ def _with_names(command: str, flags: list[str]) -> list[str]:
 
 def _presets_of(config_type: type) -> Mapping[str, Callable[[], Any]]:
     if issubclass(config_type, PPOMethod):
-        return PRESETS
+        return PPO_PRESETS
     return GRPO_PRESETS if issubclass(config_type, GRPOMethod) else {}
 
 
 def _take(flags: list[str], option: str, needs: str) -> tuple[list[str], str | None]:
-    """The flags without `option VALUE` or `option=VALUE`, and the value."""
+    """Removes `option VALUE` or `option=VALUE` from flags; returns the value too."""
     for at, flag in enumerate(flags):
         if flag.startswith(f"{option}="):
             return flags[:at] + flags[at + 1 :], flag.removeprefix(f"{option}=")
         if flag == option:
             if at + 1 == len(flags):
-                raise ValueError(f"{option} needs {needs}")
+                raise ValueError(f"{option} requires {needs}")
             return flags[:at] + flags[at + 2 :], flags[at + 1]
     return flags, None
 
@@ -290,10 +258,10 @@ def _take(flags: list[str], option: str, needs: str) -> tuple[list[str], str | N
 def flags_from(
     config_type: type, values: Mapping[str, Any], *, where: str, prefix: str = ""
 ) -> list[str]:
-    """Nested values as the flags that give them.
+    """Nested values as flags.
 
     Raises:
-        ValueError: naming the file and the key, where a key does not exist.
+        ValueError: for an unknown key, with the file and the key.
     """
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     flags = []
@@ -320,12 +288,12 @@ def flags_from(
 
 
 def quieten_libraries() -> None:
-    """No advice about PyTorch, which nothing here needs."""
+    """Silences advice to install PyTorch, which is not needed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the environment says where."""
+    """Caches compiled programs between runs, unless the environment sets a cache."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -1,21 +1,21 @@
-"""What an algorithm needs from a model: callables of parameters and arrays.
+"""Model interfaces: callables of parameters and arrays.
 
-Any model fits that can be called this way; `rlhf_jax.rollout.from_logits` makes all of
-these from one function `(params, tokens, mask) -> logits`, and `rlhf_jax.models`
-supplies them for its own transformer.
+Any model with these callables works; `rlhf_jax.rollout.from_logits` builds all of them
+from one function `(params, tokens, mask) -> logits`, and `rlhf_jax.models` provides
+them for its own transformer.
 
 Shapes as in `rlhf_jax.algo.types`. `mask` is `[B, S]` bool, True on real tokens; a
-model must give the same answers at real tokens wherever the padding sits.
+model must give the same outputs at real tokens wherever the padding is.
 """
 
 from typing import Any, Protocol
 
 from rlhf_jax.algo.types import Array, Params, Scalar
 
-Cache = Any  # a pytree that only the model looks into
+Cache = Any  # an opaque pytree of the model
 
 BATCH_AXES = ("data", "fsdp")
-"""Mesh axes over which the leading axis of every batch is split."""
+"""Mesh axes over which the leading axis of every batch is sharded."""
 
 
 class LogitsFn(Protocol):
@@ -30,7 +30,7 @@ class SequenceValuesFn(Protocol):
     """The critic at every position."""
 
     def __call__(self, params: Params, tokens: Array, mask: Array, /) -> Array:
-        """→ `[B, S]`; column s is the value of the text read through token s."""
+        """→ `[B, S]`; column s is the value after token s."""
         ...
 
 
@@ -45,8 +45,8 @@ class ScoreFn(Protocol):
 class TokenLogprobsFn(Protocol):
     """Log-probability and entropy at the last `response_length` tokens.
 
-    Separate from `LogitsFn` so that a model may compute them without ever holding
-    `[B, T, V]`.
+    Separate from `LogitsFn` so that a model can compute them without materializing `[B,
+    T, V]`.
     """
 
     def __call__(
@@ -74,10 +74,10 @@ class ValuesFn(Protocol):
 
 
 class ActorCriticFn(Protocol):
-    """Actor and critic over one sequence: what an update differentiates.
+    """Actor and critic over sequences: the function that an update differentiates.
 
-    Two networks (`rlhf_jax.learner.separate_networks`), or one trunk with two heads
-    that is run once.
+    Two networks (`rlhf_jax.learner.separate_networks`), or one shared trunk with two
+    heads that runs once.
     """
 
     def __call__(
@@ -98,7 +98,7 @@ class ActorCriticFn(Protocol):
 
 
 class PrefillFn(Protocol):
-    """Reads left-padded prompts and makes room for the answer."""
+    """Processes left-padded prompts and allocates the cache for the response."""
 
     def __call__(
         self, params: Params, tokens: Array, mask: Array, /, *, cache_length: int
@@ -108,7 +108,7 @@ class PrefillFn(Protocol):
 
 
 class DecodeFn(Protocol):
-    """Reads one more token per row."""
+    """Processes one more token per row."""
 
     def __call__(
         self, params: Params, tokens: Array, cache: Cache, /

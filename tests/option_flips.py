@@ -39,7 +39,7 @@ POLICY_LOSS_CASES = {
     "policy_loss.dual_clip": (1.01, {"policy_loss.clip_eps": 0.5}),
     "policy_loss.log_ratio_clamp": (0.01, {}),
     "policy_loss.aggregation": ("seq-mean-token-mean", {}),
-    "policy_loss.mean_of_means": (True, {"microbatches": 2}),
+    "policy_loss.mean_of_means": (True, {"microbatches": 2, "minibatches": 2}),
     "policy_loss.entropy_coef": (0.1, {}),
     "policy_loss.sampler_correction": ("truncate", RECOMPUTED),
     "policy_loss.sampler_level": ("sequence", CORRECTED),

@@ -250,7 +250,7 @@ def test_one_seed_has_no_spread(cases, report):
     assert summaries[1].gain_error is None and not summaries[1].clear
     text = report.markdown(summaries, SFT, title="", machine=MACHINE, num_seeds=1)
     assert "| 2.50 | +0.50 | 1.25 | 4.00 |" in text
-    assert "One seed says nothing about chance." in text
+    assert "One seed gives no standard error." in text
 
 
 def test_plot_has_a_row_per_case_and_survives_divergence(report, summaries, tmp_path):
@@ -332,6 +332,7 @@ def run_script(*flags, environment=None):
     )
 
 
+@pytest.mark.slow
 def test_smoke_and_then_another_seed(tmp_path):
     work = tmp_path / "work"
 
@@ -344,9 +345,9 @@ def test_smoke_and_then_another_seed(tmp_path):
         return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
     text, first = smoke(1)
-    assert "2 runs of 2 updates, 0 of them done before" in text
+    assert "2 runs of 2 updates, 0 of them done" in text
     text, second = smoke(2)
-    assert "4 runs of 2 updates, 2 of them done before" in text
+    assert "4 runs of 2 updates, 2 of them done" in text
     assert "SFT model" not in text.split("# PPO")[0]  # nothing is trained again
 
     assert second["machine"]["versions"]["jax"] and second["machine"]["command"]

@@ -39,6 +39,7 @@ def run_smoke(script: str, *flags: str) -> tuple[list[str], dict]:
     return lines, result
 
 
+@pytest.mark.slow
 def test_gae_times_every_method_at_every_shape():
     lines, result = run_smoke("gae.py", "--shapes", "3x5", "2x17")
     assert [(row["batch"], row["length"]) for row in result["rows"]] == [
@@ -59,6 +60,7 @@ def test_gae_times_every_method_at_every_shape():
     assert any("associative" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_gae_without_optional_packages(tmp_path):
     for name in ("rlax", "torch"):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
@@ -84,6 +86,7 @@ def test_gae_agreement_check_can_fail(monkeypatch):
         gae.check_agreement({"wrong": lambda: expected + 0.01}, expected)
 
 
+@pytest.mark.slow
 def test_generate_counts_every_token():
     lines, result = run_smoke("generate.py", "--response", "5", "--family", "llama")
     (row,) = result["rows"]
@@ -96,6 +99,7 @@ def test_generate_counts_every_token():
     assert any("new tokens/s" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_ppo_update_does_the_whole_update_and_compiles_once():
     _, result = run_smoke("ppo_update.py", "--no-trl", "--epochs", "3")
     assert result["trl"] is None and result["trl_over_rlhf_jax"] is None
@@ -113,6 +117,7 @@ def test_ppo_update_does_the_whole_update_and_compiles_once():
     assert 1e8 < ours["peak_rss_bytes"] < 1e11
 
 
+@pytest.mark.slow
 def test_fused_logprobs_needs_less_memory():
     # 64 tokens a row: 4,096 tokens are four chunks, a quarter of all logits at once.
     _, result = run_smoke("fused_logprobs.py", "--shapes", "64x64x16x512")
@@ -170,6 +175,7 @@ def test_peer_answers_every_turn_and_its_failure_is_shown(monkeypatch, tmp_path)
             echo.take_turn()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
 def test_loading_stays_under_a_limit_of_the_kernel():
     _, result = run_smoke("load_checkpoint.py", "--headroom-mb", "150")
@@ -191,6 +197,7 @@ def test_loading_stays_under_a_limit_of_the_kernel():
     assert widened["device_bytes"] == 2 * widened["file_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
 def test_the_limit_is_one():
     flags = ["--headroom-mb", "1", "--devices", "1"]
@@ -198,6 +205,7 @@ def test_the_limit_is_one():
     assert all(row["error"] is not None for row in result["rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux")
 def test_planned_memory_is_what_is_taken():
     _, result = run_smoke("planned_memory.py", "--stages", "sft")

@@ -20,7 +20,7 @@ def test_help_explains_every_option(command, capsys):
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    config_type, _ = cli.COMMANDS[command]
+    config_type = cli.COMMANDS[command].config
 
     def check(config_type, prefix=""):
         for field in dataclasses.fields(config_type):

@@ -113,6 +113,7 @@ def run_script(*flags):
     )
 
 
+@pytest.mark.slow
 def test_smoke_and_then_another_method(tmp_path):
     work = tmp_path / "work"
 

@@ -33,6 +33,7 @@ def rows(work):
     return run_script("lora.py", "--smoke", "--work-dir", work)["rows"]
 
 
+@pytest.mark.slow
 def test_full_training_and_adapters_side_by_side(work, rows):
     sft, full, lora = rows
     assert sft["kl"] == 0.0
@@ -46,6 +47,7 @@ def test_full_training_and_adapters_side_by_side(work, rows):
     assert "| llama | rank 8 |" in (work / "smoke" / "lora.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_fewer_bits_change_little(work, rows):
     root = work / "smoke" / "llama"
     found = run_script(

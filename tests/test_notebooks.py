@@ -38,6 +38,7 @@ def test_every_notebook_is_run_here():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(FIGURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_notebook_prints_and_draws_what_is_stored(name):
     namespace = {"__name__": "__main__"}

@@ -19,7 +19,7 @@ from rlhf_jax import kl_estimate
 from rlhf_jax.algo.losses import actor_loss
 from rlhf_jax.algo.options import AdvantageOptions
 from rlhf_jax.config.ppo import PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.tasks import enumerable
 
@@ -38,7 +38,7 @@ TASKS = [enumerable.random_task(seed) for seed in (0, 1, 2)]
 
 def test_answers_that_go_on_after_a_stop():
     task = TASKS[0]
-    language = every_response.language_of(task, PRESETS["openai_2019"]())
+    language = every_response.language_of(task, PPO_PRESETS["openai_2019"]())
     assert language.tokens.shape == (4**4, 4)
     assert float(language.probs(language.ref_logits).sum()) == pytest.approx(
         1, rel=1e-5
@@ -63,10 +63,10 @@ def test_answers_that_go_on_after_a_stop():
 REDUCED = {
     "rewards whitened": outcomes.CHANGES["token rewards whitened"],
     "not centred": PPOMethod(advantages=AdvantageOptions(lam=0.9, center=False)),
-    "per answer": outcomes.CHANGES["each answer divided by its length"],
-    "masked": outcomes.CHANGES["answers without a stop masked"],
+    "per answer": outcomes.CHANGES["each response divided by its length"],
+    "masked": outcomes.CHANGES["responses without a stop masked"],
     "in the loss": outcomes.CHANGES["k2 in the loss, whitened"],
-    "trl": PRESETS["nplus_tldr"](),
+    "trl": PPO_PRESETS["nplus_tldr"](),
 }
 
 
@@ -134,7 +134,7 @@ def test_weights_are_a_batch_in_which_rows_come_as_often_as_they_should(name):
 @pytest.mark.parametrize("name", ["none", "λ = 0", "trl"])
 def test_the_critic_is_exact(name):
     # Whatever λ is, and with a state after the last token that is worth the score.
-    method = PRESETS["trl"]() if name == "trl" else outcomes.CHANGES[name]
+    method = PPO_PRESETS["trl"]() if name == "trl" else outcomes.CHANGES[name]
     case = eg.Case(0)
     language = every_response.language_of(case.task, method)
     fixed_point = jax.jit(points.fixed_point_critic, static_argnames="method")
@@ -157,7 +157,7 @@ def found(method, **options):
 
 
 WITH_KL = {"default": PPOMethod(), "subtract": outcomes.FINED} | {
-    name: make() for name, make in PRESETS.items() if name != "verl"
+    name: make() for name, make in PPO_PRESETS.items() if name != "verl"
 }
 
 
@@ -175,13 +175,13 @@ def test_presets_with_a_kl_stop_at_the_optimum_of_what_they_climb(name):
 
 
 def test_verl_stops_at_the_single_best_answer():
-    for task, result in zip(TASKS, found(PRESETS["verl"]()), strict=True):
+    for task, result in zip(TASKS, found(PPO_PRESETS["verl"]()), strict=True):
         assert result.answers == pytest.approx(1, abs=1e-3)
         assert result.score == pytest.approx(task.scores.max(), rel=1e-4)
 
 
 def test_an_end_that_is_not_trained_takes_part_of_the_score():
-    method = PRESETS["deepspeed_chat"]()
+    method = PPO_PRESETS["deepspeed_chat"]()
     for task in TASKS:
         ends = np.random.default_rng(0).standard_normal(len(task.scores))
         result = outcomes.outcome(task, method, beta=BETA, end_values=ends)
@@ -195,7 +195,7 @@ def changed(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["λ = 0", "length-adaptive λ, α = 1", "each answer divided by its length"]
+    "name", ["λ = 0", "length-adaptive λ, α = 1", "each response divided by its length"]
 )
 def test_at_the_optimum_no_weighting_of_advantages_matters(name):
     # There every answer returns the same, and every TD error is 0.
@@ -238,7 +238,7 @@ def test_whitened_advantages_need_a_larger_beta_beside_a_kl_in_the_loss():
 
 
 def test_masking_truncated_answers_orders_the_others_and_forgets_how_many():
-    method = outcomes.CHANGES["answers without a stop masked"]
+    method = outcomes.CHANGES["responses without a stop masked"]
     for task in TASKS:
         stopped = ~task.responses.truncated
         point = points.stationary_point(task, method, beta=BETA, rate=0.5)
@@ -247,11 +247,11 @@ def test_masking_truncated_answers_orders_the_others_and_forgets_how_many():
         np.testing.assert_allclose(got / got.sum(), want / want.sum(), atol=1e-5)
         assert abs(got.sum() - want.sum()) > 0.1
     # More are cut off than of the reference's, and nothing holds that.
-    cut = [x.truncated for x in changed("answers without a stop masked")]
+    cut = [x.truncated for x in changed("responses without a stop masked")]
     assert np.mean(cut) > 0.5
 
 
 def test_the_tables_have_a_row_for_every_preset():
     names = [row[0] for row in tables.preset_rows()]
-    assert set(PRESETS) <= set(names)
+    assert set(PPO_PRESETS) <= set(names)
     assert tables.percent(1e-6) == "0" and tables.percent(0.0419) == "4.2 %"

@@ -1,18 +1,18 @@
-"""Every formula of the package, as pure functions of arrays.
+"""All formulas of the package, as pure functions of arrays.
 
-To read it in one sitting, follow a rollout:
+Suggested reading order:
 
     types               what B, T and S are; the records from prompts to update
-    masking             which tokens are real, and every mean over them
+    masking             which tokens are real, and masked reductions
     logprobs, sampling  log π of tokens, and tokens from π
-    kl, rewards         the penalty, and one score → one reward per token
-    advantages          rewards and values → GAE and its relatives
+    kl, rewards         the KL penalty, and token rewards from scores
+    advantages          GAE and variants from rewards and values
     losses              the clipped losses, and `ppo_loss` of an experience
-    diagnostics         what to watch
+    diagnostics         what to monitor
     minibatches         shuffling a batch
 
-What is left are alternatives, each read when it is needed: `score_moments` and
-`length_penalties` for scores; `group_advantages`, `critic_free`, `policy_losses` and
-`covariance_losses` for methods without a critic; `off_policy` for another sampler;
-`preferences` for reward models. `options` names every alternative.
+The rest are alternatives: `scores` for scores; `group_advantages`, `reinforce`,
+`policy_losses` and `covariance_losses` for critic-free methods; `off_policy` for
+sampler–trainer mismatch; `preferences` for reward models. `options` lists all
+alternatives.
 """

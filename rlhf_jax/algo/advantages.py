@@ -1,9 +1,9 @@
 """Advantages and value targets over response tokens.
 
-In every function a masked token inside a row, such as a tool's output, is passed over:
-the result is that of the row with the gap cut out. The episode ends at the last real
-token, whether it stopped there or was cut off, and the value beyond it is 0, unless
-`end_values` says otherwise.
+In every function masked tokens inside a row, such as tool output, are skipped, as if
+they were removed from the row. The episode ends at the last real token, whether it
+stopped there or was truncated, and the value after it is 0 unless `end_values` is
+given.
 """
 
 from typing import Literal
@@ -37,41 +37,41 @@ def gae(
         A_t = δ_t + γλ · A_{t+1}
         R_t = A_t + V(s_t) = r_t + γ · ((1 − λ) · V(s_{t+1}) + λ · R_{t+1})
 
-    V = A = 0 beyond the last real token. A masked token inside a row hands A and V on
-    unchanged. Advantages are not whitened here.
+    V = A = 0 after the last real token. A masked token inside a row passes A and V
+    through unchanged. Advantages are not whitened here.
 
-    With `target_values` V', such as those of a slow copy of the critic, V' takes the
-    place of V in the last line, and A_t = R_t − V(s_t): at λ = 1 the critics do not
-    matter to R. (V' in place of V in δ would leave their differences in A at every λ.)
+    With `target_values` V', such as those of a slow copy of the critic, V' replaces V
+    in the last line, and A_t = R_t − V(s_t): at λ = 1, R does not depend on the
+    critics. (Replacing V by V' in δ would leave their differences in A at every λ.)
 
-    λ = 1 trusts returns alone: no bias from the critic, and the variance of every
-    later token. λ = 0.95 (the OpenAI line) sees a final score through 0.95^k, that is
-    hardly at all from 100 tokens before it: take 1, or `length_adaptive_lam`, for long
-    answers. Separate λ for policy and critic are two calls.
+    λ = 1 uses returns only: no bias from the critic, but the variance of all later
+    tokens. λ = 0.95 (OpenAI-style PPO) discounts a final score by 0.95^k, almost to
+    zero after 100 tokens: use 1, or `length_adaptive_lam`, for long responses. For
+    separate λ for policy and critic, call it twice.
 
     Args:
-        rewards: `[B, T]` float, r_t, paid when token t is emitted.
+        rewards: `[B, T]` float, r_t, the reward for token t.
         values: `[B, T]` float, V(s_t), the critic's estimate *before* token t.
         mask: `[B, T]` bool, True on response tokens through the first stop token;
-            `include_end_state` of that where the score sits after the last token.
+            `include_end_state` of that if the score is after the last token.
         gamma: `[]`, discount per token, in [0, 1].
         lam: `[]`, or one per row, `[B]`: λ; 0 gives TD errors, 1 gives returns minus
             values.
-        method: `"scan"` steps back through time and is the faster on a CPU;
-            `"associative"` takes log T parallel steps. They agree up to rounding.
-        gaps: `"carry"` as said above; `"zero"` makes a masked token inside a row a
-            state of value 0 without reward, through which A shrinks by γλ (OpenRLHF
-            and slime); there to reproduce them.
+        method: `"scan"` steps back through time and is faster on a CPU; `"associative"`
+            takes log T parallel steps. They agree up to rounding.
+        gaps: `"carry"` as described above; `"zero"` treats a masked token inside a row
+            as a state with value 0 and no reward, where A decays by γλ (to reproduce
+            OpenRLHF and slime).
         target_values: `[B, T]` float, V'(s_t); `values` by default.
-        end_values: `[B]` float, V' beyond the last real token: what an answer that was
-            cut off could still have earned. 0 by default.
+        end_values: `[B]` float, V' after the last real token, to bootstrap truncated
+            responses. 0 by default.
 
     Returns:
         `(advantages, returns)`, both `[B, T]` float32 and 0 where `mask` is False.
         Neither carries a gradient.
 
     Raises:
-        ValueError: on an unknown method or rule for gaps.
+        ValueError: on an unknown method or `gaps`.
         AssertionError: on a wrong rank, unequal shapes or a wrong dtype.
 
     References:
@@ -109,13 +109,13 @@ def gae(
 
 
 def length_adaptive_lam(mask: Array, *, alpha: Scalar = 0.05) -> Array:
-    """λ that grows with the answer, so that its first token still sees the score.
+    """λ that grows with response length, so that the first token still sees the score.
 
         λ = 1 − 1 / max(α · l, 1),    l = real tokens of the row
 
-    Then (1 − λ) · l is at most 1 / α. Up to 1 / α tokens (20 at α = 0.05) λ is 0: TD
-    errors alone, so give short answers a larger α. The policy gradient is biased even
-    with an exact critic, since later tokens decide the length.
+    Then (1 − λ) · l is at most 1 / α. Up to 1 / α tokens (20 at α = 0.05) λ is 0, that
+    is TD errors, so use a larger α for short responses. The policy gradient is biased
+    even with an exact critic, because the length depends on later tokens.
 
     Args:
         mask: `[B, T]` bool, True on real tokens.
@@ -125,7 +125,7 @@ def length_adaptive_lam(mask: Array, *, alpha: Scalar = 0.05) -> Array:
         `[B]` float32, in [0, 1).
 
     Raises:
-        AssertionError: when `mask` is not a matrix of bool.
+        AssertionError: if `mask` is not a bool matrix.
 
     References:
         Yue et al., 2025, VAPO, arXiv:2504.05118, section 4.2.
@@ -165,12 +165,12 @@ def td_errors(
 def n_step_returns(
     rewards: Array, values: Array, mask: Array, *, n: int, gamma: Scalar = 1.0
 ) -> Array:
-    """Returns over n steps, then the critic: what n-step TD regresses a value on.
+    """n-step returns, bootstrapped by the critic: the targets of n-step TD.
 
         R_t = Σ_{k<n} γ^k · r_{t+k} + γ^n · V(s_{t+n})
 
-    Steps count real tokens only. Rewards and value beyond the last real token are 0,
-    so that n ≥ T gives the Monte-Carlo return.
+    Steps count real tokens only. Rewards and value after the last real token are 0, so
+    n ≥ T gives the Monte-Carlo return.
 
     Args:
         rewards: `[B, T]` float, r_t.
@@ -200,14 +200,14 @@ def n_step_returns(
         # The return over k + 1 steps is r_t + γ · (that over k steps from t + 1).
         return jnp.where(mask, rewards + gamma * _next_real(returns, mask, end), 0.0)
 
-    steps = min(int(n), rewards.shape[1])  # beyond the end of the row nothing changes
+    steps = min(int(n), rewards.shape[1])  # more steps change nothing
     returns = jax.lax.fori_loop(0, steps, look_one_further, values)
     return jax.lax.stop_gradient(returns)
 
 
 def _scalar(x: Scalar) -> Array:
-    """`[]` float32. A NumPy float64 would change the dtype of a loop's carry under x64,
-    and an array would be broadcast along whichever axis is last."""
+    """`[]` float32. A NumPy float64 would change the dtype of a loop carry under x64,
+    and an array would be broadcast along the last axis."""
     x = jnp.asarray(x, jnp.float32)
     chex.assert_rank(x, 0)
     return x
@@ -255,9 +255,9 @@ def _gae_scan(
         return carry, jnp.where(is_real, advantage, 0.0)
 
     tokens = [rewards.T, values.T, real.T]  # scan runs over the leading axis
-    if targets is not values:  # reading the same array twice would cost a third more
+    if targets is not values:  # reading the same array twice costs a third more
         tokens.append(targets.T)
-    # Not unrolled: on a CPU that is slower, and compiles longer.
+    # Not unrolled: on a CPU that is slower and takes longer to compile.
     _, advantages = jax.lax.scan(
         step_back, (jnp.zeros_like(end), end), tuple(tokens), reverse=True
     )
@@ -273,8 +273,8 @@ def _gae_associative(
     gamma: Array,
     decay: Array,
 ) -> Array:
-    # A_t = d_t + g_t · A_{t+1}; a masked token has d = 0 and g = 1. Maps x ↦ d + g·x
-    # compose, so no power of γλ is ever divided by: they underflow in long rows.
+    # A_t = d_t + g_t · A_{t+1}; a masked token has d = 0 and g = 1. Composing maps x ↦
+    # d + g·x avoids division by powers of γλ, which underflow in long rows.
     deltas = rewards + gamma * _next_real(targets, real, end) - values
     deltas = jnp.where(real, deltas, 0.0)
     decays = jnp.where(real, decay[:, None] if decay.ndim else decay, 1.0)

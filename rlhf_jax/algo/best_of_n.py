@@ -1,4 +1,4 @@
-"""Best of n: the answer that a score likes best among n samples."""
+"""Best of n: the sample with the highest score among n."""
 
 import math
 
@@ -10,13 +10,12 @@ from rlhf_jax.algo.types import Array
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best of n samples to the policy they come from.
+    """Upper bound on the KL of best of n to the sampling policy.
 
         KL ≤ log n − (n − 1)/n
 
-    With equality where two samples never have the same score, as under a continuous
-    distribution of scores; ties, and answers likely enough to come twice, make the KL
-    smaller.
+    With equality if scores never tie, as for a continuous distribution of scores; ties
+    and repeated responses make the KL smaller.
 
     Args:
         n: samples per prompt, at least 1.
@@ -28,7 +27,7 @@ def best_of_n_kl(n: int) -> float:
         ValueError: when `n` is below 1.
 
     References:
-        Stiennon et al., 2020, arXiv:2009.01325, appendix G.3; that it is a bound:
+        Stiennon et al., 2020, arXiv:2009.01325, appendix G.3; proof of the bound:
         Beirami et al., 2024, arXiv:2401.01879, theorem 3.1.
     """
     if n < 1:
@@ -40,19 +39,19 @@ def best_of_n_kl(n: int) -> float:
 def best_of_n_mean(scores: Array, values: Array, *, n: int) -> Array:
     """Expected value of the best of n samples by score, from N ≥ n samples.
 
-    The mean over all subsets of n of the N samples, of the value of the one with the
-    highest score; equal scores share the win. With L_i samples below sample i, and E_i
-    equal to it (itself too):
+    The mean, over all subsets of n of the N samples, of the value of the sample with
+    the highest score; ties are averaged. With L_i samples below sample i, and E_i equal
+    to it (including itself):
 
         Σ_i v_i · [C(L_i + E_i, n) − C(L_i, n)] / (E_i · C(N, n))
 
-    Unbiased for every n at once, with far less variance than one draw of n. Scores and
-    values may be the same array: the proxy reward of the proxy's choice.
+    Unbiased for every n, with much less variance than a single draw of n. Scores and
+    values may be the same array, for the proxy reward itself.
 
     Args:
-        scores: `[B, N]` float, what picks: N samples to each of B prompts.
-        values: `[B, N]` float, what is measured of the one picked.
-        n: samples to pick from, in 1 … N.
+        scores: `[B, N]` float, the selection scores: N samples for each of B prompts.
+        values: `[B, N]` float, the value of each sample.
+        n: number of samples to select from, in 1 … N.
 
     Returns:
         `[B]` float32, without a gradient.
@@ -71,11 +70,11 @@ def best_of_n_mean(scores: Array, values: Array, *, n: int) -> Array:
     total = scores.shape[1]
     if not 1 <= n <= total:
         raise ValueError(f"n={n}: expected in 1 … {total}, the samples per prompt")
-    # Python's integers: the binomials of a few hundred samples overflow any float.
+    # Python integers: binomials of a few hundred samples overflow floats.
     subsets = math.comb(total, n)
     share = jnp.array(
         [math.comb(count, n) / subsets for count in range(total + 1)], jnp.float32
-    )  # [N + 1], of the subsets, those among the `count` lowest
+    )  # [N + 1], share of subsets within the `count` lowest
 
     def weigh(row: Array) -> Array:
         ascending = jnp.sort(row)
@@ -89,15 +88,15 @@ def best_of_n_mean(scores: Array, values: Array, *, n: int) -> Array:
 
 
 def pass_at_k(num_correct: Array, *, num_samples: int, k: int) -> Array:
-    """Unbiased estimate, from n answers to a problem, that one of k is right.
+    """Unbiased pass@k from n responses per problem.
 
         1 − C(n − c, k) / C(n, k)
 
-    which is the share of all choices of k among the n answers that hold a right one.
-    1 − (1 − c/n)^k, the plug-in estimate, is too low.
+    the share of all subsets of k of the n responses that contain a correct one. The
+    plug-in estimate 1 − (1 − c/n)^k is too low.
 
     Args:
-        num_correct: `[N]` integer, c, right answers to each problem, at most n.
+        num_correct: `[N]` integer, c, correct responses per problem, at most n.
         num_samples: n.
         k: at least 1 and at most n.
 
@@ -105,7 +104,7 @@ def pass_at_k(num_correct: Array, *, num_samples: int, k: int) -> Array:
         `[N]` float32.
 
     Raises:
-        ValueError: when k does not lie between 1 and n.
+        ValueError: if k is not between 1 and n.
         AssertionError: on a wrong rank or dtype.
 
     References:
@@ -119,6 +118,6 @@ def pass_at_k(num_correct: Array, *, num_samples: int, k: int) -> Array:
     num_wrong = num_samples - num_correct.astype(jnp.int32)[:, None]
     drawn = jnp.arange(k, dtype=jnp.int32)[
         None, :
-    ]  # wrong ones, and all, that are left at each draw
+    ]  # incorrect and total responses left at each draw
     none_right = jnp.maximum(num_wrong - drawn, 0) / (num_samples - drawn)
     return 1.0 - jnp.prod(none_right.astype(jnp.float32), axis=-1)

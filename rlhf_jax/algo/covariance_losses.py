@@ -1,17 +1,16 @@
-"""Policy losses that spare the entropy: a few tokens are held back or left out.
+"""Policy losses that preserve entropy by penalizing or dropping a few tokens.
 
-Called as those of `policy_losses`, and with the same promises: float32, unreduced, 0
-where `mask` is False, a gradient in `logprobs` only, padding never read.
+They have the same interface and guarantees as `policy_losses`: float32, unreduced, 0
+where `mask` is False, a gradient in `logprobs` only, padding ignored.
 
-The entropy of a policy falls with the covariance of advantage and log-probability, of
-which a small share of the tokens makes most. Each token's part is
+The entropy of a policy decreases with the covariance of advantage and log-probability,
+most of which comes from a small share of the tokens. Each token contributes
 
     c_t = (A_t − mean A) · (log π_t − mean log π)        means over all real tokens
 
-Which tokens count as few is decided over the arrays given. Over several microbatches
-that is each microbatch for itself, and the gradients do not add up to those of the
-minibatch. The tokens are ranked by a sort over the whole batch, which needs a mesh with
-auto axes or an unsharded batch.
+Tokens are selected over the given arrays. With several microbatches each selects on its
+own, so gradients do not add up to those of the minibatch. Ranking sorts the whole
+batch, which needs a mesh with auto axes or an unsharded batch.
 """
 
 import jax
@@ -40,27 +39,27 @@ def clip_cov_loss(
     fraction: float = 2e-4,
     cov_range: tuple[Scalar, Scalar] = (1.0, 5.0),
 ) -> Array:
-    """Clip-Cov: PPO's clipped loss without a few tokens that cost the most entropy.
+    """Clip-Cov: PPO's clipped loss without a few tokens that reduce entropy most.
 
-    Of the tokens with c in `cov_range` (see the module) that PPO does not clip anyway,
-    k = max(⌊fraction · real tokens⌋, 1) are drawn at random, all of them where they are
-    fewer, and their term is 0. Choose it where the entropy collapses early and an
-    entropy bonus is too blunt.
+    Among the tokens with c in `cov_range` (see the module) that PPO does not clip, k =
+    max(⌊fraction · real tokens⌋, 1) are sampled at random (all if there are fewer), and
+    their term is 0. Use it if entropy collapses early and an entropy bonus is too
+    coarse.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
-        key: a typed PRNG key, consumed. The draw depends on the shape: an extra pad
+        key: a typed PRNG key, consumed. The sample depends on the shape: an extra pad
             column changes it.
         clip_eps: ε_low of PPO's clip.
         clip_eps_high: ε_high; None: the same as ε_low.
-        fraction: share of the real tokens to leave out, in (0, 1].
+        fraction: share of the real tokens to drop, in (0, 1].
         cov_range: bounds of c, exclusive; the defaults are the authors'.
 
     Returns:
-        `[B, T]` float32, 0 where `mask` is False and at the tokens left out.
+        `[B, T]` float32, 0 where `mask` is False and at dropped tokens.
 
     Raises:
         ValueError: when `fraction` is out of range.
@@ -93,22 +92,22 @@ def kl_cov_loss(
     fraction: float = 2e-4,
     kl_coef: Scalar = 1.0,
 ) -> Array:
-    """KL-Cov: −ρ·A, held back by a KL penalty where the most entropy would be lost.
+    """KL-Cov: −ρ·A, with a KL penalty on the tokens that reduce entropy most.
 
         L = −ρ·A + [token among the k of largest c]·kl_coef·|log π − log π_old|
 
-    with c as in the module and k = max(⌊fraction · real tokens⌋, 1); of equal c the
-    earlier row and column go first. Nothing is clipped, so the other tokens follow any
-    ratio. Choose it over `clip_cov_loss` to pull such tokens back to where they were:
-    one that is left out still moves with the others.
+    with c as in the module and k = max(⌊fraction · real tokens⌋, 1); ties are broken by
+    row and column order. Nothing is clipped, so the ratio of other tokens is unbounded.
+    Prefer it to `clip_cov_loss` to pull such tokens back: a dropped token still moves
+    with the others.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
-        fraction: share of the real tokens to penalise, in (0, 1]; the authors' scripts
-            take 2e-3 for a model of 7B parameters, 2e-4 for one of 32B.
+        fraction: share of the real tokens to penalize, in (0, 1]; the authors' scripts
+            use 2e-3 for a model of 7B parameters, 2e-4 for one of 32B.
         kl_coef: `[]`, weight of the penalty.
 
     Returns:
@@ -135,7 +134,7 @@ def kl_cov_loss(
 
 
 def _token_covariances(logprobs: Array, advantages: Array, mask: Array) -> Array:
-    """`[B, T]`: each token's part in the covariance, to choose tokens by."""
+    """`[B, T]`: each token's contribution to the covariance, for selection."""
     return (advantages - masked_mean(advantages, mask)) * (
         logprobs - masked_mean(logprobs, mask)
     )
@@ -152,7 +151,7 @@ def _share(fraction: float, mask: Array) -> Array:
 
 
 def _largest(x: Array, count: Array) -> Array:
-    """`[B, T]` bool: exactly `count` entries, the largest; of equals the first."""
+    """`[B, T]` bool: exactly the `count` largest entries; ties in order."""
     order = jnp.argsort(x.reshape(-1), descending=True, stable=True)
     rank = jnp.argsort(order)
     return (rank < count).reshape(x.shape)

@@ -1,7 +1,7 @@
-"""What to watch in an update. Masked, float32, and without a gradient.
+"""Diagnostics of an update. Masked, float32, and without a gradient.
 
-A minibatch that is read in several microbatches hands its own number of real tokens
-to each of them as `num_tokens`: then the results add up to those of the minibatch.
+If a minibatch is split into microbatches, pass the minibatch's number of real tokens to
+each of them as `num_tokens`: then the results add up to those of the minibatch.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ PolicyLossFn = Callable[[Array, Array, Array, Array], Array]
 def ratio_range(
     clip_eps: Scalar, clip_eps_high: Scalar | None = None
 ) -> tuple[Array, Array]:
-    """The probability ratios that PPO leaves unclipped, (1 − ε_low, 1 + ε_high).
+    """The range of ratios that PPO does not clip, (1 − ε_low, 1 + ε_high).
 
     Args:
         clip_eps: ε_low.
@@ -44,7 +44,7 @@ def is_clipped(
     clip_eps: Scalar,
     clip_eps_high: Scalar | None = None,
 ) -> Array:
-    """Whether PPO's range silences a token: ρ out of it, on the side that A pulls to.
+    """Whether PPO clips a token: ρ is out of range in the direction of A.
 
     Args:
         ratio: ρ, any shape, float.
@@ -76,13 +76,9 @@ def approx_kl(
         logprobs: `[B, T]` float, log π(a_t | s_t).
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t).
         mask: `[B, T]` bool, True on real tokens.
-        num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
-
-    Returns:
-        `[]` float32.
-
-    References:
-        Schulman, 2020, http://joschu.net/blog/kl-approx.html, k3.
+        num_tokens: `[]`, the divisor; the real tokens of `mask` by default. Returns:
+            `[]` float32. References: Schulman, 2020,
+            http://joschu.net/blog/kl-approx.html, k3.
     """
     terms = kl_estimate(old_logprobs, logprobs, estimator="k3")
     return jax.lax.stop_gradient(aggregate(terms, mask, num_tokens=num_tokens))
@@ -120,10 +116,10 @@ def clip_fraction(
     clip_eps_high: Scalar | None = None,
     num_tokens: Scalar | None = None,
 ) -> Array:
-    """Share of tokens that PPO's range silences: those without a gradient by it.
+    """Share of tokens that PPO clips, which have no gradient.
 
     Those with ρ > 1 + ε_high and A > 0, or ρ < 1 − ε_low and A < 0; a ratio out of
-    range on the other side of A still learns and does not count.
+    range in the opposite direction of A still has a gradient and is not counted.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t).
@@ -158,12 +154,12 @@ def silenced_fraction(
     *,
     num_tokens: Scalar | None = None,
 ) -> Array:
-    """Share of tokens with an advantage to which a loss gives no gradient.
+    """Share of tokens with nonzero advantage for which a loss has no gradient.
 
-    `clip_fraction` of any loss: PPO's range says nothing of one that clips otherwise.
+    A generic `clip_fraction`, for losses that do not clip by PPO's range.
 
     Args:
-        policy_loss_fn: a term of it has a gradient in its own log-probability only.
+        policy_loss_fn: each term must depend only on its own log-probability.
         logprobs: `[B, T]` float, log π(a_t | s_t), 0 where `mask` is False.
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t), likewise.
         advantages: `[B, T]` float, A, likewise.
@@ -195,15 +191,15 @@ def value_clip_fraction(
 ) -> Array:
     """Share of tokens whose value loss is clipped, and so has no gradient.
 
-    Those whose value moved by more than `clip_eps`, and nearer to the return than the
-    clipped value is.
+    Those whose value moved by more than `clip_eps`, and is closer to the return than
+    the clipped value.
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
         old_values: `[B, T]` float, V(s_t) when the rollout was scored.
         returns: `[B, T]` float, R_t.
         mask: `[B, T]` bool, True on real tokens.
-        clip_eps: how far a value may move.
+        clip_eps: ε of the value clip.
         num_tokens: `[]`, what to divide by; the real tokens of `mask` by default.
 
     Returns:
@@ -215,7 +211,7 @@ def value_clip_fraction(
         x.astype(jnp.float32) for x in (values, old_values, returns)
     )
     clip_eps = jnp.asarray(clip_eps, jnp.float32)
-    # As the loss has it: not old + clip(new − old), which rounds away from `values`.
+    # Same as in the loss: old + clip(new − old) would differ from `values` by rounding.
     nearest = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     clipped = jnp.abs(nearest - returns) > jnp.abs(values - returns)
     share = aggregate(clipped.astype(jnp.float32), mask, num_tokens=num_tokens)
@@ -223,10 +219,10 @@ def value_clip_fraction(
 
 
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
-    """How much of the returns the critic foresaw: 1 − Var(R − V) / Var(R).
+    """Explained variance of the critic: 1 − Var(R − V) / Var(R).
 
     1 for a perfect critic, 0 for a constant, negative for one worse than a constant.
-    Not a mean over tokens: the values of microbatches do not add up.
+    Not a mean over tokens, so values of microbatches do not add up.
 
     Args:
         values: `[B, T]` float, V(s_t).
@@ -234,7 +230,7 @@ def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
         mask: `[B, T]` bool, True on real tokens.
 
     Returns:
-        `[]` float32; 0 where the returns do not vary.
+        `[]` float32; 0 if the returns are constant.
 
     Raises:
         AssertionError: on unequal shapes or a wrong dtype.

@@ -1,4 +1,4 @@
-"""Advantages without a critic: each answer against the others to its prompt."""
+"""Critic-free advantages: each response relative to the others to its prompt."""
 
 from numbers import Integral
 from typing import Literal
@@ -19,7 +19,7 @@ def group_advantages(
     ddof: int = 1,
     eps: Scalar = 1e-4,
 ) -> Array:
-    """Scores relative to their group, the answers to one prompt.
+    """Scores relative to their group, the responses to one prompt.
 
     With μ, σ the mean and standard deviation over the n scores of a group, and σ_B the
     standard deviation over all scores of the batch:
@@ -36,34 +36,34 @@ def group_advantages(
     `"none"`       `"none"`           s                            REINFORCE
     =============  =================  ===========================  ====================
 
-    and `"leave-one-out"` divided by σ or σ_B alike. But for the last line they sum to 0
-    over a group; a group of one has nothing to compare with and gets 0, and so does a
-    group whose scores are all equal.
+    and `"leave-one-out"` can be divided by σ or σ_B as well. Except for the last row,
+    advantages sum to 0 over a group; a group of one gets 0, and so does a group whose
+    scores have zero variance.
 
     Which to choose: RLOO has the exact policy gradient in expectation, and so has Dr.
-    GRPO up to the factor (n − 1)/n. Dividing by σ changes its direction where scores
-    are graded. Where they are 0 or 1 it only weighs the prompts, alike for n = 2 and 3,
-    and from n = 4 on the more, the nearer a prompt is to always or never solved; that
-    may be what one wants. σ_B sets a common scale and errs less. Give either scores
-    without a KL penalty: where scores are equal, the KL would be scaled to 1.
+    GRPO up to the factor (n − 1)/n. Dividing by σ changes its direction for graded
+    scores. For scores of 0 or 1 it only reweights the prompts: equally for n = 2 and 3,
+    and for n ≥ 4 the more, the closer a prompt is to always or never solved, which may
+    be intended. σ_B sets a common scale and has a smaller error. Use both with scores
+    without a KL penalty: if scores have zero variance, the KL would be scaled to 1.
 
     Args:
-        scores: `[B]` float, one per answer.
-        groups: an int G: answers g·G … g·G + G − 1 form group g. Or ids,
-            `[B]` integer of any values: equal ids form a group, of any size and
-            order. Ids compare all pairs, which takes B² bools, and need a mesh with
-            auto axes or an unsharded batch.
+        scores: `[B]` float, one per response.
+        groups: an int G: responses g·G … g·G + G − 1 form group g. Or ids, `[B]`
+            integer of any values: equal ids form a group, of any size and order. Ids
+            compare all pairs, which takes B² bools, and need a mesh with auto axes or
+            an unsharded batch.
         scale: divide by the group's standard deviation, the batch's, or not at all.
-        baseline: the mean of the group, of the other answers, or 0.
+        baseline: the mean of the group, of the other responses, or 0.
         ddof: σ² divides by n − ddof, σ_B² by B − ddof; 1 as in TRL, verl and OpenRLHF.
-        eps: added to σ or σ_B, positive; bounds what nearly equal scores can become.
+        eps: added to σ or σ_B, positive; bounds the advantages of nearly equal scores.
 
     Returns:
         `[B]` float32, without a gradient.
 
     Raises:
-        ValueError: when G does not divide B, on an unknown option, or when scores are
-            to be scaled without a baseline: equal ones would be divided by `eps`.
+        ValueError: if G does not divide B, an option is unknown, or `scale` is used
+            without a baseline: scores with zero variance would be divided by `eps`.
         AssertionError: on a wrong rank or dtype.
 
     References:
@@ -72,8 +72,7 @@ def group_advantages(
         al., 2025, arXiv:2508.08221.
     """
     _check_options(scores, scale, baseline)
-    # A baseline is no function of the scores to be learned from, and √ has no
-    # derivative at the 0 of equal scores.
+    # Advantages are constants for the loss, and √ has no derivative at zero variance.
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
     eps = jnp.asarray(eps, jnp.float32)
     if baseline == "none":
@@ -101,8 +100,8 @@ def center_in_groups(
     Args:
         scores: `[B]` float32.
         groups: see `group_advantages`.
-        weights: `[B]` float32, not negative, of a weighted mean; 1 by default. In a
-            group without any weight the mean is 0.
+        weights: `[B]` float32, not negative, of a weighted mean; 1 by default. The mean
+            of a group with zero total weight is 0.
 
     Returns:
         `[B]` float32.
@@ -114,12 +113,12 @@ def center_in_groups(
     total = group_sum(weights, groups)
     total = jnp.where(total > 0, total, 1.0)
     centred = scores - group_sum(weights * scores, groups) / total
-    # Once more: the rounding error of a large mean would look like a difference.
+    # Again: the rounding error of a large mean would look like a difference.
     return centred - group_sum(weights * centred, groups) / total
 
 
 def group_sum(x: Array, groups: Array | int) -> Array:
-    """At every answer the sum over its group.
+    """For each response, the sum over its group.
 
     Args:
         x: `[B]` float32.
@@ -141,12 +140,12 @@ def group_sum(x: Array, groups: Array | int) -> Array:
 
 
 def group_std(scores: Array, groups: Array | int, *, ddof: int = 1) -> Array:
-    """At every answer the standard deviation of its group.
+    """For each response, the standard deviation of its group.
 
     Args:
         scores: `[B]` float32.
         groups: see `group_advantages`.
-        ddof: the squares divide by n − ddof, or by 1 where that is less.
+        ddof: squares are divided by max(n − ddof, 1).
 
     Returns:
         `[B]` float32; exactly 0 where all scores of a group are equal.
@@ -154,7 +153,7 @@ def group_std(scores: Array, groups: Array | int, *, ddof: int = 1) -> Array:
     Raises:
         ValueError: when a group size does not divide B.
     """
-    # From the centred scores: E s² − μ² cancels when they are nearly equal.
+    # From centered scores: E s² − μ² cancels if they are nearly equal.
     centred = center_in_groups(scores, groups)
     squares = group_sum(jnp.square(centred), groups)
     count = group_sum(jnp.ones_like(scores), groups)
@@ -162,7 +161,7 @@ def group_std(scores: Array, groups: Array | int, *, ddof: int = 1) -> Array:
 
 
 def largest_of_others(x: Array, groups: Array | int) -> Array:
-    """At every answer the largest x of the other answers in its group.
+    """For each response, the largest x of the other responses in its group.
 
     Args:
         x: `[B]` float32.
@@ -209,21 +208,21 @@ def _check_size(size: int, batch: int) -> int:
 
 
 def _same_group(ids: Array, batch: int) -> Array:
-    """`[B, B]` bool: do two answers belong together?"""
+    """`[B, B]` bool: whether two responses are in the same group."""
     chex.assert_shape(ids, (batch,))
     chex.assert_type(ids, int)
     return ids[:, None] == ids[None, :]
 
 
 def opo_advantages(scores: Array, lengths: Array, groups: Array | int) -> Array:
-    """OPO: s − Σ len·s / Σ len over the group, the baseline of least variance.
+    """OPO: s − Σ len·s / Σ len over the group, the minimum-variance baseline.
 
-    The best baseline weighs scores by squared gradient norms; with tokens of similar,
-    orthogonal gradients those go with the length. Choose it for on-policy training with
-    answers of very different lengths. A group of one gets 0.
+    The optimal baseline weights scores by squared gradient norms; if token gradients
+    are similar and orthogonal, these are proportional to length. Use it for on-policy
+    training with responses of very different lengths. A group of one gets 0.
 
-    The baseline contains the answer's own score, so that in expectation the gradient is
-    not that of the scores: unlike the mean's, its error is no common factor.
+    The baseline includes the response's own score, so the expected gradient is biased:
+    unlike for the mean baseline, the bias is not a constant factor.
 
     Args:
         scores: `[B]` float.
@@ -256,19 +255,19 @@ def gpg_advantages(
     ddof: int = 1,
     eps: Scalar = 1e-4,
 ) -> Array:
-    """GPG: (s − group mean) · α / F, where α makes up for groups without a signal.
+    """GPG: (s − group mean) · α / F, where α compensates for groups with zero variance.
 
-        α = B / (answers in groups whose scores differ)        F = 1 or σ + eps
+        α = B / (responses in groups whose scores differ)        F = 1 or σ + eps
 
-    A batch in which half the groups are solved by all or by none learns half as fast; α
-    restores the step. Used with `reinforce_loss`. α counts groups that carry a signal,
+    If half of the groups are always or never solved, the gradient is half as large; α
+    restores its size. Use with `reinforce_loss`. α counts groups with nonzero variance,
     as in the paper and its code; verl divides by the number of nonzero scores instead,
-    where a group solved by all of its answers counts in full.
+    so a fully solved group counts.
 
     Args:
         scores: `[B]` float.
         groups: a group size, or `[B]` integer ids.
-        scale: F; `"none"` is the 1 that the paper settled on.
+        scale: F; `"none"` is F = 1, the paper's choice.
         ddof: σ² divides by n − ddof.
         eps: added to σ.
 

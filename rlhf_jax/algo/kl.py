@@ -1,4 +1,4 @@
-"""The penalty for leaving the reference: per-token KL estimates and its coefficient."""
+"""The KL penalty: per-token KL estimates and the adaptive coefficient."""
 
 from typing import Literal
 
@@ -29,25 +29,25 @@ def kl_estimate(
         k3 = e^(−ℓ) − 1 + ℓ    E k3 = KL; never negative
         abs = |ℓ|          neither
 
-    In the reward take k1: the policy gradient of −k1 is exactly −∇KL, and that of the
-    others is not. As a differentiated loss take k2, or `straight_through`: E ∇k1 = 0
-    and E ∇k3 = ∇KL(π_ref‖π). These hold per token, given what came before it: the sum
-    of k2 over an answer leaves out that an early token also decides which later ones
-    come, which k1 in the reward does count (docs/what-is-unbiased.md has numbers).
+    In the reward use k1: only the policy gradient of −k1 is exactly −∇KL. In the loss
+    use k2, or `straight_through`: E ∇k1 = 0 and E ∇k3 = ∇KL(π_ref‖π). These hold per
+    token, given its prefix: the sum of k2 over a response ignores that early tokens
+    also determine which later states are visited, which k1 in the reward accounts for
+    (docs/what-is-unbiased.md has numbers).
 
-    k3 has the least variance for monitoring near the reference, and explodes far below
-    it (22,015 at ℓ = −10): there a clamp keeps low-precision training finite. A
-    clamped estimate is biased and hides divergence, so watch the plain one. Padding is
-    not treated here: mask the result, and the inputs where a gradient is taken.
+    For monitoring, k3 has the lowest variance near the reference but explodes for very
+    negative ℓ (22,015 at ℓ = −10): a clamp keeps low-precision training finite. A
+    clamped estimate is biased and hides divergence, so monitor the unclamped one.
+    Padding is not handled here: mask the result, and the inputs if you differentiate.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t).
         ref_logprobs: `[B, T]` float, log π_ref(a_t | s_t).
         estimator: which of the four.
-        straight_through: the value of `estimator` with the gradient of k2; for a loss
-            that reports an honest KL and minimises it ("k3+" in verl).
-        log_ratio_clamp: c bounds ℓ to [−c, c] first (20 in verl's k3).
-        clamp: c bounds the estimate to [−c, c] (10 in verl's k3 and OpenRLHF).
+        straight_through: the value of `estimator` with the gradient of k2, for a loss
+            with an accurate KL value and the correct gradient ("k3+" in verl).
+        log_ratio_clamp: c clamps ℓ to [−c, c] first (20 in verl's k3).
+        clamp: c clamps the estimate to [−c, c] (10 in verl's k3 and OpenRLHF).
 
     Returns:
         `[B, T]` float32, differentiable in both arguments; with a gradient of 0 where
@@ -96,14 +96,14 @@ def adapt_kl_coef(
     horizon: Scalar,
     num_episodes: Scalar,
 ) -> Array:
-    """The KL coefficient for the next step, moved towards what holds KL at its target.
+    """Adapts the KL coefficient to keep the KL at its target.
 
         e = clip(KL / target − 1, −0.2, 0.2)
         β' = β · max(1 + e · n / horizon, 0.1)
 
-    The paper has a constant gain in place of n / horizon, which is that of its code.
-    The bound 0.1 is in neither: without it β turns negative, and the penalty into a
-    prize, when n > 5·horizon and KL is 0. It acts only where n exceeds 4.5·horizon.
+    The paper has a constant gain instead of n / horizon, which is used in its code. The
+    bound 0.1 is in neither: without it β becomes negative if n > 5·horizon and KL is 0.
+    It only applies if n exceeds 4.5·horizon.
 
     Args:
         kl_coef: `[]`, β, positive.

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, with or without the logits in memory."""
+"""Log-probabilities and entropies of tokens, with or without materializing logits."""
 
 from numbers import Real
 
@@ -11,10 +11,10 @@ from rlhf_jax.algo.types import Array, Scalar
 
 
 def before_response(x: Array, response_length: int) -> Array:
-    """What a model put out just before each response token.
+    """Model outputs just before each response token.
 
-    The one shift from sequence to response positions. Column s of a model's output
-    has read tokens 0 … s, so response token t, at column S − T + t, was chosen from
+    The only shift from sequence to response positions. Column s of a model's output
+    depends on tokens 0 … s, so response token t, at column S − T + t, was sampled from
     column S − T + t − 1.
 
     Args:
@@ -26,7 +26,7 @@ def before_response(x: Array, response_length: int) -> Array:
         `[B, T, ...]`, columns S − T − 1 through S − 2.
 
     Raises:
-        ValueError: when no column precedes the response.
+        ValueError: if no column precedes the response.
     """
     sequence_length = x.shape[1]
     if not 0 < response_length < sequence_length:
@@ -44,10 +44,9 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: Scalar = 1.0) -
         logits: `[B, T, V]` float; column t predicts `tokens[:, t]`. −inf excludes a
             token.
         tokens: `[B, T]` integer, in `[0, V)`.
-        temperature: `[]`, positive, that of the sampler. Unlike `sample_token` it
-            refuses the number 0: greedy decoding gives its token probability 1 and
-            every other 0, which nothing can learn from. An array is not looked at,
-            and gives NaN at 0.
+        temperature: `[]`, positive, the sampler's. Unlike in `sample_token`, the number
+            0 is rejected: greedy decoding has probability 1, which cannot be trained
+            on. An array is not checked, and gives NaN at 0.
 
     Returns:
         `[B, T]` float32, differentiable in `logits`.
@@ -83,7 +82,7 @@ def token_entropy(logits: Array, *, temperature: Scalar = 1.0) -> Array:
     chex.assert_type(logits, float)
     scaled = logits.astype(jnp.float32) / _divisor(temperature)
     logprobs = jax.nn.log_softmax(scaled, axis=-1)
-    # The finite stand-in keeps the gradient at an excluded token 0, not 0 · inf.
+    # A finite replacement makes the gradient at an excluded token 0, not 0 · inf.
     finite = jnp.where(logprobs == -jnp.inf, 0.0, logprobs)
     return -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
 
@@ -97,34 +96,34 @@ def fused_token_logprobs(
     softcap: float | None = None,
     chunk_size: int = 1024,
 ) -> tuple[Array, Array]:
-    """`token_logprobs` and `token_entropy` of `hidden @ unembedding`, never held whole.
+    """`token_logprobs` and `token_entropy` of `hidden @ unembedding` without the
+    logits.
 
-    Runs over chunks of tokens, each against the full vocabulary, and keeps one number
-    per token; the backward pass computes the logits of a chunk again. Products are
-    computed in the dtype of `hidden` and summed in float32, and so is the gradient of
+    Processes chunks of tokens against the full vocabulary and keeps one number per
+    token; the backward pass recomputes the logits of each chunk. Products are computed
+    in the dtype of `hidden` and accumulated in float32, and so is the gradient of
     `unembedding` over chunks.
 
-    A chunk takes its tokens from all over the batch, so that a batch spread over
-    devices stays spread; the vocabulary may be spread as well. On a mesh with explicit
-    axes only the forward pass traces, if the batch is spread. A token of which
-    neither result has a cotangent is left out of the gradients, whatever its hidden
-    state holds.
+    A chunk takes tokens from the whole batch, so that a sharded batch stays sharded;
+    the vocabulary may be sharded as well. On a mesh with explicit axes and a sharded
+    batch only the forward pass traces. A token whose results both have zero cotangents
+    is excluded from the gradients, whatever its hidden state is.
 
     Args:
         hidden: `[B, T, D]` float; column t predicts `tokens[:, t]`.
         unembedding: `[D, V]` float.
         tokens: `[B, T]` integer, in `[0, V)`.
         temperature: `[]`, positive, as in `token_logprobs`. Gets no gradient.
-        softcap: of the logits, before the temperature: see `soft_cap`.
-        chunk_size: most tokens in a chunk, counted over all devices. The logits of
-            one chunk, `chunk_size · V` float32, are what is held.
+        softcap: soft cap of the logits, before the temperature: see `soft_cap`.
+        chunk_size: maximum tokens per chunk, over all devices. The logits of one chunk,
+            `chunk_size · V` float32, are in memory.
 
     Returns:
         `(logprobs, entropy)`, each `[B, T]` float32, differentiable once, in reverse
         mode, in `hidden` and `unembedding`; their gradients have their dtypes. Forward
-        mode (`jax.jvp`) is refused. Second derivatives are not promised, and not
-        refused: they lack every token whose cotangents are 0, which are left out of
-        the first. For either, take `token_logprobs` and `token_entropy`.
+        mode (`jax.jvp`) raises. Second derivatives are unsupported but do not raise:
+        they miss all tokens with zero cotangents. For either, use `token_logprobs` and
+        `token_entropy`.
 
     Raises:
         ValueError: when `chunk_size` is not positive, or a temperature given as a
@@ -142,9 +141,10 @@ def fused_token_logprobs(
     chunks = _into_chunks(hidden.reshape(count, -1), num_chunks)  # [C, N/C, D]
     token_chunks = _into_chunks(tokens.reshape(count), num_chunks)  # [C, N/C]
     temperature = jax.lax.stop_gradient(_divisor(temperature))
-    # In `shard_map` weights are the same on all devices and their gradient, a carry of
-    # the backward pass, is not. A zero that differs as the tokens do makes the weights
-    # differ too, and JAX sum their gradient over the devices; compiled it is nothing.
+    # In `shard_map` weights are replicated but their gradient, a carry of the backward
+    # pass, varies over devices. Adding a zero that varies like the tokens makes the
+    # weights vary too, so that JAX sums their gradient over devices; it compiles to
+    # nothing.
     for x in (hidden, tokens):
         unembedding = unembedding + jnp.zeros_like(x, unembedding.dtype, shape=())
     results = _fused(chunks, unembedding, token_chunks, temperature, softcap)
@@ -153,7 +153,7 @@ def fused_token_logprobs(
 
 
 def soft_cap(logits: Array, cap: float | None) -> Array:
-    """Logits squeezed into (−cap, cap): cap · tanh(logits / cap); None: as they are.
+    """Soft-caps logits to (−cap, cap): cap · tanh(logits / cap); None: no cap.
 
     Args:
         logits: `[...]` float.
@@ -173,7 +173,7 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
     if isinstance(cap, Real):
         if not 0 < cap < float("inf"):
             raise ValueError(f"cap={cap}: expected a finite number above 0, or None")
-        cap = float(cap)  # NumPy's float64 would carry its dtype into the logits
+        cap = float(cap)  # a NumPy float64 would change the dtype of the logits
     return cap * jnp.tanh(logits / cap)
 
 
@@ -216,7 +216,7 @@ def _fused_backward(softcap, saved, cotangents):
 
     def backward_chunk(d_unembedding, chunk):
         hidden, tokens, normalizer, entropy, d_logprobs, d_entropy = chunk
-        # 0 · NaN would carry a padding token's hidden state into every weight.
+        # 0 · NaN would propagate from the hidden state of padding to all weights.
         used = ((d_logprobs != 0) | (d_entropy != 0))[:, None]
         hidden = jnp.where(used, hidden, jnp.zeros_like(hidden))
         logits = _chunk_logits(hidden, unembedding, softcap)
@@ -251,7 +251,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _into_chunks(x: Array, num_chunks: int) -> Array:
     """`[N, ...]` → `[C, ⌈N/C⌉, ...]`, chunk c holding rows c, c + C, c + 2C, …
 
-    `reshape(C, -1)` would put each chunk onto a part of the devices.
+    `reshape(C, -1)` would put each chunk on a subset of the devices.
     """
     rows = -(-x.shape[0] // num_chunks)
     padding = rows * num_chunks - x.shape[0]
@@ -260,7 +260,7 @@ def _into_chunks(x: Array, num_chunks: int) -> Array:
 
 
 def _scan(body, init, xs):
-    """`lax.scan`, without a loop around a single chunk."""
+    """`lax.scan`, without a loop for a single chunk."""
     num_chunks = jax.tree.leaves(xs)[0].shape[0]
     return jax.lax.scan(body, init, xs, unroll=num_chunks == 1)
 

@@ -35,19 +35,18 @@ def clipped_value_loss(
         V_c = V_old + clip(V − V_old, −ε, ε)
         L = ½ · max((V − R)², (V_c − R)²)
 
-    The ½ is part of it, here and in every implementation we know. A larger ε lets the
-    critic move further per rollout (0.5 in verl and OpenRLHF, 0.2 in the OpenAI line);
-    it is in units of the score, so a critic that starts far off learns slowly.
-
-    Padding is not treated here: where it may hold NaN or inf, mask the inputs as well
-    as the result, for 0 · NaN in the backward pass is NaN (`critic_loss` does both).
+    The ½ is included, as in every implementation we know. A larger ε lets the critic
+    move further per rollout (0.5 in verl and OpenRLHF, 0.2 in OpenAI-style PPO); it is
+    in units of the score, so a critic that starts far off learns slowly. Padding is not
+    handled here: if it may hold NaN or inf, mask the inputs as well as the result,
+    because 0 · NaN in the backward pass is NaN (`critic_loss` does both).
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
         old_values: `[B, T]` float, V(s_t) when the rollout was scored.
         returns: `[B, T]` float, R_t.
         clip_eps: ε; None gives the plain ½ · (V − R)².
-        half: False leaves the ½ out.
+        half: False omits the ½.
 
     Returns:
         `[B, T]` float32, unreduced, with a gradient in `values` only; exactly 0 where
@@ -68,7 +67,8 @@ def clipped_value_loss(
     values = values.astype(jnp.float32)
     loss = jnp.square(values - returns)
     if clip_eps is not None:
-        # Not old + clip(new − old): that is not `values` where it does not clip.
+        # Not old + clip(new − old): that differs from `values` by rounding if
+        # unclipped.
         clip_eps = jnp.asarray(clip_eps, jnp.float32)
         clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
         loss = jnp.maximum(loss, jnp.square(clipped - returns))
@@ -93,28 +93,28 @@ def actor_loss(
     num_sequences: Scalar | None = None,
     length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The actor's part of `ppo_loss`.
+    """The actor loss in `ppo_loss`.
 
         w · policy_loss − entropy_coef · entropy + β · ρ_KL · kl_fn(π, π_ref)
 
     w is `experience.weights`, β is `experience.kl_coef`; without them w = 1 and there
-    is no KL term (the KL then sits in the rewards, or nowhere). ρ_KL is 1, or with
+    is no KL term (the KL is then in the rewards, or unused). ρ_KL is 1, or with
     `importance_weighted_kl` π / π_old without a gradient.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
-        experience: read for `mask`, `old_logprobs`, `advantages`, and where they are
-            used `weights`, `kl_coef` and `ref_logprobs`; padding may hold anything.
-        entropy: `[B, T]` float, of π(· | s_t); None leaves bonus and metric out.
+        experience: uses `mask`, `old_logprobs`, `advantages`, and if needed `weights`,
+            `kl_coef` and `ref_logprobs`; padding may hold anything.
+        entropy: `[B, T]` float, of π(· | s_t); None: no bonus and no metric.
         clip_eps: see `clipped_policy_loss`, like the next three; None: its 0.2.
         clip_eps_high: ε above 1.
         dual_clip: bound where A < 0.
         log_ratio_clamp: bound on log ρ, also as a weight of the KL.
-        policy_loss_fn: takes the place of `clipped_policy_loss`; see
+        policy_loss_fn: replaces `clipped_policy_loss`; see
             `rlhf_jax.algo.policy_losses`.
         kl_fn: the KL term, unreduced; an estimator whose gradient is that of the KL.
-        importance_weighted_kl: weigh each token's KL by ρ, so that its gradient, given
-            the states, is that of π's KL after the first optimizer step too.
+        importance_weighted_kl: weight each token's KL by ρ, so that its gradient, given
+            the states, is also that of π's KL after the first optimizer step.
         entropy_coef: weight of the entropy bonus.
         aggregation: see `aggregate`.
         num_tokens: see `ppo_loss`, like the next two.
@@ -125,12 +125,12 @@ def actor_loss(
         The `[]` float32 loss, with a gradient in `logprobs` and `entropy`, and the
         metrics `policy_loss`, `entropy`, `approx_kl`, `clip_fraction`, `ratio_mean`,
         as in `ppo_loss`, and `kl_loss` where there is a KL term. Under a
-        `policy_loss_fn`, `clip_fraction` is the share of tokens with an advantage that
-        it gives no gradient.
+        `policy_loss_fn`, `clip_fraction` is the share of tokens with nonzero advantage
+        but no gradient.
 
     Raises:
-        ValueError: on an unknown aggregation, a weight without its entropy, or
-            options of PPO's clip beside a `policy_loss_fn`.
+        ValueError: on an unknown aggregation, an `entropy_coef` without `entropy`, or
+            PPO clip options with a `policy_loss_fn`.
         AssertionError: on unequal shapes or a wrong dtype.
 
     References:
@@ -207,7 +207,7 @@ def _surrogate(
     dual_clip: Scalar | None,
     log_ratio_clamp: float | None,
 ) -> tuple[PolicyLossFn, Callable[..., Array]]:
-    """The policy loss, and what counts the tokens that it clips."""
+    """The policy loss, and a function for its clip fraction."""
     if policy_loss_fn is None:
         clip: dict[str, Any] = {"clip_eps_high": clip_eps_high}
         if clip_eps is not None:
@@ -223,7 +223,7 @@ def _surrogate(
     ):
         if value is not None:
             raise ValueError(
-                f"{name}={value}: has no effect beside policy_loss_fn; give it to that "
+                f"{name}={value}: has no effect with policy_loss_fn; pass it to that "
                 "function with functools.partial"
             )
     return policy_loss_fn, partial(diagnostics.silenced_fraction, policy_loss_fn)
@@ -240,12 +240,12 @@ def critic_loss(
     num_sequences: Scalar | None = None,
     length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The critic's part of `ppo_loss`, without its coefficient.
+    """The critic loss in `ppo_loss`, without its coefficient.
 
     Args:
         values: `[B, T]` float, V(s_t) of the critic in training.
-        experience: read for `value_mask` (`mask` where that is None), `old_values` and
-            `returns`; padding may hold anything.
+        experience: uses `value_mask` (or `mask` if None), `old_values` and `returns`;
+            padding may hold anything.
         value_clip_eps: see `clipped_value_loss`.
         half: see `clipped_value_loss`.
         aggregation: see `aggregate`.
@@ -316,7 +316,7 @@ def ppo_loss(
     num_sequences: Scalar | None = None,
     length: Scalar | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """What one optimizer step of PPO minimises.
+    """The loss of one optimizer step of PPO.
 
         loss = actor_loss + value_coef · critic_loss
 
@@ -324,25 +324,25 @@ def ppo_loss(
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training, at the
             temperature of the sampler.
         values: `[B, T]` float, V(s_t) of the critic in training.
-        experience: read as by `actor_loss` and `critic_loss`.
-        entropy: see `actor_loss`, and so for the eight arguments from `clip_eps` to
+        experience: used as in `actor_loss` and `critic_loss`.
+        entropy: see `actor_loss`, as for the eight arguments from `clip_eps` to
             `entropy_coef`.
         value_clip_eps: ε of `clipped_value_loss`; None for no clipping.
-        value_coef: weight of the value loss; 0.1 where actor and critic share a trunk
-            in the OpenAI line.
+        value_coef: weight of the value loss; 0.1 in OpenAI-style PPO, where actor and
+            critic share a trunk.
         half: see `clipped_value_loss`.
         aggregation: how terms are reduced; see `aggregate`.
         num_tokens: `[]`, real tokens of the whole minibatch, the divisor of
             `"token-mean"` and of the metrics; those of `experience.mask` by default.
-        num_value_tokens: `[]`, the same for the critic, where its tokens are others
+        num_value_tokens: `[]`, the same for the critic, if its mask differs
             (`experience.value_mask`); `num_tokens` by default.
         num_sequences: `[]`, rows with a real token of the whole minibatch, the divisor
             of the `"seq-mean"` aggregations; those of `experience.mask` by default.
-        length: what `"seq-mean-token-sum-norm"` divides by; T by default.
+        length: the divisor of `"seq-mean-token-sum-norm"`; T by default.
 
     Returns:
         The `[]` float32 loss and the metrics of both losses, `[]` float32 without
-        gradients: losses as they are reduced, the others as means over tokens.
+        gradients: losses after reduction, the others as token means.
 
     Raises:
         ValueError: as `actor_loss` and `critic_loss`, or on a `dual_clip` of at most 1.
@@ -391,7 +391,7 @@ def _check_shape(terms: Array, mask: Array) -> None:
 def _mask_inputs(mask: Array, *arrays: Array) -> list[Array]:
     """The arrays as float32, 0 where `mask` is False.
 
-    Masking the terms alone would not do: the gradient of exp at an infinite padding
+    Masking only the terms is not enough: the gradient of exp at an infinite padding
     entry is inf, and 0 · inf is NaN.
     """
     chex.assert_rank([mask, *arrays], 2)

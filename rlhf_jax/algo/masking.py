@@ -1,4 +1,4 @@
-"""Response masks, and reductions that never read what is masked out.
+"""Response masks, and reductions that ignore masked entries.
 
 Values are selected with `jnp.where`, never multiplied by the mask: padding may hold
 NaN, and 0 · NaN is NaN.
@@ -25,18 +25,18 @@ Aggregation = Literal[
 
 
 def response_mask(tokens: Array, *, stop_ids: int | Sequence[int] | Array) -> Array:
-    """Which tokens belong to the response: all through the first stop token.
+    """The response mask: all tokens up to and including the first stop token.
 
-    A row without a stop token is real over its full width. The pad id plays no part,
-    so that it may equal a stop id.
+    A row without a stop token is real over its full width. The pad id is not used, so
+    it may equal a stop id.
 
     Args:
         tokens: `[B, T]` integer, responses that start at column 0.
-        stop_ids: the token id, or ids, that end a response; none for an empty
-            sequence.
+        stop_ids: the token id, or ids, that end a response; an empty sequence means
+            none.
 
     Returns:
-        `[B, T]` bool, True through the first stop token, itself included.
+        `[B, T]` bool, True up to and including the first stop token.
 
     Raises:
         AssertionError: when `tokens` is not a matrix of integers.
@@ -50,7 +50,7 @@ def response_mask(tokens: Array, *, stop_ids: int | Sequence[int] | Array) -> Ar
 
 
 def column_indices(x: Array) -> Array:
-    """`[1, T]` int32: 0 … T − 1, to be compared with an index per row.
+    """`[1, T]` int32: 0 … T − 1, for comparison with an index per row.
 
     Args:
         x: `[B, T]`, any dtype; only its shape is read.
@@ -76,11 +76,10 @@ def last_token_index(mask: Array) -> Array:
 
 
 def include_end_state(mask: Array) -> Array:
-    """The mask, and one column more: the state after the last real token.
+    """The mask extended by the state after the last real token.
 
-    A full row has no such column and stays as it is, and so does an empty one. With
-    the score placed `"after_last_token"`, this is the mask over which rewards and
-    values are real.
+    Full and empty rows are unchanged. With the score `"after_last_token"`, this is the
+    mask of valid rewards and values.
 
     Args:
         mask: `[B, T]` bool, True on real tokens.
@@ -98,10 +97,10 @@ def include_end_state(mask: Array) -> Array:
 
 
 def select_index(x: Array, index: Array) -> Array:
-    """One entry per row.
+    """Selects one entry per row.
 
-    A comparison and a sum in place of indexing: `x[arange(B), index]` does not trace
-    on a mesh with explicit axes. The other entries may hold NaN.
+    Uses a comparison and a sum instead of indexing: `x[arange(B), index]` does not
+    trace on a mesh with explicit axes. The other entries may hold NaN.
 
     Args:
         x: `[B, S]`, any dtype but bool.
@@ -121,7 +120,7 @@ def select_index(x: Array, index: Array) -> Array:
 def masked_mean(
     x: Array, mask: Array, *, axis: int | Sequence[int] | None = None
 ) -> Array:
-    """Mean of what the mask selects: Σ m·x / max(Σ m, 1).
+    """Mean over the mask: Σ m·x / max(Σ m, 1).
 
     Args:
         x: any shape, float; may hold anything where `mask` is False.
@@ -154,13 +153,13 @@ def masked_whiten(
     eps: Scalar = 1e-8,
     shards: int = 1,
 ) -> Array:
-    """Values scaled to variance one, and by default centred, over all real tokens.
+    """Scales values to variance 1, and by default centers them, over all real tokens.
 
         μ = Σ m·x / n          σ² = Σ m·(x − μ)² / (n − ddof)          n = Σ m
         y = (x − μ) / √(σ² + eps)     and, with `center=False`,     y + μ
 
-    A constant input becomes 0, whatever its magnitude. Under `jit` on a sharded batch
-    the statistics are those of the whole batch, not of one device.
+    A constant input becomes 0 at any magnitude. Under `jit` on a sharded batch the
+    statistics are those of the global batch, not of one device.
 
     Args:
         x: `[B, T]` float; may hold anything where `mask` is False.
@@ -169,9 +168,9 @@ def masked_whiten(
             lm-human-preferences; `shift_mean=False` there).
         ddof: 0 divides the squares by n, 1 by n − 1.
         eps: added to the variance.
-        shards: whiten this many equal, contiguous parts of the batch each by its own
-            statistics, as implementations do that whiten on every rank. The result
-            then depends on how many ranks there are: keep 1 but to reproduce them.
+        shards: whiten this many equal, contiguous parts of the batch separately, as in
+            implementations that whiten per rank. The result then depends on the number
+            of ranks: keep 1 except to reproduce them.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False.
@@ -196,8 +195,8 @@ def masked_whiten(
     chex.assert_type([x, mask], [float, bool])
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     mean = masked_mean(x, mask)
-    # The rounding error of the mean, which √eps = 1e-4 would blow up where x is large
-    # and constant.
+    # Removes the rounding error of the mean, which √eps = 1e-4 would amplify if x is
+    # large and constant.
     mean = mean + masked_mean(x - mean, mask)
     centred = jnp.where(mask, x - mean, 0.0)
     freedom = jnp.sum(mask.astype(jnp.float32)) - jnp.asarray(ddof, jnp.float32)
@@ -215,7 +214,7 @@ def aggregate(
     num_sequences: Scalar | None = None,
     length: Scalar | None = None,
 ) -> Array:
-    """The one reduction of per-token losses to a scalar.
+    """Reduces per-token losses to a scalar.
 
     =========================  ==========================================
     `mode`                     value, with n = Σ m and b non-empty rows
@@ -227,13 +226,13 @@ def aggregate(
     `token-sum`                Σ m·L
     =========================  ==========================================
 
-    Only a divisor that is the same for all answers leaves the direction of the policy
-    gradient as it is. `seq-mean-token-sum` has none, so its gradient grows with the
-    answers until a bound on its norm acts at every step; `seq-mean-token-sum-norm`
-    (Dr. GRPO) is that over a constant.
+    Only a divisor that is the same for all responses preserves the direction of the
+    policy gradient. `seq-mean-token-sum` has none, so its gradient grows with response
+    length until gradient clipping is active at every step; `seq-mean-token-sum-norm`
+    (Dr. GRPO) divides it by a constant.
 
-    A minibatch that is read in several microbatches hands its own n and b to each of
-    them: then the results, and their gradients, add up to those of the minibatch.
+    If a minibatch is split into microbatches, pass the minibatch's n and b to each of
+    them: then the results and gradients add up to those of the minibatch.
 
     Args:
         terms: `[B, T]` float; may hold anything where `mask` is False.
@@ -242,8 +241,8 @@ def aggregate(
         num_tokens: `[]`, n to divide by in `token-mean`; that of `mask` by default.
         num_sequences: `[]`, b to divide by in the `seq-mean` modes; the rows of `mask`
             with at least one real token by default.
-        length: `[]`, positive, what `seq-mean-token-sum-norm` divides by: the limit of
-            answers, T by default.
+        length: `[]`, positive, the divisor of `seq-mean-token-sum-norm`: the maximum
+            response length, T by default.
 
     Returns:
         `[]` float32; 0 when nothing is selected.

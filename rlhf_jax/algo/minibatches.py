@@ -1,4 +1,4 @@
-"""Shuffling a batch into minibatches without moving it off its devices."""
+"""Splits a batch into random minibatches without moving data between devices."""
 
 from typing import TypeVar
 
@@ -14,11 +14,10 @@ Tree = TypeVar("Tree")
 def split_minibatches(key: Array, experience: Tree, *, num_minibatches: int) -> Tree:
     """A random partition of the sequences of a batch into M equal minibatches.
 
-    Stratified: of every M neighbouring sequences, a random one goes to each minibatch,
-    all leaves alike. So each minibatch is spread over the batch's devices as evenly
-    as the batch was, and no sequence changes its device. A permutation of the whole
-    batch would gather it onto every device (meshes with auto axes), or not trace
-    (explicit axes).
+    Stratified: of every M adjacent sequences, a random one goes to each minibatch, the
+    same for all leaves. So each minibatch is sharded as evenly as the batch, and no
+    sequence changes its device. A permutation of the whole batch would gather it onto
+    every device (meshes with auto axes), or not trace (explicit axes).
 
     Args:
         key: PRNG key, consumed.
@@ -46,7 +45,7 @@ def split_minibatches(key: Array, experience: Tree, *, num_minibatches: int) -> 
     order = jnp.argsort(jax.random.bits(key, strata), axis=1)  # [B/M, M]
 
     def split(x: Array) -> Array:
-        # `reshape(M, B // M)` would put each minibatch onto a part of the devices.
+        # `reshape(M, B // M)` would put each minibatch on a subset of the devices.
         blocks = x.reshape(*strata, *x.shape[1:])
         index = order.reshape(*strata, *[1] * (x.ndim - 1))
         return jnp.take_along_axis(blocks, index, axis=1).swapaxes(0, 1)

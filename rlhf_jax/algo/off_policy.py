@@ -1,4 +1,4 @@
-"""Corrections for a sampler whose numbers are not those of the trainer."""
+"""Corrections for sampler–trainer mismatch."""
 
 import numbers
 from typing import Literal
@@ -17,7 +17,7 @@ SAMPLER_BOUNDS = {
     "sequence": (0.0, 3.0),
     "geometric": (0.99, 1.01),
 }
-"""Smallest and largest weight by level, where none are given."""
+"""Default lower and upper bounds by level."""
 
 
 def sampler_ratio(
@@ -27,19 +27,19 @@ def sampler_ratio(
     *,
     level: SamplerLevel = "token",
 ) -> Array:
-    """π_old / π_sampler of tokens drawn by π_sampler and trained on as from π_old.
+    """π_old / π_sampler, for tokens sampled from π_sampler and treated as from π_old.
 
-    * `"token"`: of each token.
-    * `"sequence"`: of the whole answer, the product over its tokens: the only one with
-      which the gradient of answers is unbiased, and of a variance that grows with them.
-    * `"geometric"`: the geometric mean over the answer's tokens: how far the sampler is
-      off per token, to tell answers apart by, and no importance weight.
+    * `"token"`: per token.
+    * `"sequence"`: per response, the product over its tokens: the only level with an
+      unbiased gradient; its variance grows with length.
+    * `"geometric"`: the geometric mean over the response's tokens: a per-token mismatch
+      for filtering responses, not an importance weight.
 
     Args:
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t), recomputed.
-        sampler_logprobs: `[B, T]` float, of what the tokens were drawn from.
+        sampler_logprobs: `[B, T]` float, of the sampling distribution.
         mask: `[B, T]` bool, True on response tokens.
-        level: of a token, or of its answer.
+        level: per token or per response.
 
     Returns:
         `[B, T]` float32, 1 where `mask` is False, without a gradient.
@@ -74,28 +74,27 @@ def sampler_weights(
     mode: Literal["truncate", "mask"] = "truncate",
     level: SamplerLevel = "token",
 ) -> Array:
-    """Importance weights of tokens drawn by π_sampler and trained on as from π_old.
+    """Importance weights for tokens sampled from π_sampler and treated as from π_old.
 
-        w = π_old / π_sampler, of the token or of its answer: see `sampler_ratio`
+        w = π_old / π_sampler, of the token or its response: see `sampler_ratio`
 
-    * `"truncate"`: w between the bounds (truncated importance sampling: TIS).
-    * `"mask"`: w where it lies within the bounds, 0 elsewhere (IcePop; of sequences,
-      masked importance sampling).
+    * `"truncate"`: w clipped to the bounds (truncated importance sampling: TIS).
+    * `"mask"`: w within the bounds, 0 elsewhere (IcePop; for sequences, masked
+      importance sampling).
 
-    Multiply the unreduced policy loss by it. Choose it where sampler and trainer
-    differ numerically (bfloat16, another kernel, another engine) and the old
-    log-probabilities are recomputed by the trainer; where they are the sampler's own,
-    every weight is 1.
+    Multiply the unreduced policy loss by it. Use it if sampler and trainer differ
+    numerically (bfloat16, another kernel, another engine) and the trainer recomputes
+    the old log-probabilities; if they are the sampler's own, every weight is 1.
 
     Args:
         old_logprobs: `[B, T]` float, log π_old(a_t | s_t), recomputed.
-        sampler_logprobs: `[B, T]` float, of what the tokens were drawn from.
+        sampler_logprobs: `[B, T]` float, of the sampling distribution.
         mask: `[B, T]` bool, True on response tokens.
         bound: largest weight, positive; None: 2 for tokens, 3 for sequences as in TRL,
-            1.01 for geometric means, which move far less than a product.
+            1.01 for geometric means, which vary much less than a product.
         lower_bound: smallest weight; None: 0, or 0.99 for geometric means.
-        mode: what happens beyond the bounds.
-        level: one weight per token, or one per answer.
+        mode: how weights out of bounds are treated.
+        level: one weight per token, or one per response.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False, without a gradient.
@@ -107,7 +106,7 @@ def sampler_weights(
     References:
         Yao et al., 2025, "Your efficient RL framework secretly brings you off-policy
         RL training"; IcePop: Ling team, 2025, arXiv:2510.18855; geometric means to
-        reject answers by: Liu et al., 2025, "When speed kills stability".
+        reject responses: Liu et al., 2025, "When speed kills stability".
     """
     ratio = sampler_ratio(old_logprobs, sampler_logprobs, mask, level=level)
     lowest, largest = SAMPLER_BOUNDS[level]

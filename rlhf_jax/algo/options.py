@@ -1,9 +1,8 @@
-"""The details on which implementations of PPO and its relatives differ, by name.
+"""Named options for the details on which implementations differ.
 
-Each field is a keyword of a function beside this file, where its formula, its source
-and advice are; the string below it is its help on the command line. These classes are
-what `make_experience`, `make_group_experience` and the objectives take, and what
-presets are made of.
+Each field is a keyword of a function in this package, which documents its formula,
+source and usage; the string below it is its command-line help. `make_experience`,
+`make_group_experience`, the objectives and presets use these classes.
 """
 
 import dataclasses
@@ -22,8 +21,26 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{field}={value!r}: {remedy}")
 
 
+def require_defaults(options: Any, prefix: str, *fields: str, why: str) -> None:
+    """Raises ValueError for the first field that is set but would do nothing.
+
+    Args:
+        options: a dataclass.
+        prefix: of its flags, such as `"scores"`, or `""`.
+        fields: names of its fields.
+        why: they would do nothing.
+    """
+    declared = {field.name: field for field in dataclasses.fields(options)}
+    for name in fields:
+        field, value = declared[name], vars(options)[name]
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        flag = f"{prefix}.".lstrip(".") + name.replace("_", "-")
+        check(value == default, flag, value, f"{why}; leave it at {default}")
+
+
 class Options:
-    """What they have in common: a misspelt choice fails where it is made."""
+    """Base class: invalid choices raise at construction."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -31,14 +48,6 @@ class Options:
             if get_origin(kind) is Literal and value not in get_args(kind):
                 choices = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(f"{name}={value!r}: expected one of {choices}")
-
-    def require_defaults(self, name: str, *fields: str, why: str) -> None:
-        """Raises ValueError for the first field that is set but would do nothing."""
-        defaults = vars(type(self)())
-        for field in fields:
-            value, default = vars(self)[field], defaults[field]
-            flag = f"{name}.{field.replace('_', '-')}"
-            check(value == default, flag, value, f"{why}; leave it at {default}")
 
     def require_positive(self, name: str, *fields: str) -> None:
         """Raises ValueError for the first field that is neither None nor above 0."""
@@ -50,60 +59,61 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLOptions(Options):
-    """The penalty that keeps the policy near the reference."""
+    """The KL penalty."""
 
     place: Literal["reward", "loss", "none"] = "reward"
-    """in the token rewards, where the critic sees it; as a term of the loss, where its
-    weight beside whitened advantages is β times their deviation; or nowhere, and then
+    """in the token rewards, where the critic sees it; in the loss, where with whitened
+    advantages its effective weight is β times their standard deviation; or none, then
     the reference is not run"""
     coef: float = 0.05
-    """β, nats to reward; the start of an adaptive one"""
+    """β; the initial value if adaptive"""
     estimator: KLEstimator = "k1"
-    """of the per-token KL; in the reward only k1 has the right gradient; in the loss
-    k2, or any with kl.straight-through, has that of each token's KL"""
+    """estimator of the per-token KL; in the reward only k1 has the correct gradient; in
+    the loss k2, or any with kl.straight-through, has the gradient of the token-wise
+    KL"""
     straight_through: bool = False
     """the estimator's value with the gradient of k2; for kl.place=loss"""
     importance_weighted: bool = False
-    """weigh each token's KL by π/π_old, so that its gradient stays that of the KL after
-    the first optimizer step of an update; for kl.place=loss; with the gradient of k2
-    whatever the estimator, so that kl.clamp bounds the value alone"""
+    """weight each token's KL by π/π_old, so that its gradient is also correct after the
+    first optimizer step of an update; for kl.place=loss; uses the gradient of k2 for
+    any estimator, so kl.clamp only bounds the value"""
     log_ratio_clamp: float | None = None
-    """bound on |log π − log π_ref| before the estimator; None: none"""
+    """bound on |log π − log π_ref| before the estimator; None: no bound"""
     clamp: float | None = None
-    """bound on the estimate; None: none"""
+    """bound on the estimate; None: no bound"""
     target: float | None = None
-    """adapt β so that the observed KL goes to this many nats; None: β is fixed"""
+    """target KL in nats for an adaptive β; None: β is fixed"""
     unit: Literal["sequence-sum", "token-mean"] = "sequence-sum"
-    """what kl.target is compared with: KL summed over an answer, or per token"""
+    """unit of kl.target: KL summed over a response, or per token"""
     horizon: int = 10_000
-    """episodes over which an adaptive β corrects"""
+    """horizon of an adaptive β, in episodes"""
 
     @property
     def adapts(self) -> bool:
-        """Whether β follows the observed KL."""
+        """Whether β is adaptive."""
         return self.place != "none" and self.target is not None
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        why = "must be a finite number, not negative"
+        why = "must be finite and not negative"
         check(0 <= self.coef < math.inf, f"{name}.coef", self.coef, why)
-        if self.place == "none":  # switches off whatever a preset had set
+        if self.place == "none":  # disables whatever a preset has set
             return
         self.require_positive(name, "log_ratio_clamp", "clamp")
         if self.place == "reward":
             why = f"changes a gradient, so it needs {name}.place=loss"
             in_loss = ("straight_through", "importance_weighted")
-            self.require_defaults(name, *in_loss, why=why)
+            require_defaults(self, name, *in_loss, why=why)
         check(
             self.place == "reward" or self.estimator != "k1" or self.straight_through,
             f"{name}.estimator",
             self.estimator,
-            f"has an expected gradient of 0 in the loss; take {name}.estimator=k2, or "
+            f"has an expected gradient of 0 in the loss; use {name}.estimator=k2, or "
             f"add {name}.straight-through",
         )
         if self.target is None:
-            why = f"does nothing without {name}.target"
-            self.require_defaults(name, "unit", "horizon", why=why)
+            why = f"has no effect without {name}.target"
+            require_defaults(self, name, "unit", "horizon", why=why)
             return
         check(self.target > 0, f"{name}.target", self.target, "must be positive")
         why = f"an adaptive coefficient ({name}.target) multiplies it: start above 0"
@@ -113,30 +123,30 @@ class KLOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Options):
-    """From the score of an answer to its token rewards."""
+    """From scores to token rewards."""
 
     normalization: Literal["none", "reference", "running"] = "none"
-    """subtract mean and divide by standard deviation: of the reference's answers
-    before training, or of all answers so far"""
+    """subtract the mean and divide by the standard deviation: of the reference's
+    responses before training, or of all responses so far"""
     clip: float | None = None
-    """bound on |score|, after normalisation; None: none"""
+    """bound on |score|, after normalization; None: no bound"""
     missing_eos: Literal["keep", "subtract", "replace", "scale", "mask"] = "keep"
-    """what happens to an answer without a stop token: nothing; its score loses the
-    penalty, is the penalty, or is multiplied by it; or it is left out of the losses"""
+    """for responses without a stop token: keep the score; subtract the penalty, replace
+    by it, or multiply by it; or mask them from the losses"""
     missing_eos_penalty: float = 1.0
-    """what subtract takes off, replace puts in place, and scale multiplies by"""
+    """the penalty for subtract, the score for replace, the factor for scale"""
     overlong_buffer: int | None = None
-    """tokens before the limit over which a score falls linearly; None: no ramp"""
+    """length of the linear penalty ramp before the limit, in tokens; None: no ramp"""
     overlong_penalty: float = 1.0
-    """what an answer that reaches the limit loses by the ramp"""
+    """penalty of the ramp at the limit"""
     position: ScorePosition = "last_token"
-    """where the score is paid: on the last real token, or in the state after it"""
+    """position of the score: on the last real token, or in the state after it"""
     end_value: Literal["learned", "kept", "zero"] = "learned"
-    """value of the state after the last token, where the score is paid there: the
-    critic's, and trained; the critic's, but not trained; or 0"""
+    """value of the state after the last token, if the score is there: the critic's,
+    trained; the critic's, not trained; or 0"""
     whiten_rewards: bool = False
-    """scale token rewards of a batch to variance 1, keeping their mean; where answers
-    differ in length, that adds a constant per token"""
+    """scale token rewards of a batch to variance 1, keeping their mean; if responses
+    differ in length, this adds a constant per token"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -147,31 +157,31 @@ class ScoreOptions(Options):
                 penalty <= 0,
                 field,
                 penalty,
-                f"takes the place of the score under {name}.missing-eos=replace, so it "
-                "must be 0 or below",
+                f"replaces the score under {name}.missing-eos=replace, so it must be "
+                "0 or below",
             )
         elif self.missing_eos == "scale":
-            check(0 <= penalty < 1, field, penalty, "must lie in [0, 1) to scale by")
+            check(0 <= penalty < 1, field, penalty, "must be in [0, 1) to scale by")
         elif self.missing_eos == "subtract":
             check(penalty > 0, field, penalty, "must be positive to be subtracted")
         else:
-            why = f"does nothing under {name}.missing-eos={self.missing_eos}"
-            self.require_defaults(name, "missing_eos_penalty", why=why)
+            why = f"has no effect with {name}.missing-eos={self.missing_eos}"
+            require_defaults(self, name, "missing_eos_penalty", why=why)
         if self.overlong_buffer is None:
-            why = f"does nothing without {name}.overlong-buffer"
-            self.require_defaults(name, "overlong_penalty", why=why)
+            why = f"has no effect without {name}.overlong-buffer"
+            require_defaults(self, name, "overlong_penalty", why=why)
         if self.position == "last_token":
-            why = f"is of a state that {name}.position=last_token does not have"
-            self.require_defaults(name, "end_value", why=why)
+            why = f"has no effect with {name}.position=last_token"
+            require_defaults(self, name, "end_value", why=why)
 
     def validate_without_critic(self, name: str) -> None:
-        """Raises ValueError naming the field that only a critic gives a meaning."""
+        """Raises ValueError naming the field that requires a critic."""
         self.validate(name)
         of_critics = ("position", "whiten_rewards")
-        why = "is for PPO, which has a critic"
-        self.require_defaults(name, *of_critics, why=why)
-        why = "is for PPO; without a critic groups.scale sets the scale"
-        self.require_defaults(name, "normalization", why=why)
+        why = "requires a critic"
+        require_defaults(self, name, *of_critics, why=why)
+        why = "requires a critic; use groups.scale to set the scale"
+        require_defaults(self, name, "normalization", why=why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,17 +195,17 @@ class AdvantageOptions(Options):
     value_lam: float | None = None
     """λ of the value targets; None: that of the advantages"""
     lam_alpha: float | None = None
-    """in place of λ, one per answer: 1 − 1 / (α · length); None: λ"""
+    """instead of λ, one per response: 1 − 1 / (α · length); None: λ"""
     n_steps: int | None = None
-    """advantages from the next n rewards and the critic after them; None: GAE"""
+    """n-step advantages, bootstrapped by the critic; None: GAE"""
     bootstrap_truncated: bool = False
-    """an answer that was cut off is worth the critic's value of its end, in place of
-    its score; for scores.missing-eos=keep"""
+    """replace the score of a truncated response by the critic's value at its end; for
+    scores.missing-eos=keep"""
     slow_critic_decay: float | None = None
-    """bootstrap from a copy of the critic that keeps this share of itself at every
-    update, such as 0.9; None: from the critic itself"""
+    """decay per update of the slow critic used for bootstrapping, such as 0.9; None:
+    bootstrap from the critic"""
     whiten: Literal["batch", "shard", "minibatch", "none"] = "batch"
-    """over which tokens advantages are scaled to variance 1"""
+    """set of tokens over which advantages are whitened"""
     whiten_shards: int = 1
     """parts of the batch, for advantages.whiten=shard"""
     center: bool = True
@@ -208,22 +218,24 @@ class AdvantageOptions(Options):
         for field in ("gamma", "lam", "value_lam", "slow_critic_decay"):
             value = vars(self)[field]
             flag = f"{name}.{field.replace('_', '-')}"
-            check(value is None or 0 <= value <= 1, flag, value, "must lie in [0, 1]")
+            check(value is None or 0 <= value <= 1, flag, value, "must be in [0, 1]")
         self.require_positive(name, "lam_alpha", "n_steps")
         if self.lam_alpha is not None:
-            why = f"gives way to {name}.lam-alpha"
-            self.require_defaults(name, "lam", why=why)
+            why = f"has no effect with {name}.lam-alpha"
+            require_defaults(self, name, "lam", why=why)
         if self.n_steps is not None:
             of_gae = ("lam", "value_lam", "lam_alpha", "slow_critic_decay")
-            why = f"does not go with {name}.n-steps"
-            self.require_defaults(name, *of_gae, "bootstrap_truncated", why=why)
+            why = f"cannot be combined with {name}.n-steps"
+            require_defaults(self, name, *of_gae, "bootstrap_truncated", why=why)
         if self.whiten == "none":
-            why = f"does nothing under {name}.whiten=none"
-            self.require_defaults(name, "center", "ddof", why=why)
+            why = f"has no effect with {name}.whiten=none"
+            require_defaults(self, name, "center", "ddof", why=why)
+        shards = self.whiten_shards
+        check(shards >= 1, f"{name}.whiten-shards", shards, "must be at least 1")
         check(
-            (self.whiten_shards > 1) == (self.whiten == "shard"),
+            (shards > 1) == (self.whiten == "shard"),
             f"{name}.whiten-shards",
-            self.whiten_shards,
+            shards,
             f"must be above 1 with {name}.whiten=shard, and 1 without",
         )
 
@@ -235,22 +247,21 @@ class GroupOptions(Options):
     baseline: Literal[
         "mean", "leave-one-out", "length-weighted", "greedy", "best-of-others", "none"
     ] = "leave-one-out"
-    """what a score is compared with: the mean of its group (GRPO), of the others in it
-    (RLOO), weighted by length (OPO); the score of the likeliest answer (ReMax); the
-    best of the others (for pass@k); or nothing (REINFORCE)"""
+    """baseline of a score: the mean of its group (GRPO), of the others in it (RLOO),
+    weighted by length (OPO); the score of the greedy response (ReMax); the best of the
+    others (for pass@k); or none (REINFORCE)"""
     scale: Literal["std", "batch-std", "tokens", "signal", "none"] = "none"
-    """what that is divided by: the standard deviation of its group (GRPO as published),
-    of the batch, or over all tokens, after centring there (REINFORCE++); the share of
-    groups with a signal (GPG); or nothing (Dr. GRPO, RLOO)"""
+    """divisor of advantages: the standard deviation of the group (GRPO as published),
+    of the batch, or over all tokens, after centering (REINFORCE++); the share of groups
+    with nonzero variance (GPG); or none (Dr. GRPO, RLOO)"""
     gamma: float = 1.0
-    """discount per token; for baselines greedy and none, where rewards keep their
-    place in the answer"""
+    """discount per token; for baselines greedy and none, which use rewards-to-go"""
     ddof: Literal[0, 1] = 1
     """1: unbiased variance in the scale"""
 
     @property
     def compares(self) -> bool:
-        """Whether answers are compared with others to the same prompt."""
+        """Whether responses are compared to others to the same prompt."""
         return self.baseline not in ("greedy", "none")
 
     def validate(self, name: str) -> None:
@@ -267,15 +278,15 @@ class GroupOptions(Options):
             self.scale in scales,
             f"{name}.scale",
             self.scale,
-            f"with {name}.baseline={self.baseline} take one of {', '.join(scales)}",
+            f"with {name}.baseline={self.baseline} use one of {', '.join(scales)}",
         )
-        check(0 <= self.gamma <= 1, f"{name}.gamma", self.gamma, "must lie in [0, 1]")
+        check(0 <= self.gamma <= 1, f"{name}.gamma", self.gamma, "must be in [0, 1]")
         if self.compares:
-            why = f"does nothing with {name}.baseline={self.baseline}"
-            self.require_defaults(name, "gamma", why=why)
+            why = f"has no effect with {name}.baseline={self.baseline}"
+            require_defaults(self, name, "gamma", why=why)
         if self.scale in ("signal", "none"):
-            why = f"does nothing with {name}.scale={self.scale}"
-            self.require_defaults(name, "ddof", why=why)
+            why = f"has no effect with {name}.scale={self.scale}"
+            require_defaults(self, name, "ddof", why=why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,9 +294,9 @@ class PolicyLossOptions(Options):
     """The surrogate loss of the actor."""
 
     surrogate: Literal["ppo", "gspo", "gmpo", "cispo", "sapo", "reinforce"] = "ppo"
-    """PPO's clip of each token's ratio; one clipped ratio per answer (gspo); the
-    geometric mean of clipped ones (gmpo); bounded weights that silence no token
-    (cispo); a soft gate (sapo); no ratio at all (reinforce). gspo and gmpo want
+    """token ratios with PPO's clip; one clipped ratio per response (gspo); the
+    geometric mean of clipped ratios (gmpo); clipped weights that keep every token's
+    gradient (cispo); a soft gate (sapo); no ratio (reinforce). Use gspo and gmpo with
     aggregation seq-mean-token-mean"""
     ratio_bound: float | None = None
     """largest weight of a token, for policy-loss.surrogate=cispo; None: 5"""
@@ -293,25 +304,23 @@ class PolicyLossOptions(Options):
     """ε of the policy ratio; None: 0.2 for ppo, 3e-4 below 1 and 4e-4 above for gspo,
     0.4 for gmpo"""
     clip_eps_high: float | None = None
-    """ε above 1; None: that of policy-loss.clip-eps where it is given, else the
-    surrogate's own"""
+    """ε above 1; None: policy-loss.clip-eps if given, else the surrogate's default"""
     dual_clip: float | None = None
-    """bound on the ratio of tokens with a negative advantage; None: none"""
+    """bound on the ratio of tokens with a negative advantage; None: no bound"""
     log_ratio_clamp: float | None = None
-    """bound on |log π − log π_old|; None: none"""
+    """bound on |log π − log π_old|; None: no bound"""
     aggregation: Aggregation = "token-mean"
-    """how token losses, of critic and actor, become one number; seq-mean-token-sum-norm
-    divides each answer's sum by the limit of answers, as Dr. GRPO does"""
+    """reduction of the token losses of critic and actor; seq-mean-token-sum-norm
+    divides each response's sum by the maximum response length, as in Dr. GRPO"""
     mean_of_means: bool = False
-    """average each microbatch by itself and then the averages: the result depends on
-    the number of microbatches"""
+    """average each microbatch separately, then the averages: the result depends on the
+    number of microbatches"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """importance weights against a numerical mismatch of sampler and trainer: bounded,
-    or 0 beyond the bound"""
+    """importance weights for sampler–trainer mismatch: clipped, or 0 out of bounds"""
     sampler_level: SamplerLevel = "token"
-    """one such weight per token, or one per answer: the product of its tokens'
+    """one such weight per token, or one per response: the product over its tokens
     (sequence), or their geometric mean"""
     sampler_bound: float | None = None
     """largest such weight; None: 2 per token, 3 for sequence, 1.01 for geometric"""
@@ -322,15 +331,15 @@ class PolicyLossOptions(Options):
         """Raises ValueError naming the field that cannot work."""
         of_ratios = ("clip_eps", "clip_eps_high", "log_ratio_clamp", "ratio_bound")
         self.require_positive(name, *of_ratios)
-        under = f"under {name}.surrogate={self.surrogate}"
+        under = f"with {name}.surrogate={self.surrogate}"
         if self.surrogate != "ppo":
             of_ppo = ("dual_clip", "log_ratio_clamp")
-            self.require_defaults(name, *of_ppo, why=f"does nothing {under}")
+            require_defaults(self, name, *of_ppo, why=f"has no effect {under}")
         if self.surrogate in ("cispo", "sapo", "reinforce"):
             of_clips = ("clip_eps", "clip_eps_high")
-            self.require_defaults(name, *of_clips, why=f"clips nothing {under}")
+            require_defaults(self, name, *of_clips, why=f"clips nothing {under}")
         if self.surrogate != "cispo":
-            self.require_defaults(name, "ratio_bound", why=f"does nothing {under}")
+            require_defaults(self, name, "ratio_bound", why=f"has no effect {under}")
         check(
             self.dual_clip is None or self.dual_clip > 1,
             f"{name}.dual-clip",
@@ -338,14 +347,14 @@ class PolicyLossOptions(Options):
             "must be above 1, or None",
         )
         if self.aggregation == "token-sum":
-            why = f"does nothing under {name}.aggregation=token-sum"
-            self.require_defaults(name, "mean_of_means", why=why)
+            why = f"has no effect with {name}.aggregation=token-sum"
+            require_defaults(self, name, "mean_of_means", why=why)
         flag, coef = f"{name}.entropy-coef", self.entropy_coef
         check(0 <= coef < math.inf, flag, coef, "must be finite and not negative")
         if self.sampler_correction == "none":
             of_weights = ("sampler_level", "sampler_bound", "sampler_lower_bound")
-            why = f"does nothing without {name}.sampler-correction"
-            self.require_defaults(name, *of_weights, why=why)
+            why = f"has no effect without {name}.sampler-correction"
+            require_defaults(self, name, *of_weights, why=why)
         given = (self.sampler_lower_bound, self.sampler_bound)
         defaults = SAMPLER_BOUNDS[self.sampler_level]
         lowest, largest = (
@@ -356,7 +365,7 @@ class PolicyLossOptions(Options):
             0 <= lowest < largest,
             f"{name}.sampler-lower-bound",
             lowest,
-            f"must lie between 0 and {name}.sampler-bound={largest}",
+            f"must be between 0 and {name}.sampler-bound={largest}",
         )
 
 
@@ -367,10 +376,10 @@ class ValueLossOptions(Options):
     clip_eps: float | None = 0.2
     """ε of the value clip; None: plain squared error"""
     coef: float = 1.0
-    """weight beside the policy loss; with networks of their own, and Adam, it changes
-    little but what max-grad-norm and Adam's epsilon see"""
+    """weight relative to the policy loss; with separate networks and Adam, it only
+    matters for max-grad-norm and Adam's epsilon"""
     half: bool = True
-    """½ of the squared error"""
+    """include the ½ in the squared error"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -379,15 +388,13 @@ class ValueLossOptions(Options):
 
 
 def check_bootstrap(advantages: AdvantageOptions, scores: ScoreOptions) -> None:
-    """Raises ValueError where a cut-off answer would be paid twice, or fined too."""
+    """Raises ValueError if a truncated response would be paid twice, or penalized."""
     if not advantages.bootstrap_truncated:
         return
     why = (
-        "is for the scores of cut-off answers, which advantages.bootstrap-truncated "
-        "replaces by the critic's value of what was still to come"
+        "applies to the scores of truncated responses, which "
+        "advantages.bootstrap-truncated replaces by the critic's value"
     )
-    scores.require_defaults("scores", "missing_eos", "overlong_buffer", why=why)
-    why = (
-        "does not go with advantages.bootstrap-truncated: a value has no whitened form"
-    )
-    scores.require_defaults("scores", "whiten_rewards", why=why)
+    require_defaults(scores, "scores", "missing_eos", "overlong_buffer", why=why)
+    why = "cannot be combined with advantages.bootstrap-truncated"
+    require_defaults(scores, "scores", "whiten_rewards", why=why)

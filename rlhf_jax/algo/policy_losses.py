@@ -1,16 +1,16 @@
-"""Surrogate losses beside PPO's: one term per token, all called the same way.
+"""Surrogate losses: one term per token, with a common interface.
 
     loss(logprobs, old_logprobs, advantages, mask, *, …) → [B, T]
 
 Each is a negated objective. The terms are float32, unreduced and 0 where `mask` is
 False, with a gradient in `logprobs` only: term t has one at token t and at no other.
-Padding may hold anything. `aggregate` reduces them. Where all ratios are 1 every loss
-here has the gradient −A_t of plain policy gradient; they differ in how far they follow
-a policy that has moved away from the one that sampled.
+Padding may hold anything. `aggregate` reduces them. When all ratios are 1, every loss
+here has the plain policy gradient −A_t; they differ in how they limit the policy as it
+moves away from the behavior policy.
 
-Ratios are exp(log π − log π_old) without a clamp unless a loss has one. A ratio that
-overflows makes a loss infinite only where it really counts without bound: gradients of
-tokens that are clipped, or that have no advantage, are exactly 0 at any ratio.
+Ratios are exp(log π − log π_old) without a clamp unless a loss has one. An overflowing
+ratio makes a loss infinite only if the loss is unbounded there: gradients of clipped
+tokens, or of tokens with zero advantage, are exactly 0 at any ratio.
 """
 
 import numbers
@@ -29,13 +29,13 @@ def reinforce_loss(
 ) -> Array:
     """Plain policy gradient, −A·log π; also the loss of GPG.
 
-    Right for one update per rollout: with no ratio in it, it never notices that the
-    policy has moved. For several updates over a rollout choose a loss with a ratio.
+    Correct for one update per rollout: it has no ratio, so it does not account for
+    changes of the policy. For several updates per rollout use a loss with a ratio.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
-        old_logprobs: `[B, T]` float; its shape is checked, its values are not read.
-            It is here so that an objective can take any of these losses.
+        old_logprobs: `[B, T]` float; its shape is checked, its values are unused. It is
+            an argument so that all losses have the same signature.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
 
@@ -68,20 +68,20 @@ def clipped_policy_loss(
         ρ = π(a) / π_old(a) = exp(logprobs − old_logprobs)
         L = max(−ρ·A, −clip(ρ, 1 − ε_low, 1 + ε_high)·A)
 
-    and with `dual_clip` c, where A < 0: L ← min(L, −c·A), so that one token whose
-    ratio has run away cannot rule the batch.
+    and with `dual_clip` c, where A < 0: L ← min(L, −c·A), so that a single token with a
+    huge ratio cannot dominate the batch.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
-        old_logprobs: `[B, T]` float, log π_old(a_t | s_t), of the policy that sampled.
+        old_logprobs: `[B, T]` float, log π_old(a_t | s_t), of the behavior policy.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
         clip_eps: ε_low.
         clip_eps_high: ε_high; None: the same as ε_low.
-        dual_clip: c, above 1; None leaves it out. For stale data, where a bad token's
-            ratio can be large; 3 in verl, where it is on by default.
-        log_ratio_clamp: bounds log ρ to [−c, c] before the exponential (20 in verl and
-            OpenRLHF), so that ρ cannot overflow; no gradient where it acts.
+        dual_clip: c, above 1; None: no dual clip. For stale data, where ratios with
+            negative advantage can be large; 3 in verl, on by default.
+        log_ratio_clamp: clamps log ρ to [−c, c] before the exponential (20 in verl and
+            OpenRLHF), so that ρ cannot overflow; no gradient where it is active.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False; the gradient is exactly 0 where the
@@ -128,19 +128,18 @@ def gspo_loss(
         s = exp(mean_t log(π / π_old))          s_t = sg(s) · π / sg(π)
         L = max(−s_t·A_t, −clip(s_t, 1 − ε_low, 1 + ε_high)·A_t)
 
-    s_t equals s and has its gradient at token t, so that a sequence is clipped whole
-    where its tokens share one advantage. Averaged over each sequence and then over
-    sequences (`"seq-mean-token-mean"`), the reduction of the paper, that is the loss
-    and the gradient of s itself.
+    s_t equals s and has its gradient at token t, so that a sequence is clipped as a
+    whole if its tokens share one advantage. With `"seq-mean-token-mean"`, the paper's
+    reduction, this is the loss and gradient of s itself.
 
-    Choose it for long answers and mixtures of experts, where the ratios of single
-    tokens are noise. Over a sequence that noise averages out, and ε is hundreds of
-    times smaller than PPO's.
+    Use it for long responses and mixtures of experts, where token ratios are noisy.
+    Over a sequence the noise averages out, and ε is hundreds of times smaller than
+    PPO's.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         old_logprobs: `[B, T]` float, of the policy that sampled.
-        advantages: `[B, T]` float, A_t, as a rule one number per sequence.
+        advantages: `[B, T]` float, A_t, usually one number per sequence.
         mask: `[B, T]` bool, True on real tokens.
         clip_eps: ε_low; this default and the next are the paper's.
         clip_eps_high: ε_high; None: the same as ε_low.
@@ -173,23 +172,23 @@ def gmpo_loss(
     clip_eps: Scalar = 0.4,
     clip_eps_high: Scalar | None = None,
 ) -> Array:
-    """GMPO: the geometric mean over a sequence of ratios that are clipped one by one.
+    """GMPO: the geometric mean over a sequence of individually clipped ratios.
 
         l_t = min(log ρ_t, ε_high) where A_t > 0, else max(log ρ_t, −ε_low)
         s = exp(mean_t l_t)          s_t = sg(s) · exp(l_t) / sg(exp(l_t))
         L = −s_t·A_t
 
-    The clip is on *logarithms* of ratios, so that ε = 0.4 allows e^±0.4, and it holds
-    back the way the advantage pulls only. Averaged over each sequence and then over
-    sequences (`"seq-mean-token-mean"`), that is the paper's loss and its gradient.
+    The clip is on *logarithms* of ratios, so ε = 0.4 allows e^±0.4, and only in the
+    direction of the advantage. With `"seq-mean-token-mean"` this is the paper's loss
+    and gradient.
 
-    Choose it over `gspo_loss` where a few tokens should not silence their sequence:
-    a clipped token loses its own gradient, the others keep theirs.
+    Prefer it to `gspo_loss` if a few tokens should not clip their sequence: only
+    clipped tokens lose their gradient.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         old_logprobs: `[B, T]` float, of the policy that sampled.
-        advantages: `[B, T]` float, A_t; the paper knows one number per sequence.
+        advantages: `[B, T]` float, A_t; one number per sequence in the paper.
         mask: `[B, T]` bool, True on real tokens.
         clip_eps: ε_low, in nats; the default is the paper's.
         clip_eps_high: ε_high, in nats; None: the same as ε_low.
@@ -214,7 +213,7 @@ def gmpo_loss(
         advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, low)
     )
     mean = jax.lax.stop_gradient(masked_mean(clipped, mask, axis=1))[:, None]  # [B, 1]
-    mean = jnp.where(advantages == 0, 0.0, mean)  # for 0 · inf is NaN
+    mean = jnp.where(advantages == 0, 0.0, mean)  # because 0 · inf is NaN
     return -advantages * jnp.exp(mean) * _one(clipped)
 
 
@@ -229,18 +228,19 @@ def cispo_loss(
 ) -> Array:
     """CISPO: policy gradient with clipped importance weights, −sg(clip(ρ))·A·log π.
 
-    The bounds limit how hard a token pulls and never stop it: every token with an
-    advantage learns at every step. Choose it where PPO's clip would silence the rare
-    tokens at which reasoning turns.
+    The bounds limit a token's weight but not its gradient direction: every token with
+    an advantage has a gradient at every step. Use it if PPO's clip would remove rare
+    but important reasoning tokens.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
         old_logprobs: `[B, T]` float, of the policy that sampled.
         advantages: `[B, T]` float, A_t.
         mask: `[B, T]` bool, True on real tokens.
-        bound: the largest weight, a ρ and not its distance from 1; 5 is TRL's advice,
-            1 + ε_high what verl and slime use.
-        lower_bound: the smallest weight; 0 leaves the low side open, as the paper does.
+        bound: the largest weight (a value of ρ, not its distance from 1); TRL
+            recommends 5, verl and slime use 1 + ε_high.
+        lower_bound: the smallest weight; 0 leaves the low side unbounded, as in the
+            paper.
 
     Returns:
         `[B, T]` float32, 0 where `mask` is False; finite for any finite input.
@@ -274,11 +274,11 @@ def sapo_loss(
     tau_positive: Scalar = 1.0,
     tau_negative: Scalar = 1.05,
 ) -> Array:
-    """SAPO: a soft gate in place of the clip, −(4/τ)·sigmoid(τ·(ρ − 1))·A.
+    """SAPO: a soft gate instead of the clip, −(4/τ)·sigmoid(τ·(ρ − 1))·A.
 
-    Its gradient −4·σ·(1 − σ)·ρ·A fades as ρ leaves 1 on either side, and is nowhere
-    cut off. The larger τ, the sooner; tokens with A > 0 take `tau_positive`, the others
-    `tau_negative`. Choose it where the share of clipped tokens jumps between steps.
+    Its gradient −4·σ·(1 − σ)·ρ·A decays smoothly as ρ moves away from 1, without a
+    cutoff; a larger τ decays faster. Tokens with A > 0 use `tau_positive`, the others
+    `tau_negative`. Use it if the share of clipped tokens jumps between steps.
 
     Args:
         logprobs: `[B, T]` float, log π(a_t | s_t) of the policy in training.
@@ -306,7 +306,7 @@ def sapo_loss(
     )
     taus = (jnp.asarray(x, jnp.float32) for x in (tau_positive, tau_negative))
     tau = jnp.where(advantages > 0, *taus)
-    ratio = jnp.exp(hold_overflow(logprobs - old_logprobs, True))  # closed long before
+    ratio = jnp.exp(hold_overflow(logprobs - old_logprobs, True))  # saturated
     gate = jax.nn.sigmoid(tau * (ratio - 1.0))
     return -4.0 / tau * gate * advantages
 
@@ -314,7 +314,7 @@ def sapo_loss(
 def mask_loss_inputs(
     logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
-    """What every policy loss starts with: checked, float32, 0 where `mask` is False.
+    """Common preprocessing of policy losses: checks, float32, 0 where `mask` is False.
 
     Args:
         logprobs: `[B, T]` float; may hold anything where `mask` is False, as may the
@@ -333,8 +333,8 @@ def mask_loss_inputs(
     chex.assert_rank([*arrays, mask], 2)
     chex.assert_equal_shape([*arrays, mask])
     chex.assert_type([*arrays, mask], [float, float, float, bool])
-    # The inputs are masked, not the result: behind a NaN the gradient of `where` is
-    # NaN too. Zero advantages then make the terms of the padding 0.
+    # Masks the inputs, not the result: the gradient of `where` through a NaN is NaN.
+    # Zero advantages then make the padding terms 0.
     logprobs, old_logprobs, advantages = (
         jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays
     )
@@ -369,7 +369,7 @@ def clipped_surrogate(
 
 
 def hold_overflow(log_ratio: Array, where: Array | bool) -> Array:
-    """Log-ratios, held at 80 `where` the loss is the same for all ratios beyond.
+    """Clamps log-ratios at 80 `where` the loss is constant beyond.
 
     e^89 is infinite in float32, and a gradient of 0 through it would be 0 · inf, NaN.
 
@@ -378,6 +378,6 @@ def hold_overflow(log_ratio: Array, where: Array | bool) -> Array:
         where: bool, broadcast to that shape.
 
     Returns:
-        float32 of that shape, without a gradient where it is held.
+        float32 of that shape, without a gradient where it is clamped.
     """
     return jnp.where((log_ratio > 80.0) & where, 80.0, log_ratio)

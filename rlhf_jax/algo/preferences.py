@@ -1,4 +1,4 @@
-"""The loss that turns human preferences into a reward model."""
+"""Losses for reward models on human preferences."""
 
 from numbers import Real
 
@@ -22,9 +22,9 @@ def preference_loss(
         L = −(1 − α) · log σ(d) − α · log σ(−d)
 
     Args:
-        chosen_scores: `[N]` float, of the answers that were preferred.
+        chosen_scores: `[N]` float, of the preferred responses.
         rejected_scores: `[N]` float.
-        margin: `[N]` float, by how much the scores should differ; 0 by default.
+        margin: `[N]` float, target score difference; 0 by default.
         label_smoothing: α, the probability that a label is wrong, in [0, 0.5).
 
     Returns:
@@ -56,22 +56,22 @@ def preference_loss(
 def plackett_luce_loss(scores: Array, *, mask: Array) -> Array:
     """Plackett–Luce negative log-likelihood of each ranking.
 
-    The best answer is drawn first with probability softmax(s), the next from what is
-    left, and so on. With the K real answers of a row in the order of the ranking:
+    The best response is drawn first with probability softmax(s), the next from the
+    remaining ones, and so on. With the K real responses of a row in ranking order:
 
         L = −Σ_k [s_k − log Σ_{j ≥ k} exp(s_j)]
 
-    The last term is 0, and for two answers L is `preference_loss`.
+    The last term is 0; for two responses L is `preference_loss`.
 
     Args:
-        scores: `[N, K]` float, in each row from the best answer to the worst. The
-            order is strict: there is no place for ties.
-        mask: `[N, K]` bool, True on real answers, in any pattern; the others may hold
+        scores: `[N, K]` float, in each row from the best response to the worst. The
+            order is strict: no ties.
+        mask: `[N, K]` bool, True on real responses, in any pattern; the others may hold
             anything.
 
     Returns:
         `[N]` float32, unreduced, differentiable in the scores; 0 for a row with fewer
-        than two answers.
+        than two responses.
 
     Raises:
         AssertionError: on a wrong rank, unequal shapes, or a wrong dtype.
@@ -83,8 +83,8 @@ def plackett_luce_loss(scores: Array, *, mask: Array) -> Array:
     chex.assert_rank([scores, mask], 2)
     chex.assert_equal_shape([scores, mask])
     chex.assert_type([scores, mask], [float, bool])
-    # Not −inf, which would make −inf − (−inf) in padding: `where` drops that NaN, but
-    # jax.debug_nans would stop at it.
+    # Not −inf, which would give −inf − (−inf) in padding: `where` drops that NaN, but
+    # jax.debug_nans would raise.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask, scores.astype(jnp.float32), lowest)
     left = jax.lax.cumlogsumexp(scores, axis=1, reverse=True)  # over columns k … K
@@ -99,19 +99,19 @@ def pairwise_ranking_loss(
     margin_step: Scalar = 0.0,
     label_smoothing: Scalar = 0.0,
 ) -> Array:
-    """Mean of `preference_loss` over the pairs of answers to each prompt.
+    """Mean of `preference_loss` over the pairs of responses to each prompt.
 
-    A pair is two real answers of which one has the higher grade; ties make none. Every
-    prompt weighs the same however many answers it has, and each answer is scored once:
-    K answers spread over batches as K(K − 1)/2 pairs overfit.
+    A pair is two real responses with different grades. Every prompt has equal weight
+    regardless of its number of responses, and each response is scored once: splitting K
+    responses into K(K − 1)/2 pairs over batches overfits.
 
     Args:
         scores: `[N, K]` float, one row per prompt, in any order.
         grades: `[N, K]` float, higher is better; only compared within a row. For a
-            ranking, minus the place.
-        mask: `[N, K]` bool, True on real answers, in any pattern; the others may hold
+            ranking, the negated rank.
+        mask: `[N, K]` bool, True on real responses, in any pattern; the others may hold
             anything, in `scores` and in `grades`.
-        margin_step: by how much scores should differ per unit of grade.
+        margin_step: target score difference per unit of grade.
         label_smoothing: the probability that a judgement is flipped, in [0, 0.5).
 
     Returns:

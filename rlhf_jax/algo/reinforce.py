@@ -1,12 +1,12 @@
-"""Advantages without a critic, beyond the group baselines of `group_advantages`.
+"""Critic-free advantages other than `group_advantages`.
 
-Those from one score per answer are `[B]`, one number for a whole answer, and reach its
-tokens by `broadcast_over_tokens`; those from token rewards, or whitened over tokens,
-are `[B, T]`. None of them carries a gradient.
+Those from sequence scores are `[B]`, one per response; `broadcast_over_tokens` expands
+them. Those from token rewards, or whitened over tokens, are `[B, T]`. None of them
+carries a gradient.
 
 `scores` and `groups` are as in `group_advantages`: `[B]` float, and a group size or
-`[B]` ids. Baselines and whitening look at a whole rollout: call these before it is
-split into minibatches.
+`[B]` ids. Baselines and whitening use the full rollout: call these before splitting it
+into minibatches.
 """
 
 from typing import Literal
@@ -26,15 +26,14 @@ from rlhf_jax.algo.types import Array, Scalar
 
 
 def broadcast_over_tokens(advantages: Array, mask: Array) -> Array:
-    """One number per answer, at each of its tokens.
+    """Repeats one value per response over its tokens.
 
     Args:
         advantages: `[B]` float.
         mask: `[B, T]` bool, True on response tokens.
 
     Returns:
-        `[B, T]` float32, 0 where `mask` is False, whatever the row's number; without
-        a gradient.
+        `[B, T]` float32, 0 where `mask` is False; without a gradient.
 
     Raises:
         AssertionError: on a wrong rank, unequal sizes or a wrong dtype.
@@ -47,15 +46,15 @@ def broadcast_over_tokens(advantages: Array, mask: Array) -> Array:
 
 
 def rewards_to_go(rewards: Array, mask: Array, *, gamma: Scalar = 1.0) -> Array:
-    """REINFORCE's advantages: what is still to come, G_t = r_t + γ · G_{t+1}.
+    """REINFORCE's advantages: rewards-to-go, G_t = r_t + γ · G_{t+1}.
 
-    The policy gradient is exact and its variance large; at γ = 1, subtract a baseline
-    that does not depend on the answer, such as ReMax's or that of the other answers.
+    The policy gradient is exact but its variance is large; at γ = 1, subtract a
+    baseline that does not depend on the response, such as ReMax's or leave-one-out.
 
     Args:
         rewards: `[B, T]` float, r_t, as from `shape_rewards`.
         mask: `[B, T]` bool, True on response tokens. A masked token inside a row is
-            passed over, as in `gae`.
+            skipped, as in `gae`.
         gamma: `[]`, discount per token, in [0, 1].
 
     Returns:
@@ -68,18 +67,17 @@ def rewards_to_go(rewards: Array, mask: Array, *, gamma: Scalar = 1.0) -> Array:
         Williams, 1992, Machine Learning 8; Sutton and Barto, Reinforcement Learning,
         2nd ed., section 13.3.
     """
-    # GAE at λ = 1 with a critic of zeros; one pass over time, where `n_step_returns`
-    # takes n.
+    # GAE at λ = 1 with zero values; one pass over time, while `n_step_returns` needs n.
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
 def reinforce_plus_plus_advantages(
     rewards: Array, mask: Array, *, gamma: Scalar = 1.0, ddof: int = 0
 ) -> Array:
-    """REINFORCE++: rewards to go, whitened over all real tokens of the batch.
+    """REINFORCE++: rewards-to-go, whitened over all real tokens of the batch.
 
-    Choose it where there is one answer per prompt, so that no group can be formed: the
-    baseline is what the whole batch earned.
+    Use it with one response per prompt, when there are no groups: the baseline is the
+    batch mean.
 
     Args:
         rewards: `[B, T]` float, r_t, with the KL penalty in them (`shape_rewards`).
@@ -102,12 +100,12 @@ def reinforce_plus_plus_advantages(
 def reinforce_plus_plus_baseline_advantages(
     scores: Array, groups: Array | int, mask: Array, *, ddof: int = 0
 ) -> Array:
-    """REINFORCE++-baseline: s − group mean at every token, whitened over all of them.
+    """REINFORCE++-baseline: s − group mean at every token, whitened over all tokens.
 
-    The group sets the baseline, the batch the scale, so that groups of nearly equal
-    scores are not blown up as in GRPO. The whitening centres once more, over tokens: an
-    answer with s − mean = 0 then has a small advantage, unless lengths and scores are
-    unrelated. The KL belongs into the loss (k2).
+    The group gives the baseline and the batch the scale, so groups of nearly equal
+    scores are not amplified as in GRPO. Whitening centers again, over tokens: a
+    response with s − mean = 0 then has a small advantage, unless lengths and scores are
+    uncorrelated. Put the KL in the loss (k2).
 
     Args:
         scores: `[B]` float.
@@ -130,16 +128,16 @@ def reinforce_plus_plus_baseline_advantages(
 
 
 def remax_advantages(scores: Array, greedy_scores: Array) -> Array:
-    """ReMax: s − the score of the greedy answer to the same prompt.
+    """ReMax: s − the score of the greedy response to the same prompt.
 
-    Exact in expectation, for the baseline does not depend on the sampled answer. Choose
-    it where one sample and one greedy decode per prompt are affordable and a group is
-    not. With rewards per token, subtract the greedy score from `rewards_to_go` instead,
-    by `broadcast_over_tokens`.
+    Unbiased, because the baseline does not depend on the sampled response. Use it if
+    one sample and one greedy decode per prompt are affordable but a group is not. With
+    token rewards, subtract the greedy score from `rewards_to_go` instead, with
+    `broadcast_over_tokens`.
 
     Args:
-        scores: `[B]` float, of the sampled answers.
-        greedy_scores: `[B]` float, of the most likely tokens' answers.
+        scores: `[B]` float, of the sampled responses.
+        greedy_scores: `[B]` float, of the greedy responses.
 
     Returns:
         `[B]` float32.
@@ -165,12 +163,12 @@ def pass_at_k_advantages(
     ddof: int = 1,
     eps: Scalar = 1e-4,
 ) -> Array:
-    """What each answer adds to the best of its group: max of all − max of the others.
+    """What each response adds to the best of its group: max of all − max of the others.
 
-    The best answer gets r_max − r_second and all others 0, as do all of them where two
-    share the first place. Summed over a group, and without `scale`, that is an unbiased
-    gradient of E[max over k answers], k the group's size: choose it to train for pass@k
-    or best-of-k, at the price of a signal from one answer in k.
+    The best response gets r_max − r_second and all others 0; if two tie for the best,
+    all get 0. Summed over a group, without `scale`, this is an unbiased gradient of
+    E[max over k responses], with k the group size: use it to train for pass@k or
+    best-of-k, at the cost of a signal from only one response in k.
 
     Args:
         scores: `[B]` float.
@@ -180,7 +178,7 @@ def pass_at_k_advantages(
         eps: added to σ.
 
     Returns:
-        `[B]` float32, never negative; 0 in a group of one, which verl refuses.
+        `[B]` float32, never negative; 0 in a group of one, which verl rejects.
 
     Raises:
         ValueError: when a group size does not divide B, or on an unknown scale.

@@ -32,26 +32,25 @@ def shape_rewards(
 
     `end` is the last real token. With `score_position="after_last_token"` it is the
     column after it (the last real token if the row is full), as in TRL and
-    summarize_from_feedback_details. That column then is a state of its own: run
-    `gae` over `include_end_state(mask)`, with the critic's value there, or with 0
-    there for a terminal state. Only `gae` at λ = 1 gives the real tokens the same
-    advantages for both positions. A row without real tokens gets no score.
+    summarize_from_feedback_details. That column is then a separate state: run `gae`
+    over `include_end_state(mask)`, with the critic's value there, or 0 for a terminal
+    state. Both positions give the real tokens the same advantages only at λ = 1. A row
+    without real tokens gets no score.
 
     Args:
         scores: `[B]` float, s, one per sequence.
-        logprobs: `[B, T]` float, of the policy that sampled, log π(a_t | s_t).
+        logprobs: `[B, T]` float, of the behavior policy, log π(a_t | s_t).
         ref_logprobs: `[B, T]` float, of the frozen reference.
         mask: `[B, T]` bool, True on response tokens through the first stop token.
-        kl_coef: `[]`, or one per row, `[B]`: β; 0 leaves the score alone.
-        estimator: see `kl_estimate`. With anything but `"k1"` the policy gradient of
-            the penalty is not that of the KL.
+        kl_coef: `[]`, or one per row, `[B]`: β; 0: only the score.
+        estimator: see `kl_estimate`. Only `"k1"` has the policy gradient of the KL.
         log_ratio_clamp: see `kl_estimate`.
         clamp: see `kl_estimate`.
         score_position: `"last_token"` or `"after_last_token"`.
 
     Returns:
-        `(rewards, kl)`, both `[B, T]` float32, neither with a gradient. `kl` is 0
-        where `mask` is False, `rewards` too but for the score.
+        `(rewards, kl)`, both `[B, T]` float32, neither with a gradient. `kl` is 0 where
+        `mask` is False, and so is `rewards` except for the score.
 
     Raises:
         ValueError: on an unknown estimator or score position.
@@ -69,7 +68,7 @@ def shape_rewards(
     )
     kl_coef = jnp.asarray(kl_coef, jnp.float32)
     chex.assert_rank(kl_coef, {0, 1})
-    if kl_coef.ndim:  # one per row, not the one per token that broadcasting makes of it
+    if kl_coef.ndim:  # one per row; broadcasting would make it one per token
         chex.assert_shape(kl_coef, scores.shape)
         kl_coef = kl_coef[:, None]
     kl = kl_estimate(

@@ -1,4 +1,4 @@
-"""The one distribution tokens are drawn from, and the draw."""
+"""The sampling distribution, and sampling from it."""
 
 from numbers import Real
 
@@ -19,28 +19,28 @@ def transform_logits(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
 ) -> Array:
-    """Logits of the distribution that is sampled from, −inf for excluded tokens.
+    """Logits of the sampling distribution, −inf for excluded tokens.
 
-    In this order, each on what the one before left:
+    Applied in this order, each to the result of the previous one:
 
     1. temperature: logits / temperature;
     2. top-k: the k largest;
-    3. top-p: the fewest, largest first, whose probability reaches `top_p`;
+    3. top-p: the smallest set, largest first, whose probability reaches `top_p`;
     4. min-p: those at least `min_p` times as probable as the most probable.
 
-    Tokens that tie with the last one kept are kept. At least one always is.
+    Ties with the last kept token are kept. At least one token is always kept.
 
     Args:
         logits: `[B, V]` float.
-        temperature: `[]`, positive; the number 0, Python's or NumPy's, leaves the
-            largest logit alone (the first of several).
+        temperature: `[]`, positive; the number 0, Python's or NumPy's, keeps only the
+            largest logit (the first of several).
         top_k: at least 1; None, or at least V, keeps all.
         top_p: in (0, 1]; None keeps all.
         min_p: in [0, 1]; None keeps all.
 
     Returns:
-        `[B, V]` float32. `logits - logsumexp(logits)` are the log-probabilities of
-        the tokens that can be drawn.
+        `[B, V]` float32. `logits - logsumexp(logits)` are the log-probabilities of the
+        tokens that can be sampled.
 
     Raises:
         ValueError: when an option given as a number is out of its range.
@@ -82,11 +82,11 @@ def sample_token(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
 ) -> tuple[Array, Array]:
-    """One token per row, and its log-probability under what it was drawn from.
+    """Samples one token per row, and returns its log-probability.
 
-    The distribution is the softmax of `transform_logits`, renormalised over the
-    tokens it keeps. The number 0 as temperature is greedy: the first of the
-    largest logits, with log-probability 0, and `key` is not used.
+    The distribution is the softmax of `transform_logits`, renormalized over the kept
+    tokens. Temperature 0, as a number, is greedy: the first of the largest logits, with
+    log-probability 0, and `key` is not used.
 
     Args:
         key: PRNG key, consumed.
@@ -123,7 +123,7 @@ def check_sampling(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
 ) -> None:
-    """Refuses options of `transform_logits` before there are logits.
+    """Checks the options of `transform_logits`, without logits.
 
     Args:
         temperature: as in `transform_logits`, like all that follow.
@@ -146,8 +146,8 @@ def check_sampling(
 def _nucleus_floor(probs: Array, top_p: Array) -> Array:
     """`[B, 1]`: the largest probability such that those at or above it sum to `top_p`.
 
-    Bisection over the bits of a float, which order non-negative floats as the floats
-    themselves: 31 passes over the vocabulary, where sorting it is far slower.
+    Bisects over the bits of a float, which have the same order as non-negative floats:
+    31 passes over the vocabulary, much faster than sorting.
     """
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -165,14 +165,14 @@ def _nucleus_floor(probs: Array, top_p: Array) -> Array:
 
 
 def _first_argmax(x: Array) -> Array:
-    """`[B]` int32. XLA's own argmax is six times slower on a CPU than this."""
+    """`[B]` int32. Six times faster on a CPU than XLA's argmax."""
     best = jnp.max(x, axis=1, keepdims=True)
     first = jnp.min(jnp.where(x == best, column_indices(x), x.shape[1]), axis=1)
     return jnp.minimum(first, x.shape[1] - 1)  # NaN equals nothing
 
 
 def _scalar(x: Scalar) -> Array:
-    """`[]` float32; a NumPy float64 would carry its dtype into the logits under x64."""
+    """`[]` float32; a NumPy float64 would change the dtype of the logits under x64."""
     x = jnp.asarray(x, jnp.float32)
     chex.assert_rank(x, 0)
     return x

@@ -1,4 +1,4 @@
-"""Scores brought to mean 0 and variance 1 by what was seen so far."""
+"""Score normalization by running statistics, and other score transformations."""
 
 from numbers import Real
 from typing import Literal, get_args
@@ -21,28 +21,27 @@ class ScoreMoments:
 
 
 def init_score_moments() -> ScoreMoments:
-    """Nothing seen yet.
+    """Empty running statistics.
 
     Returns:
-        Zeros, each a buffer of its own, so that a state that holds them can be donated.
+        Zeros in separate buffers, so that a state that contains them can be donated.
     """
     count, mean, squares = (jnp.zeros((), jnp.float32) for _ in range(3))
     return ScoreMoments(count=count, mean=mean, squares=squares)
 
 
 def update_score_moments(moments: ScoreMoments, scores: Array) -> ScoreMoments:
-    """The moments of what was seen before and of one batch more.
+    """Updates the moments with one batch.
 
         n = n_a + n_b        δ = μ_b − μ_a
         μ = μ_a + δ · n_b / n
         M = M_a + M_b + δ² · n_a · n_b / n
 
     Args:
-        moments: of the scores before.
+        moments: of the previous scores.
         scores: `[B]` float.
 
-    Returns:
-        Of all of them.
+    Returns: The moments of all scores.
 
     Raises:
         AssertionError: on a wrong rank or dtype.
@@ -70,10 +69,10 @@ def normalize_scores(
 ) -> Array:
     """(s − μ) / √(σ² + eps), with σ² = M / n.
 
-    With the moments of the reference's answers, held fixed, this is the gain and bias
-    of lm-human-preferences; with moments updated at every batch it is a running
-    normalisation. Either makes β and the value clip mean the same under reward models
-    of different scale.
+    With fixed moments of the reference's responses, this is the gain and bias of
+    lm-human-preferences; with moments updated at every batch it is a running
+    normalization. Both make β and the value clip independent of the scale of the reward
+    model.
 
     Args:
         scores: `[B]` float.
@@ -96,7 +95,7 @@ def normalize_scores(
 
 
 def score_std(moments: ScoreMoments) -> Array:
-    """`[]` float32: σ = √(M / n), 0 where nothing was seen."""
+    """`[]` float32: σ = √(M / n), 0 if empty."""
     return jnp.sqrt(_variance(moments))
 
 
@@ -110,24 +109,25 @@ EnsembleScore = Literal["mean", "worst", "mean-minus-std"]
 def combine_scores(
     scores: Array, *, how: EnsembleScore = "mean", penalty: Scalar = 1.0
 ) -> Array:
-    """What K reward models say of each answer, as one score.
+    """Combines the scores of K reward models into one.
 
         mean              Σ_k s_k / K
         worst             min_k s_k
         mean-minus-std    mean − λ · √(Σ_k (s_k − mean)² / K)
 
-    Models that learned from the same judgements agree where these are and differ where
-    they had to guess, which is where a policy goes that is paid for their errors. The
-    mean averages errors out; the other two also charge for disagreement. What all
-    models get wrong alike, none of the three can see.
+    Models trained on the same judgements agree on the training distribution and differ
+    outside of it, where a policy exploits their errors. The mean averages errors out;
+    the other two also penalize disagreement. None of them detects errors shared by all
+    models.
 
-    Preferences fix scores only up to a constant, so the models need a common zero:
-    train them with `center_coef`, or subtract each one's mean on the same answers.
+    Preferences determine scores only up to a constant, so the models need a common
+    zero: train them with `center_coef`, or subtract each one's mean on the same
+    responses.
 
     Args:
         scores: `[K, B]` float, one row per reward model.
         how: mean, worst or mean-minus-std.
-        penalty: λ of mean-minus-std; the others do not read it.
+        penalty: λ of mean-minus-std; unused by the others.
 
     Returns:
         `[B]` float32, without a gradient. For K = 1 all three are that model's score.
@@ -165,10 +165,10 @@ def soft_overlong_penalty(lengths: Array, *, limit: int, buffer: int) -> Array:
         (limit − buffer − length)/buffer in between, from 0 to −1
         −1                               where length > limit
 
-    A hard punishment of truncated answers also hits sound reasoning that was a little
-    too long; this ramp says in advance that the end is near. Choose it where answers
-    run into the generation limit, with `limit` at most that: a larger one is never
-    reached. The scale supposes scores of about ±1.
+    A hard penalty for truncation also hits correct reasoning that is slightly too long;
+    this ramp increases gradually before the limit. Use it if responses run into the
+    generation limit, with `limit` at most that limit: a larger one is never reached.
+    The scale assumes scores of about ±1.
 
     Args:
         lengths: `[B]` integer, response tokens through the first stop token.
@@ -202,18 +202,17 @@ def penalize_missing_eos(
     penalty: Scalar,
     mode: MissingEOS = "subtract",
 ) -> Array:
-    """Scores in which answers that never stopped are worth less.
+    """Penalizes the scores of responses without EOS.
 
-    * `"subtract"`: s − penalty (TRL); unfinished answers keep their order.
-    * `"replace"`: the score *is* the penalty, such as −1 (lm-human-preferences): what
-      the reward model makes of an unfinished text is ignored. Applying it twice is
-      applying it once.
+    * `"subtract"`: s − penalty (TRL); keeps the order of unfinished responses.
+    * `"replace"`: the score *is* the penalty, such as −1 (lm-human-preferences): the
+      reward model's score of an unfinished text is ignored. Idempotent.
     * `"scale"`: s · penalty, such as 0.5 or 0 (OpenRLHF); raises a negative score.
 
     Args:
         scores: `[B]` float.
         truncated: `[B]` bool, True where no stop token came before the limit.
-        penalty: `[]`, positive to punish by `"subtract"`, usually negative for
+        penalty: `[]`, positive to penalize by `"subtract"`, usually negative for
             `"replace"`, in [0, 1) for `"scale"`.
         mode: which of the three.
 

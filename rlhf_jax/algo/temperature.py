@@ -1,10 +1,10 @@
-"""The temperature that sampling and training share, checked where it is a number."""
+"""Checks of the temperature shared by sampling and training."""
 
 from numbers import Real
 
 from rlhf_jax.algo.types import Scalar
 
-# Below it, logits divided by the temperature come near the end of float32, where
+# Below it, logits divided by the temperature approach the float32 limit, where
 # inf − inf is NaN; below 1e-38 the temperature itself is 0 in float32.
 SMALLEST = 1e-30
 
@@ -20,13 +20,13 @@ def is_greedy(temperature: Scalar) -> bool:
 def check_temperature(
     temperature: Scalar, *, greedy: bool = False, smallest: float = SMALLEST
 ) -> None:
-    """Refuses a temperature that gives no distribution.
+    """Raises ValueError for a temperature that gives no valid distribution.
 
     Args:
-        temperature: a number, Python's or NumPy's. A JAX array is not looked at: its
-            value may not be known yet.
+        temperature: a number, Python's or NumPy's. A JAX array is not checked: its
+            value may be unknown.
         greedy: allow 0.
-        smallest: the least that is allowed besides.
+        smallest: the smallest allowed nonzero value.
 
     Raises:
         ValueError: when a number is negative, not finite, or too small to divide by.
@@ -34,7 +34,7 @@ def check_temperature(
     if not isinstance(temperature, Real) or (greedy and temperature == 0):
         return
     if not smallest <= temperature < float("inf"):
-        choice = ", or 0 for the likeliest token" if greedy else ""
+        choice = ", or 0 for greedy decoding" if greedy else ""
         raise ValueError(
             f"temperature={temperature}: expected at least {smallest:g}, and finite"
             + choice

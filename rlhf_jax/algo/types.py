@@ -1,15 +1,15 @@
 """Array aliases, the shape legend and the records that flow from prompts to update.
 
 Shapes: `B` sequences, `P` padded prompt length, `T` padded response length,
-`S = P + T`, `V` vocabulary, `D` model width, `M` minibatches, `G` answers per prompt.
+`S = P + T`, `V` vocabulary, `D` model width, `M` minibatches, `G` responses per prompt.
 
-Prompts are left-padded and responses right-padded, so that a row of a rollout reads
+Prompts are left-padded and responses right-padded, so that a rollout row is
 `pad … pad prompt … prompt response … response pad … pad`. Masks come from lengths and
 stop tokens, never from comparing ids with a pad id: pad may equal EOS, and may occur
 inside a prompt. Padding may hold anything, NaN included.
 
 Index `t` is response token `t`: `logprobs[:, t]` = log π(a_t | s_t), `values[:, t]` =
-V(s_t), the value *before* a_t is chosen, and `rewards[:, t]` is paid on a_t.
+V(s_t), the value *before* a_t is chosen, and `rewards[:, t]` is the reward for a_t.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def record(cls: type[_T]) -> type[_T]:
 
 @record
 class Prompts:
-    """What the policy is asked to continue."""
+    """Prompts for the policy."""
 
     tokens: Array  # [B, P] int32, left-padded
     lengths: Array  # [B] int32, real tokens per row, at least 1
@@ -49,13 +49,13 @@ class Prompts:
 
 @record
 class Rollout:
-    """Prompts and the answers sampled to them."""
+    """Prompts and sampled responses."""
 
     prompts: Prompts
     responses: Array  # [B, T] int32, right-padded
     lengths: Array  # [B] int32, response tokens through the first stop token
     truncated: Array  # [B] bool, no stop token before the limit
-    logprobs: Array  # [B, T] float32, of each token under what it was drawn from
+    logprobs: Array  # [B, T] float32, under the sampling distribution
 
     @property
     def mask(self) -> Array:
@@ -76,11 +76,11 @@ class Rollout:
 
 @record
 class ScoredRollout:
-    """A rollout and what the four models say of it. No gradient flows through it."""
+    """A rollout with the outputs of the four models. No gradient flows through it."""
 
     rollout: Rollout
-    logprobs: Array  # [B, T] float32, of the policy that answered, frozen from here on
-    ref_logprobs: Array | None  # [B, T] float32, of the frozen reference, if it is run
+    logprobs: Array  # [B, T] float32, of the behavior policy
+    ref_logprobs: Array | None  # [B, T] float32, of the frozen reference, if used
     values: Array | None  # [B, T] float32, V(s_t) before response token t, if any
     scores: Array  # [B] float32, one number per sequence
     target_values: Array | None = None  # [B, T] float32, of a slow copy of the critic
@@ -89,18 +89,18 @@ class ScoredRollout:
 
 @record
 class Experience:
-    """What an update learns from: one number of each kind per token.
+    """The training data of an update, per token.
 
-    The losses read the first three and, of the others, what they are asked for. An
-    objective that runs a network needs the sequences too.
+    The losses use the first three and, depending on options, the others. An objective
+    that runs a network also needs the sequences.
     """
 
     mask: Array  # [B, T] bool, True on response tokens
     old_logprobs: Array  # [B, T] float32
     advantages: Array  # [B, T] float32
     old_values: Array | None = None  # [B, T] float32; None: there is no critic
-    returns: Array | None = None  # [B, T] float32, what the critic should have said
-    ref_logprobs: Array | None = None  # [B, T] float32, if the reference was run
+    returns: Array | None = None  # [B, T] float32, the critic's targets
+    ref_logprobs: Array | None = None  # [B, T] float32, if the reference was used
     value_mask: Array | None = None  # [B, T] bool, the critic's tokens; None: `mask`
     weights: Array | None = None  # [B, T] float32, of policy terms; None: all 1
     kl_coef: Array | None = None  # [B] float32, β of a KL term in the loss; None: none
@@ -118,26 +118,26 @@ class Sequences:
 
 @record
 class Demonstrations:
-    """Sequences to imitate, and which of their tokens count."""
+    """Sequences for supervised fine-tuning, with a target mask."""
 
     tokens: Array  # [B, S] int32
     mask: Array  # [B, S] bool, True on real tokens
-    target_mask: Array  # [B, S] bool, True on tokens the model learns to produce
+    target_mask: Array  # [B, S] bool, True on tokens trained on
 
 
 @record
 class Preferences:
-    """Pairs of whole sequences of which a person preferred the first."""
+    """Pairs of full sequences, the first one preferred."""
 
     chosen: Sequences  # [N, S]
     rejected: Sequences  # [N, S]
-    margin: Array | None = None  # [N] float32, by how much scores should differ
+    margin: Array | None = None  # [N] float32, target score difference
 
 
 @record
 class Rankings:
-    """Whole sequences, up to K to each prompt, that a person put in an order."""
+    """Ranked full sequences, up to K per prompt."""
 
     answers: Sequences  # [N, K, S], from best to worst
-    grades: Array  # [N, K] float32, higher is better, falling; equal ones are a tie
-    mask: Array  # [N, K] bool, True on real answers
+    grades: Array  # [N, K] float32, higher is better, descending; equal is a tie
+    mask: Array  # [N, K] bool, True on real responses

@@ -1,1 +1,1 @@
-"""Every option of every command: its name, its default and what it means."""
+"""Every option of every command: name, default and help text."""

@@ -1,6 +1,6 @@
-"""The configuration of `rlhf-jax arithmetic`.
+"""The options of `quickstart`, `arithmetic` and `overoptimization`.
 
-The string below each field is its help on the command line.
+The string below each field is its command-line help.
 """
 
 import dataclasses
@@ -28,41 +28,42 @@ Method = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArithmeticConfig:
-    """Verifiable rewards on arithmetic, from nothing, in minutes on a laptop.
+    """Verifiable rewards on arithmetic, from scratch, in minutes on a laptop.
 
-    A small model imitates a careless pupil, who gets about half of the problems right.
-    Then reinforcement learning rewards right answers, and a table says what that
-    changed. The same command goes on with what is in the run directory.
+    A small model is trained on error-prone demonstrations, about half of them correct.
+    Reinforcement learning then rewards correct answers, and a table compares before and
+    after. Running the same command again resumes from the run directory.
     """
 
     run_dir: str = "runs/arithmetic"
     """directory for the data, both runs, the table and the summary"""
     form: Form = "reasoning"
     """reasoning: demonstrations show <think> steps before the <answer>; plain: the
-    answer only; r1-zero: a base model that read plain text and never that form, which
-    is then rewarded beside the right answer"""
+    answer only; r1-zero: a base model trained on plain text without these tags, which
+    are then rewarded in addition to the correct answer"""
     method: Method = "grpo"
     """ppo, with a critic, or a preset of `rlhf-jax grpo`"""
     digits: int = 2
-    """of each number, 1 to 3"""
+    """digits per number, 1 to 3"""
     operations: str = "+-"
-    """one or several of + - *"""
+    """one or more of + - *"""
     slips: float = 0.35
-    """share of columns that the pupil gets wrong"""
+    """error rate per column in the demonstrations"""
     demonstrations: int = 7_000
-    """how many are imitated, or all there are"""
+    """number of SFT demonstrations, or all if there are fewer"""
     sft_steps: int | None = None
-    """optimizer steps of imitation; without it, as many as the form needs"""
+    """optimizer steps of SFT; None: depends on form"""
     updates: int | None = None
-    """of reinforcement learning; without it, as many as the form needs"""
+    """updates of reinforcement learning; None: depends on form"""
     batch_size: int = 256
-    """answers per update"""
+    """responses per update"""
     learning_rate: float | None = None
-    """of the policy in reinforcement learning, at its peak; without it, the form's"""
+    """peak learning rate of the policy in reinforcement learning; None: depends on
+    form"""
     eval_problems: int = 256
-    """held-out problems, each answered four times"""
+    """held-out problems, with four responses each"""
     seed: int = 0
-    """all randomness follows from it"""
+    """seed of all randomness"""
     quiet: bool = False
     """print only the final table"""
 
@@ -79,10 +80,10 @@ class ArithmeticConfig:
             bool(self.operations) and set(self.operations) <= set(OPERATIONS),
             "operations",
             self.operations,
-            f"give one or several of {OPERATIONS}",
+            f"use one or more of {OPERATIONS}",
         )
         check(self.seed >= 0, "seed", self.seed, "must not be negative")
-        check(0 <= self.slips < 1, "slips", self.slips, "must lie in [0, 1)")
+        check(0 <= self.slips < 1, "slips", self.slips, "must be in [0, 1)")
         check_positive(
             demonstrations=self.demonstrations,
             batch_size=self.batch_size,
@@ -103,55 +104,53 @@ REWARD_BATCH_SIZE = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OveroptimizationConfig:
-    """Reward hacking on short reviews, seen and controlled: a figure and its numbers.
+    """Reward-model overoptimization on short reviews, and two ways to control it.
 
-    PPO with several KL coefficients and best-of-n are pushed against a reward model
-    that learned from few pairs; the true reward, which no training sees, says where
-    pleasing it stops paying. Ensembles of reward models and early stopping are shown
-    against that.
+    PPO with several KL coefficients and best-of-n optimize a reward model trained on
+    few pairs. The true reward, hidden from training, shows where more optimization
+    stops helping. Reward-model ensembles and early stopping are compared.
     """
 
     run_dir: str = "runs/overoptimization"
-    """directory for all runs, the figure, the numbers and the report; the same command
-    goes on with what is there. Only betas, ensembles, ensemble-beta and patience may
-    differ then"""
+    """directory for all runs, the figure, the numbers and the report. Running the same
+    command again resumes; only betas, ensembles, ensemble-beta and patience may change
+    then"""
     quickstart: str | None = None
-    """run directory of a quickstart, whose SFT model, pairs and prompts are used;
-    without it these are made first, in quickstart/ of the run directory"""
+    """run directory of a quickstart whose SFT model, pairs and prompts are used; None:
+    run one first, in quickstart/ of the run directory"""
     pairs: int = 1_000
-    """preference pairs that a reward model learns from; the fewer, the easier it is
-    to exploit"""
+    """preference pairs per reward model; the fewer, the easier it is to exploit"""
     models: int = 4
-    """reward models; the first is the single model, all of them are the ensembles"""
+    """number of reward models; the first is the single model, all form the ensembles"""
     ensemble_pairs: Literal["own", "same"] = "own"
-    """whether each reward model learns from pairs of its own, or all from the same
-    and differ in their seed alone: such models err more alike"""
+    """own: each reward model is trained on different pairs; same: all on the same pairs
+    with different seeds, which makes their errors more correlated"""
     reward_steps: int = 50
-    """optimizer steps of 64 pairs for each reward model"""
+    """optimizer steps per reward model, of 64 pairs each"""
     betas: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3)
     """KL coefficients of PPO against the single model"""
     ensembles: tuple[EnsembleScore, ...] = ("worst", "mean-minus-std")
-    """how ensembles of all reward models make one score: PPO and best-of-n for each"""
+    """ways to combine the reward models' scores; PPO and best-of-n run with each"""
     ensemble_beta: float = 0.0
-    """KL coefficient of PPO against ensembles; must be among the betas to compare"""
+    """KL coefficient of PPO against ensembles; must be one of betas"""
     ensemble_penalty: float = 1.0
     """λ of mean − λ · standard deviation over the reward models"""
     updates: int = 60
-    """PPO updates of each run"""
+    """PPO updates per run"""
     batch_size: int = 64
-    """answers per update"""
+    """responses per update"""
     eval_every: int = 3
-    """updates between evaluations, which are the points of a curve"""
+    """updates between evaluations, the points of a curve"""
     eval_prompts: int = 256
-    """held-out prompts answered at each evaluation"""
+    """held-out prompts per evaluation"""
     best_of_prompts: int = 64
     """held-out prompts for best-of-n"""
     best_of_samples: int = 512
-    """answers to each of them, N; best of n is estimated for n = 1, 2, 4 … N / 2"""
+    """N, responses per prompt; best of n is estimated for n = 1, 2, 4 … N / 2"""
     patience: int = 3
-    """evaluations without a new best after which early stopping ends a run"""
+    """evaluations without a new best before early stopping"""
     seed: int = 0
-    """all randomness follows from it"""
+    """seed of all randomness"""
     quiet: bool = False
     """print only the table"""
 
@@ -161,7 +160,7 @@ class OveroptimizationConfig:
             self.pairs >= REWARD_BATCH_SIZE,
             "pairs",
             self.pairs,
-            f"must be at least {REWARD_BATCH_SIZE}, a batch of the reward model",
+            f"must be at least {REWARD_BATCH_SIZE}, the reward model's batch size",
         )
         check_positive(
             reward_steps=self.reward_steps,
@@ -175,7 +174,7 @@ class OveroptimizationConfig:
             self.models >= 2,
             "models",
             self.models,
-            "an ensemble needs 2 or more",
+            "must be at least 2, for an ensemble",
         )
         check(
             self.best_of_prompts >= 2,
@@ -187,26 +186,26 @@ class OveroptimizationConfig:
             self.best_of_samples >= 4,
             "best-of-samples",
             self.best_of_samples,
-            "must be at least 4, for curves of n = 1, 2",
+            "must be at least 4, for curves with n = 1, 2",
         )
         check(
             len(set(self.betas)) == len(self.betas)
             and min(self.betas, default=-1) >= 0,
             "betas",
             self.betas,
-            "give one or more different numbers, none negative",
+            "use one or more distinct nonnegative numbers",
         )
         check(
             len(set(self.ensembles)) == len(self.ensembles),
             "ensembles",
             self.ensembles,
-            "give each kind once",
+            "list each kind once",
         )
         check(
             self.ensemble_beta in self.betas,
             "ensemble-beta",
             self.ensemble_beta,
-            f"must be one of betas={self.betas}: the single model's run to compare",
+            f"must be one of betas={self.betas}, for comparison with the single model",
         )
         check(
             self.ensemble_penalty >= 0,
@@ -218,11 +217,11 @@ class OveroptimizationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """All three stages on short reviews, from nothing, in minutes on a laptop."""
+    """All three stages on short reviews, from scratch, in minutes on a laptop."""
 
     run_dir: str = "runs/quickstart"
     """directory for the three runs, the table and the summary"""
     seed: int = 0
-    """all randomness follows from it"""
+    """seed of all randomness"""
     quiet: bool = False
     """print only the final table"""

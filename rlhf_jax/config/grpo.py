@@ -1,6 +1,7 @@
-"""The options of `rlhf-jax grpo`, and its method alone: presets are those."""
+"""The options of `rlhf-jax grpo`; presets set those of the method alone."""
 
 import dataclasses
+from typing import ClassVar
 
 from rlhf_jax.algo.options import (
     GroupOptions,
@@ -20,17 +21,17 @@ def _optimizer() -> OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOMethod(PolicyMethod):
-    """Everything about learning without a critic that is not model, data or size."""
+    """Critic-free training, except for models, data and sizes."""
 
     group_size: int = 8
-    """G, answers per prompt"""
+    """G, responses per prompt"""
     groups: GroupOptions = dataclasses.field(default_factory=GroupOptions)
-    """advantages of answers against each other"""
+    """group-relative advantages"""
     resample: int = 0
-    """rounds of further prompts for groups without a signal, whose answers that are
-    trained on all have one score; 0: such groups stay in the batch"""
+    """extra sampling rounds to replace groups whose scores have zero variance over the
+    responses that are trained on; 0: keep such groups"""
     refresh_every: int = 1
-    """updates after which the policy that answers becomes the one that learns"""
+    """sync the behavior policy every N updates"""
     kl: KLOptions = dataclasses.field(default_factory=lambda: KLOptions(coef=0.01))
     """KL to the reference"""
     epochs: int = 1
@@ -42,7 +43,7 @@ class GRPOMethod(PolicyMethod):
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
-        super().validate()
+        PolicyMethod.validate(self)
         check_positive(group_size=self.group_size, refresh_every=self.refresh_every)
         self.groups.validate("groups")
         self.scores.validate_without_critic("scores")
@@ -52,13 +53,13 @@ class GRPOMethod(PolicyMethod):
             self.policy_loss.surrogate != "reinforce" or self.learns_on_policy,
             "policy-loss.surrogate",
             "reinforce",
-            "has no ratio that would notice that the policy has moved: take epochs=1, "
+            "has no importance ratio, so it must be on-policy; use epochs=1, "
             "minibatches=1 and refresh-every=1, or another surrogate",
         )
 
     @property
     def learns_on_policy(self) -> bool:
-        """Whether every gradient is of the policy that wrote the responses."""
+        """Whether every gradient is taken at the behavior policy."""
         return super().learns_on_policy and self.refresh_every == 1
 
     def _check_groups(self) -> None:
@@ -66,44 +67,48 @@ class GRPOMethod(PolicyMethod):
             self.group_size > 1 or not self.groups.compares,
             "group-size",
             self.group_size,
-            f"groups.baseline={self.groups.baseline} compares the answers to one "
-            "prompt with each other, so it needs at least 2",
+            f"must be at least 2 with groups.baseline={self.groups.baseline}, which "
+            "compares responses to the same prompt",
         )
         check(self.resample >= 0, "resample", self.resample, "must not be negative")
         check(
             self.resample == 0 or self.groups.compares,
             "resample",
             self.resample,
-            f"is for groups without a signal; with groups.baseline="
-            f"{self.groups.baseline} a group of equal scores has one",
+            f"is for zero-variance groups, which have a signal with groups.baseline="
+            f"{self.groups.baseline}; leave it at 0",
         )
         of_scores = ("std", "batch-std", "signal")
         check(
             self.kl.place != "reward" or self.groups.scale not in of_scores,
             "groups.scale",
             self.groups.scale,
-            "is of scores alone, and with kl.place=reward the KL is in them; where all "
-            "scores are equal it would scale up the KL: take groups.scale=none, or "
-            "kl.place=loss or none",
+            "cannot be combined with kl.place=reward: groups of equal scores would "
+            "scale up the KL; use groups.scale=none, or kl.place=loss or none",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOConfig(GRPOMethod, PolicyConfig):
-    """GRPO and its relatives: several answers per prompt instead of a critic.
+    """GRPO and related methods: several responses per prompt instead of a critic.
 
-    --preset NAME takes every option of the method from a paper: grpo, dr_grpo, rloo,
+    --preset NAME sets every option of the method as in a paper: grpo, dr_grpo, rloo,
     reinforce_pp, reinforce_pp_baseline, remax, dapo, gspo or cispo
-    (`rlhf-jax presets --command grpo` lists them). Options given beside it override
-    it, and so does a file.
+    (`rlhf-jax presets --command grpo` lists them). Flags and --config override it.
     """
+
+    stage: ClassVar[str] = "grpo"
+
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rate by flag, without the dashes."""
+        return {"optimizer.learning-rate": self.optimizer.learning_rate}
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
         PolicyConfig.validate(self)
         GRPOMethod.validate(self)
         check_temperature(self.temperature, smallest=SMALLEST_TO_LEARN)
-        self._check_method(self)
+        self._check_sizes()
         check(
             self.batch_size % self.group_size == 0,
             "batch-size",
@@ -116,13 +121,13 @@ class GRPOConfig(GRPOMethod, PolicyConfig):
             self.groups.baseline != "greedy" or num_prompts % devices == 0,
             "batch-size",
             self.batch_size,
-            f"makes {num_prompts} prompts at group-size={self.group_size}, whose "
-            f"likeliest answers cannot be split over {devices} devices",
+            f"gives {num_prompts} prompts with group-size={self.group_size}, whose "
+            f"greedy responses cannot be split over {devices} devices",
         )
         check(
             self.refresh_every <= self.updates,
             "refresh-every",
             self.refresh_every,
-            f"must be at most updates={self.updates}, or the policy that answers never "
+            f"must be at most updates={self.updates}, or the behavior policy never "
             "changes",
         )

@@ -1,10 +1,10 @@
-"""GRPO and its relatives, each as a complete method.
+"""GRPO and related methods, each as a complete preset.
 
-A preset says how, not on what: models, data, batch size, lengths and rewards are left
-to the run, and so are learning rates, which papers give for models a thousand times
-the size of what fits a laptop (1e-6 is common). Each returns a `GRPOMethod` that can be
-changed further with `dataclasses.replace`; on the command line,
-`rlhf-jax grpo --preset dapo`, and flags after it.
+A preset sets the method only. Models, data, batch size, lengths and rewards are left
+to the run, and so are learning rates: papers report them for models a thousand times
+larger than what fits a laptop (1e-6 is common). Each function returns a `GRPOMethod`,
+to be modified with `dataclasses.replace`; on the command line,
+`rlhf-jax grpo --preset dapo`, followed by flags.
 """
 
 from rlhf_jax.algo.options import (
@@ -19,13 +19,13 @@ NO_KL = KLOptions(place="none")
 
 
 def grpo() -> GRPOMethod:
-    """GRPO as in DeepSeekMath: (s − μ)/σ, KL in the loss, mean over answers of means.
+    """GRPO as in DeepSeekMath: (s − μ)/σ, KL in the loss, mean of per-response means.
 
-    Departs from its paper: G = 64 there, which `--group-size 64` gives. The defaults of
-    this command differ on purpose: each score minus the mean of the others, undivided,
-    and the KL in the reward as k1, which together have the exact gradient. Division by
-    σ changes its direction, and k3 in the loss has the gradient of the KL the other way
-    round (docs/what-is-unbiased.md).
+    Difference from the paper: G = 64 there (`--group-size 64`). This command's defaults
+    differ on purpose: each score minus the mean of the others, not divided, and the KL
+    in the reward as k1. Together they give the exact gradient. Dividing by σ changes
+    its direction, and k3 in the loss has the gradient of KL(π_ref‖π), not KL(π‖π_ref)
+    (docs/what-is-unbiased.md).
 
     References:
         Shao et al., 2024, arXiv:2402.03300.
@@ -41,9 +41,9 @@ def grpo() -> GRPOMethod:
 def dr_grpo() -> GRPOMethod:
     """Dr. GRPO, "GRPO done right": s − μ, no division by σ or by lengths, no KL.
 
-    An answer's losses are summed over its tokens and divided by a constant, the limit
-    of answers, so that neither the direction of the gradient nor what clipping its norm
-    does to it depends on how long they are.
+    A response's token losses are summed and divided by a constant, the maximum response
+    length, so neither the gradient's direction nor the effect of norm clipping depends
+    on the lengths.
 
     References:
         Liu et al., 2025, arXiv:2503.20783.
@@ -58,8 +58,8 @@ def dr_grpo() -> GRPOMethod:
 def rloo() -> GRPOMethod:
     """RLOO: s − the mean of the others, KL in the reward, one step per rollout.
 
-    On policy there is no ratio to clip. Losses are summed over an answer's tokens and
-    divided by the limit of answers, a constant: the gradient is exact but for that
+    It is on-policy, so there is no ratio to clip. A response's token losses are summed
+    and divided by the maximum response length: the gradient is exact up to that
     constant factor.
 
     References:
@@ -76,9 +76,9 @@ def rloo() -> GRPOMethod:
 
 
 def reinforce_pp() -> GRPOMethod:
-    """REINFORCE++: rewards to go with the KL in them, whitened over the batch.
+    """REINFORCE++: rewards-to-go including the KL, whitened over the batch.
 
-    One answer per prompt: what the batch earned is the baseline.
+    One response per prompt; the batch mean is the baseline.
 
     References:
         Hu et al., 2025, arXiv:2501.03262.
@@ -103,7 +103,7 @@ def reinforce_pp_baseline() -> GRPOMethod:
 
 
 def remax() -> GRPOMethod:
-    """ReMax: rewards to go minus the score of the likeliest answer; one answer each.
+    """ReMax: rewards-to-go minus the greedy response's score; one response per prompt.
 
     References:
         Li et al., 2023, arXiv:2310.10505.
@@ -120,12 +120,13 @@ def remax() -> GRPOMethod:
 
 
 def dapo() -> GRPOMethod:
-    """DAPO: clip higher above than below, mean over tokens, no KL, no idle groups.
+    """DAPO: asymmetric clip, mean over tokens, no KL, dynamic sampling.
 
-    Groups without a signal are replaced, for up to four rounds; answers that never
-    stop are left out of the loss, but count in their group. Its ramp for long answers
-    needs their limit: `--scores.overlong-buffer`, a fifth of `--max-new-tokens` there;
-    what it takes off then reaches only the mean of the group. G = 16 there.
+    Groups whose scores have zero variance are replaced, for up to four rounds.
+    Truncated responses are masked from the loss but count in their group's statistics.
+    The overlong penalty depends on the length limit, so it is not in the preset: set
+    `--scores.overlong-buffer`, in the paper a fifth of `--max-new-tokens`; the penalty
+    of truncated responses then affects only group statistics. The paper has G = 16.
 
     References:
         Yu et al., 2025, arXiv:2503.14476.
@@ -140,7 +141,7 @@ def dapo() -> GRPOMethod:
 
 
 def gspo() -> GRPOMethod:
-    """GSPO: GRPO with one ratio per answer, within −3e-4 and +4e-4 of 1.
+    """GSPO: GRPO with one ratio per response, within −3e-4 and +4e-4 of 1.
 
     References:
         Zheng et al., 2025, arXiv:2507.18071.
@@ -159,7 +160,7 @@ def gspo() -> GRPOMethod:
 
 
 def cispo() -> GRPOMethod:
-    """CISPO: GRPO whose ratios weigh tokens and never silence one; no KL.
+    """CISPO: GRPO with clipped ratios as weights, which keep all gradients; no KL.
 
     References:
         MiniMax, 2025, arXiv:2506.13585.

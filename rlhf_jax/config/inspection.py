@@ -1,67 +1,83 @@
-"""The options of `rlhf-jax inspect`: flags, keys of the file, help.
+"""The options of `rlhf-jax inspect` and `rlhf-jax show-data`.
 
-The string below each field is its help on the command line.
+The string below each field is its command-line help.
 """
 
 import dataclasses
 from typing import Any, Literal
 
-from rlhf_jax.algo.options import check
+from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.policy import PolicyConfig
 from rlhf_jax.config.ppo import PPOConfig
-from rlhf_jax.config.run import Dtype, LoraConfig, MeshConfig, Overlong, check_positive
+from rlhf_jax.config.run import (
+    Dtype,
+    LoraConfig,
+    MeshConfig,
+    RunConfig,
+    check_positive,
+)
 from rlhf_jax.config.supervised import RewardConfig, SFTConfig
+from rlhf_jax.data.encoding import Overlong
 from rlhf_jax.data.row_forms import TrainOn
 
 Stage = Literal["sft", "reward", "ppo", "grpo"]
-StageConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
+STAGES: dict[Stage, type[RunConfig]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What a model is, and the memory that training it would take on each device.
+    """Describe a model and the memory that each training stage needs per device.
 
-    `rlhf-jax inspect DIRECTORY`. No weights are loaded. Parameters, optimizer and
-    frozen models are counted from shapes and shardings; activations and the key/value
-    cache are what the compiler plans for the real programs, on this machine's kind of
-    device. A mesh of more devices than there are is simulated on CPU. Reward model,
-    critic and reference are taken to have the same shape as the model.
+    `rlhf-jax inspect DIRECTORY`. No weights are loaded. Parameters, optimizer state and
+    frozen models are counted from shapes and shardings; activations and the KV cache
+    are what the compiler plans for the actual programs, on the local kind of device. A
+    mesh larger than the available devices is simulated on CPU. Reward model, critic and
+    reference are assumed to have the model's shape.
     """
 
     model: str
     """Hugging Face directory, or name on the Hub"""
     stages: tuple[Stage, ...] = ("sft", "reward", "ppo", "grpo")
-    """whose memory is worked out"""
+    """stages to plan memory for"""
     compile: bool = True
-    """ask the compiler about activations and cache, which may take minutes for a large
-    model; without it, only what is counted"""
+    """include the compiler's plan for activations and KV cache, which may take minutes
+    for a large model"""
     batch_size: int | None = None
-    """sequences, pairs or answers per step; without it, the default of each stage"""
+    """sequences, pairs or responses per step; None: the default of each stage"""
     microbatches: int | None = None
-    """parts of a minibatch computed one after the other"""
+    """gradient accumulation steps per minibatch"""
     minibatches: int | None = None
-    """optimizer steps per pass of ppo and grpo"""
+    """optimizer steps per epoch (ppo, grpo)"""
     group_size: int | None = None
-    """answers to a prompt in grpo"""
+    """responses per prompt (grpo)"""
     max_tokens: int | None = None
-    """longest sequence of sft and reward"""
+    """maximum sequence length (sft, reward)"""
     max_prompt_tokens: int | None = None
-    """longest prompt of ppo and grpo"""
+    """maximum prompt length (ppo, grpo)"""
     max_new_tokens: int | None = None
-    """longest answer of ppo and grpo"""
+    """maximum response length (ppo, grpo)"""
+    critic_trunk: Literal["own", "shared"] = "own"
+    """a separate critic network, or a value head on the policy (ppo)"""
+    ensemble: int = 0
+    """reward models besides the first (ppo, grpo)"""
     dtype: Dtype = "float32"
-    """of activations and of frozen models; trained parameters are float32"""
+    """dtype of activations and frozen models; trainable parameters are float32"""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """low-rank adapters"""
     remat: bool = False
     """recompute activations in the backward pass"""
     scan_layers: bool = False
-    """run the blocks under a scan: compiles faster for deep models"""
+    """run the blocks under a scan: deep models compile faster"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """devices"""
+    """device mesh"""
     json: bool = False
-    """print JSON, and progress on standard error"""
+    """print JSON; progress goes to stderr"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -71,90 +87,92 @@ class InspectConfig:
             self.lora.adapter is None,
             "lora.adapter",
             self.lora.adapter,
-            "give the rank and targets instead: nothing is loaded here",
+            "is not loaded here; set lora.rank and lora.targets instead",
         )
         self.mesh.validate("mesh")
+        why = "must be 0 or more"
+        check(self.ensemble >= 0, "ensemble", self.ensemble, why)
+        if "ppo" not in self.stages:
+            require_defaults(self, "", "critic_trunk", why="has no effect without ppo")
+            if "grpo" not in self.stages:
+                why = "has no effect without ppo or grpo"
+                require_defaults(self, "", "ensemble", why=why)
         for stage in self.stages:
             self.of_stage(stage).validate()
 
-    def of_stage(self, stage: Stage) -> StageConfig:
-        """The configuration that the stage's own command would run with."""
-        data = {"data": self.model, "run_dir": self.model}  # neither is touched
-        shared = {
-            name: vars(self)[name]
-            for name in ("dtype", "lora", "remat", "scan_layers", "mesh")
+    def of_stage(self, stage: Stage) -> RunConfig:
+        """The configuration that the stage's own command would use."""
+        given: dict[str, Any] = vars(self) | {
+            "run_dir": self.model,  # not read, and neither are data
+            "data": self.model,
+            "policy": self.model,
+            # Two models of the same shape: with one name, adapters would share arrays.
+            "reward_model": f"{self.model} (reward model)",
+            "ensemble": tuple(
+                f"{self.model} (reward model {2 + i})" for i in range(self.ensemble)
+            ),
         }
-        sizes = self._given("batch_size", "microbatches")
-        if stage in ("sft", "reward"):
-            sizes |= self._given("max_tokens")
-            config = SFTConfig if stage == "sft" else RewardConfig
-            return config(model=self.model, **data, **shared, **sizes)
-        models = {"policy": self.model, "reward_model": self.model}
-        sizes |= self._given("minibatches", "max_prompt_tokens", "max_new_tokens")
-        if stage == "ppo":
-            return PPOConfig(**models, **data, **shared, **sizes)
-        sizes |= self._given("group_size")
-        return GRPOConfig(**models, **data, **shared, **sizes)
-
-    def _given(self, *names: str) -> dict[str, Any]:
-        return {
-            name: vars(self)[name] for name in names if vars(self)[name] is not None
-        }
+        config = STAGES[stage]
+        fields = {field.name for field in dataclasses.fields(config)}
+        return config(
+            **{
+                name: value
+                for name, value in given.items()
+                if name in fields and value is not None
+            }
+        )
 
 
 NO_RUN = "-"
-"""Stands where a run directory or a reward would, which showing data does not need."""
+"""Placeholder for the run directory and reward model, which `show-data` ignores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShowDataConfig:
-    """The tokens of a data set as a stage reads them, those that it learns in colour.
+    """Show the tokens of a dataset, with those that are trained on in color.
 
-    Reads and encodes as the stage does: what is shown is what is trained.
+    Rows are read and encoded exactly as in training.
     """
 
     data: str
-    """file of rows, as for the stage"""
+    """data file, as for the stage"""
     model: str
-    """Hugging Face directory whose tokenizer and chat template are used"""
+    """Hugging Face directory of the tokenizer and chat template"""
     task: Literal["sft", "reward", "prompts"] = "sft"
-    """which stage's reading: sft, pairs of reward, or the prompts of ppo and grpo"""
+    """read the data as sft, as reward pairs, or as prompts of ppo and grpo"""
     train_on: TrainOn = "last-answer"
-    """which answers of a conversation are learnt (sft)"""
+    """assistant turns that are trained on (sft)"""
     chat_template: str | None = None
-    """Jinja file instead of the model's chat template (sft)"""
+    """Jinja file that replaces the model's chat template (sft)"""
     prompt_column: str = "prompt"
     """column of prompts (sft, prompts)"""
     completion_column: str | None = None
-    """column of answers; without it, completion or response (sft)"""
+    """column of responses; None: completion or response (sft)"""
     unusable: Literal["fail", "drop"] = "fail"
-    """what happens to rows that cannot be used: unusable-rows of sft, unusable-pairs of
-    reward, unusable-prompts of ppo and grpo"""
+    """how to handle unusable rows: unusable-rows of sft, unusable-pairs of reward,
+    unusable-prompts of ppo and grpo"""
     max_tokens: int = 256
-    """longest sequence, in tokens: max-tokens of sft and reward, max-prompt-tokens of
-    ppo and grpo"""
+    """maximum sequence length: max-tokens of sft and reward, max-prompt-tokens of ppo
+    and grpo"""
     overlong: Overlong = "drop"
-    """what happens to longer sequences"""
+    """how to handle longer sequences"""
     limit: int = 3
-    """examples shown; all are counted"""
+    """number of examples to show; all are counted"""
     html: str | None = None
-    """file to write the examples to as a page, in colour"""
+    """HTML file to write the highlighted examples to"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
         check_positive(max_tokens=self.max_tokens, limit=self.limit)
-        task = f"does nothing under task={self.task}; leave it out"
-        sft, reward = self.task == "sft", self.task == "reward"
-        for flag, value, default, is_used in (
-            ("train-on", self.train_on, "last-answer", sft),
-            ("chat-template", self.chat_template, None, sft),
-            ("completion-column", self.completion_column, None, sft),
-            ("prompt-column", self.prompt_column, "prompt", not reward),
-        ):
-            check(is_used or value == default, flag, value, task)
+        unused = ["train_on", "chat_template", "completion_column"]
+        if self.task == "reward":
+            unused.append("prompt_column")
+        if self.task != "sft":
+            why = f"has no effect with task={self.task}"
+            require_defaults(self, "", *unused, why=why)
 
     def sft_config(self) -> SFTConfig:
-        """What `sft` would be told."""
+        """The equivalent options of `sft`."""
         return SFTConfig(
             run_dir=NO_RUN,
             data=self.data,
@@ -169,7 +187,7 @@ class ShowDataConfig:
         )
 
     def reward_config(self) -> RewardConfig:
-        """What `reward` would be told."""
+        """The equivalent options of `reward`."""
         return RewardConfig(
             run_dir=NO_RUN,
             data=self.data,
@@ -180,7 +198,7 @@ class ShowDataConfig:
         )
 
     def policy_config(self) -> PolicyConfig:
-        """What `ppo` and `grpo` would be told of their prompts."""
+        """The equivalent prompt options of `ppo` and `grpo`."""
         return PolicyConfig(
             run_dir=NO_RUN,
             reward_model=NO_RUN,

@@ -1,24 +1,31 @@
-"""The configurations of the stages that train a policy by reward: flags, keys, help.
+"""Options shared by PPO and GRPO.
 
-The string below each field is its help on the command line.
+The string below each field is its command-line help.
 """
 
 import dataclasses
 import math
 from typing import Literal
 
-from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ScoreOptions, check
+from rlhf_jax.algo.options import (
+    KLOptions,
+    PolicyLossOptions,
+    ScoreOptions,
+    check,
+    require_defaults,
+)
 from rlhf_jax.algo.scores import EnsembleScore
-from rlhf_jax.config.run import Overlong, RunConfig, check_positive
+from rlhf_jax.config.run import FREE_ON_RESUME, RunConfig, check_positive
+from rlhf_jax.data.encoding import Overlong
 
 
 def function_name(spec: str) -> str:
-    """What metrics call the function of a spec: `exact_answer`."""
+    """Name of a reward function in metrics, such as `exact_answer`."""
     return spec.rpartition(":")[2]
 
 
-# Columns of the samples, and metrics after `reward/`: the places where what a function
-# says is written under its name.
+# Columns of the samples, and metrics after `reward/`: reward functions are logged there
+# under their names.
 _TAKEN_NAMES = (
     "step",
     "prompt",
@@ -38,48 +45,49 @@ _TAKEN_NAMES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSources:
-    """Where the reward of an answer comes from, in training and on held-out prompts."""
+    """Sources of rewards, in training and on held-out prompts."""
 
     reward_model: str | None = None
     """Hugging Face directory of a frozen reward model"""
     reward_model_weight: float = 1.0
-    """of the reward model, or the ensemble, beside reward functions"""
+    """weight of the reward model, or ensemble, relative to reward functions"""
     ensemble: tuple[str, ...] = ()
-    """Hugging Face directories of further reward models, which judge with the first"""
+    """Hugging Face directories of further reward models, forming an ensemble with the
+    first"""
     ensemble_score: EnsembleScore = "worst"
-    """one score of several: the mean, the lowest, or the mean minus ensemble-penalty
-    standard deviations; models need a common zero (center-coef of rlhf-jax reward)"""
+    """score of an ensemble: the mean, the lowest, or the mean minus ensemble-penalty
+    standard deviations; its models need a common zero (center-coef of rlhf-jax
+    reward)"""
     ensemble_penalty: float = 1.0
-    """standard deviations that mean-minus-std takes off"""
+    """standard deviations subtracted by mean-minus-std"""
     reward: tuple[str, ...] = ()
     """reward functions, file.py:function or package.module:function, called as
     function(prompts, responses, columns) and returning a number per row; columns holds
     the other columns of the data. rlhf_jax.tasks.verifiable has exact_answer and
     reasoning_format"""
     reward_weights: tuple[float, ...] = ()
-    """of the reward functions in the sum; without them, 1 each"""
+    """weights of the reward functions in the sum; empty: 1 each"""
     reward_columns: tuple[str, ...] = ()
-    """columns of the data that reward functions get, which every row must have; without
-    them, those that the first row has and that are not null there"""
+    """columns of the data passed to reward functions, required in every row; empty:
+    those that are not null in the first row"""
     reward_processes: int = 2
-    """worker processes that call reward functions"""
+    """worker processes for reward functions"""
     reward_time_limit: float = 5.0
-    """seconds after which a call of a reward function has failed"""
+    """seconds before a reward function call fails"""
     reward_on_failure: float | None = None
-    """score of an answer at which a reward function fails; None: the run stops"""
+    """score of responses on which a reward function fails; None: stop the run"""
     eval_reward: tuple[str, ...] = ()
-    """reward functions that are measured on held-out answers only"""
+    """reward functions evaluated on held-out responses only"""
     eval_samples: int = 1
-    """answers to each held-out prompt"""
+    """responses per held-out prompt"""
     eval_pass: float | None = 1.0
-    """a held-out answer passes with at least this score by the first function of
-    eval-reward, or else of reward; None: pass rates are left out"""
+    """lowest score at which a held-out response passes, by the first function of
+    eval-reward, else of reward; None: no pass rates"""
     early_stop: str | None = None
-    """held-out metric that must go on rising, such as eval/score_mean or
-    eval/reward/exact_answer; the policy that is written is the best by it. None: the
-    last one is written"""
+    """held-out metric for early stopping, higher is better, such as eval/score_mean or
+    eval/reward/exact_answer; saves the best policy. None: save the last one"""
     early_stop_patience: int = 3
-    """evaluations without a new best after which training ends"""
+    """evaluations without a new best before training ends"""
 
     def validate_rewards(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -87,24 +95,24 @@ class RewardSources:
             self.reward_model is not None or bool(self.reward),
             "reward-model",
             None,
-            "name what to learn from: reward-model (a directory) or reward "
+            "no reward given; set reward-model (a directory) or reward "
             "(functions, file.py:function)",
         )
         check(
             math.isfinite(self.reward_model_weight) and self.reward_model_weight != 0,
             "reward-model-weight",
             self.reward_model_weight,
-            "must be a finite number other than 0; leave the model out instead",
+            "must be finite and nonzero; to disable the reward model, leave it out",
         )
         if self.reward_model is None:
-            why = "is for a reward-model, which there is none of"
-            self._require_defaults("reward_model_weight", "ensemble", why=why)
+            why = "requires --reward-model"
+            require_defaults(self, "", "reward_model_weight", "ensemble", why=why)
         if not self.ensemble:
-            why = "is for an ensemble: name further reward models there"
-            self._require_defaults("ensemble_score", why=why)
+            why = "requires an ensemble; add reward models with --ensemble"
+            require_defaults(self, "", "ensemble_score", why=why)
         if self.ensemble_score != "mean-minus-std":
-            why = "is for ensemble-score=mean-minus-std"
-            self._require_defaults("ensemble_penalty", why=why)
+            why = "requires ensemble-score=mean-minus-std"
+            require_defaults(self, "", "ensemble_penalty", why=why)
         check(
             self.ensemble_penalty >= 0,
             "ensemble-penalty",
@@ -117,20 +125,20 @@ class RewardSources:
             early_stop_patience=self.early_stop_patience,
         )
         if self.early_stop is None:
-            why = "does nothing without early-stop"
-            self._require_defaults("early_stop_patience", why=why)
+            why = "has no effect without early-stop"
+            require_defaults(self, "", "early_stop_patience", why=why)
 
     def _check_functions(self) -> None:
         if not self.reward and not self.eval_reward:
-            why = "is for reward functions, and there are none"
+            why = "requires a reward function; there are none"
             of_functions = ("columns", "processes", "time_limit", "on_failure")
             of_functions = [f"reward_{name}" for name in of_functions]
-            self._require_defaults(*of_functions, "eval_pass", why=why)
+            require_defaults(self, "", *of_functions, "eval_pass", why=why)
         check(
             len(self.reward_weights) in (0, len(self.reward)),
             "reward-weights",
             self.reward_weights,
-            f"give one for each of the {len(self.reward)} functions of reward",
+            f"give one for each of the {len(self.reward)} reward functions",
         )
         names = [function_name(spec) for spec in (*self.reward, *self.eval_reward)]
         twice = [name for name in names if names.count(name) > 1]
@@ -138,22 +146,21 @@ class RewardSources:
             not twice,
             "reward",
             twice[:1],
-            "two functions of one name; metrics are called by it, so rename one",
+            "two functions have this name, which metrics use; rename one",
         )
         taken = [name for name in names if name in _TAKEN_NAMES]
         check(
             not taken,
             "reward",
             taken[:1],
-            "a metric, or a column of the samples, has this name already; rename the "
-            "function",
+            "is already the name of a metric or sample column; rename the function",
         )
         check_positive(reward_processes=self.reward_processes)
         check(
             0 < self.reward_time_limit < math.inf,
             "reward-time-limit",
             self.reward_time_limit,
-            "must be above 0 seconds, and finite",
+            "must be positive and finite",
         )
         check(
             all(map(math.isfinite, self.reward_weights)),
@@ -168,38 +175,32 @@ class RewardSources:
             "must be a finite number, or None",
         )
 
-    def _require_defaults(self, *names: str, why: str) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(RewardSources)}
-        for name in names:
-            value = vars(self)[name]
-            check(value == defaults[name], name.replace("_", "-"), value, why)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyMethod:
-    """What the methods with and without a critic have in common."""
+    """Options shared by the methods with and without a critic."""
 
     temperature: float = 1.0
-    """of sampling and of all log-probabilities"""
+    """temperature of sampling and of all log-probabilities"""
     old_logprobs: Literal["auto", "sampler", "recomputed"] = "auto"
-    """log-probabilities that ratios are taken against: the sampler's, or recomputed as
-    in training; auto recomputes where the two round differently, that is everywhere
-    but in float32 on a CPU"""
+    """behavior log-probabilities: from the sampler, or recomputed as in training; auto
+    recomputes where there is sampler–trainer numerical mismatch, that is everywhere but
+    in float32 on CPU"""
     kl: KLOptions = dataclasses.field(default_factory=KLOptions)
     """KL to the reference"""
     scores: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
-    """scores, and the token rewards made of them"""
+    """scores, and the token rewards computed from them"""
     policy_loss: PolicyLossOptions = dataclasses.field(
         default_factory=PolicyLossOptions
     )
     """loss of the policy"""
-    epochs: int
+    epochs: int = 1
     """passes over each rollout"""
-    minibatches: int
+    minibatches: int = 1
     """optimizer steps per pass"""
     max_update_kl: float | None = None
-    """early stop: end an update once the policy is this many nats per token from the
-    one that answered; learning rates fall with the steps that are taken; None: never"""
+    """end an update early once its KL to the behavior policy exceeds this, in nats per
+    token; learning-rate schedules count the steps taken; None: never"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -207,7 +208,7 @@ class PolicyMethod:
             self.temperature > 0,
             "temperature",
             self.temperature,
-            "must be above 0: learning needs responses that differ",
+            "must be above 0: training needs diverse responses",
         )
         check_positive(epochs=self.epochs, minibatches=self.minibatches)
         check(
@@ -220,62 +221,95 @@ class PolicyMethod:
             self.max_update_kl is None or not self.learns_on_policy,
             "max-update-kl",
             self.max_update_kl,
-            "has nothing to stop: an update is one step, epochs=1 × minibatches=1",
+            "has no effect: an update is one step (epochs=1, minibatches=1)",
         )
         check(
             self.policy_loss.sampler_correction == "none"
             or self.old_logprobs != "sampler",
             "policy-loss.sampler-correction",
             self.policy_loss.sampler_correction,
-            "needs old-logprobs=recomputed: the sampler's own need no correction",
+            "has no effect with old-logprobs=sampler; use old-logprobs=recomputed",
         )
         self.kl.validate("kl")
         self.policy_loss.validate("policy-loss")
 
     @property
     def learns_on_policy(self) -> bool:
-        """Whether every gradient is of the policy that wrote the responses."""
+        """Whether every gradient is taken at the behavior policy."""
         return self.epochs * self.minibatches == 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyConfig(RewardSources, RunConfig):
-    """What PPO and its relatives without a critic have in common."""
+class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
+    """Options shared by PPO and critic-free methods."""
 
     policy: str
-    """Hugging Face directory of the policy to improve, usually the supervised model"""
+    """Hugging Face directory of the initial policy, usually the SFT model"""
     data: str
-    """prompts: rows with a prompt, or any of the forms the other commands read; reward
-    functions get the other columns"""
+    """prompts: rows with a prompt, or any format the other commands read; the other
+    columns are passed to reward functions"""
     reference: str | None = None
-    """Hugging Face directory of the frozen reference; without it, the policy's start"""
+    """Hugging Face directory of the frozen reference; None: the initial policy"""
     eval_data: str | None = None
-    """held-out prompts; without it, eval-fraction of the prompts are held out"""
+    """held-out prompts; None: hold out eval-fraction of the prompts"""
     eval_fraction: float = 0.05
-    """share of prompts held out when there is no eval-data"""
+    """share of prompts held out if there is no eval-data"""
     eval_prompts: int = 64
-    """held-out prompts answered at each evaluation"""
+    """held-out prompts per evaluation"""
     prompt_column: str = "prompt"
     """column of prompts"""
     unusable_prompts: Literal["fail", "drop"] = "fail"
-    """what happens to blank prompts, and to conversations that spell special tokens or
-    that the chat template refuses"""
+    """how to handle blank prompts, and conversations that contain special tokens as
+    text or that the chat template rejects"""
     updates: int = 100
-    """updates: one rollout and one round of epochs each"""
+    """number of updates, each one rollout and epochs passes over it"""
     batch_size: int = 64
-    """answers per update"""
+    """responses per update"""
     microbatches: int = 1
-    """parts of a minibatch computed one after the other, to save memory; they change
-    what is learned only under policy-loss.mean-of-means"""
+    """gradient accumulation steps per minibatch, to save memory; results depend on them
+    only with policy-loss.mean-of-means"""
     max_prompt_tokens: int = 64
-    """longest prompt, in tokens"""
+    """maximum prompt length, in tokens"""
     overlong: Overlong = "drop"
-    """what happens to longer prompts; truncate keeps their end"""
+    """how to handle longer prompts; truncate keeps their end"""
     max_new_tokens: int = 48
-    """longest answer, in tokens"""
+    """maximum response length, in tokens"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the model's EOS; the
-    reward model reads the score at whichever came"""
+    """stop tokens, as text, besides the model's EOS; the reward model scores at
+    whichever occurs"""
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.updates
+
+    def models(self) -> dict[str, str]:
+        """Option → checkpoint, for all models of the run."""
+        found = {"policy": self.policy}
+        if self.reference is not None:
+            found["reference"] = self.reference
+        if self.reward_model is not None:
+            found["reward-model"] = self.reward_model
+        return found | {f"ensemble {path}": path for path in self.ensemble}
+
+    def unsaved_models(self) -> dict[str, str | None]:
+        """Option → checkpoint whose weights the run reads but does not save."""
+        return {
+            **self.models(),
+            "policy": self.policy if self._reads_start_of_policy() else None,
+            "lora.adapter": self.lora.adapter,
+        }
+
+    def free_on_resume(self) -> tuple[str, ...]:
+        """Options that a resumed run may change."""
+        if self.policy_loss.mean_of_means:
+            return FREE_ON_RESUME
+        return super().free_on_resume()
+
+    def _reads_start_of_policy(self) -> bool:
+        """Whether the policy's checkpoint is the base of adapters, or the reference."""
+        is_reference = self.kl.place != "none" and self.reference is None
+        return self.lora.is_on or is_reference
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -284,8 +318,8 @@ class PolicyConfig(RewardSources, RunConfig):
             self.lora.dropout == 0,
             "lora.dropout",
             self.lora.dropout,
-            "must be 0 here: with it the policy that answered and the one that learns "
-            "are two networks, whose ratio is not 1 at the first step",
+            "must be 0 for ppo and grpo: with dropout, the ratio between policy and "
+            "behavior policy is not 1 at the first step",
         )
         self.validate_rewards()
         check_positive(
@@ -300,28 +334,28 @@ class PolicyConfig(RewardSources, RunConfig):
             self.eval_data is not None or 0 < self.eval_fraction < 1,
             "eval-fraction",
             self.eval_fraction,
-            "must lie in (0, 1) when there is no eval-data",
+            "must be in (0, 1) without eval-data",
         )
 
-    def _check_method(self, method: PolicyMethod) -> None:
-        """What depends on both the method and the sizes."""
-        measured = self._held_out_metrics(method)
+    def _check_sizes(self) -> None:
+        """Checks that depend on both method and sizes."""
+        measured = self._held_out_metrics()
         check(
             self.early_stop is None or self.early_stop in measured,
             "early-stop",
             self.early_stop,
-            f"the held-out metrics of this run are {', '.join(measured)}",
+            f"must be a held-out metric of this run: {', '.join(measured)}",
         )
         devices = self.mesh.data * self.mesh.fsdp
-        parts = method.minibatches * self.microbatches * devices
+        parts = self.minibatches * self.microbatches * devices
         check(
             self.batch_size % parts == 0,
             "batch-size",
             self.batch_size,
-            f"must be a multiple of {parts} = minibatches {method.minibatches} × "
+            f"must be a multiple of {parts} = minibatches {self.minibatches} × "
             f"microbatches {self.microbatches} × devices {devices}",
         )
-        buffer = method.scores.overlong_buffer
+        buffer = self.scores.overlong_buffer
         check(
             buffer is None or buffer <= self.max_new_tokens,
             "scores.overlong-buffer",
@@ -329,16 +363,16 @@ class PolicyConfig(RewardSources, RunConfig):
             f"must be at most max-new-tokens={self.max_new_tokens}",
         )
         check(
-            self.reference is None or method.kl.place != "none",
+            self.reference is None or self.kl.place != "none",
             "reference",
             self.reference,
-            "is not used under kl.place=none",
+            "has no effect with kl.place=none",
         )
 
-    def _held_out_metrics(self, method: PolicyMethod) -> list[str]:
-        """What `HeldOut` measures."""
+    def _held_out_metrics(self) -> list[str]:
+        """Metrics that `HeldOut` computes."""
         names = ["score_mean", "score_std", "length_mean", "stop_rate"]
-        if method.kl.place != "none":
+        if self.kl.place != "none":
             names.append("kl_sequence")
         functions = [*self.eval_reward, *self.reward]
         names += [f"reward/{function_name(spec)}" for spec in functions]

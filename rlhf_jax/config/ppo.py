@@ -1,13 +1,14 @@
-"""The options of `rlhf-jax ppo`, and its method alone: presets are those."""
+"""The options of `rlhf-jax ppo`; presets set those of the method alone."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf_jax.algo.options import (
     AdvantageOptions,
     ValueLossOptions,
     check,
     check_bootstrap,
+    require_defaults,
 )
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.config.policy import PolicyConfig, PolicyMethod
@@ -26,11 +27,11 @@ def _critic_optimizer() -> OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOMethod(PolicyMethod):
-    """Everything about PPO that is neither model, data nor size."""
+    """PPO, except for models, data and sizes."""
 
     after_stop: Literal["cut", "keep"] = "cut"
-    """an answer ends at its stop token; or goes on to the limit, and is trained on, but
-    the reward model reads it only through the stop token"""
+    """end responses at their stop token; or continue to the length limit and train on
+    all tokens, while the reward model reads only up to the stop token"""
     advantages: AdvantageOptions = dataclasses.field(default_factory=AdvantageOptions)
     """advantages and value targets"""
     value_loss: ValueLossOptions = dataclasses.field(default_factory=ValueLossOptions)
@@ -40,13 +41,13 @@ class PPOMethod(PolicyMethod):
     minibatches: int = 4
     """optimizer steps per pass"""
     critic_trunk: Literal["own", "shared"] = "own"
-    """the critic is a network of its own, or a second head on the policy"""
+    """the critic is a separate network, or a second head on the policy"""
     critic_head_std: float | None = None
-    """draw the critic's head anew with this standard deviation, 0 for V = 0; None: as
-    loaded, or 1/sqrt(width + 1) where there is none to load"""
+    """reinitialize the critic's head with this standard deviation, 0 for V = 0; None:
+    as loaded, or 1/sqrt(width + 1) for a new head"""
     critic_warmup: int = 0
-    """updates at the start in which only the critic learns (on a shared trunk only its
-    head does); the policy's learning rate starts to fall after them"""
+    """initial updates that train only the critic (only its head with a shared trunk);
+    the policy's learning-rate schedule starts after them"""
     actor_optimizer: OptimizerConfig = dataclasses.field(
         default_factory=_actor_optimizer
     )
@@ -58,7 +59,7 @@ class PPOMethod(PolicyMethod):
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
-        super().validate()
+        PolicyMethod.validate(self)
         check(
             self.critic_head_std is None or self.critic_head_std >= 0,
             "critic-head-std",
@@ -72,23 +73,23 @@ class PPOMethod(PolicyMethod):
             "must not be negative",
         )
         if self.after_stop == "keep":
-            why = "takes answers that end; under after-stop=keep none does"
-            self.scores.require_defaults(
-                "scores", "position", "overlong_buffer", why=why
+            why = "requires responses that end, so not after-stop=keep"
+            require_defaults(
+                self.scores, "scores", "position", "overlong_buffer", why=why
             )
-            self.advantages.require_defaults("advantages", "lam_alpha", why=why)
+            require_defaults(self.advantages, "advantages", "lam_alpha", why=why)
         check(
             self.critic_trunk == "own" or self.advantages.slow_critic_decay is None,
             "advantages.slow-critic-decay",
             self.advantages.slow_critic_decay,
-            "needs a critic of its own: critic-trunk=own",
+            "requires critic-trunk=own",
         )
         check(
             self.policy_loss.surrogate != "reinforce" or self.learns_on_policy,
             "policy-loss.surrogate",
             "reinforce",
-            "has no ratio that would notice that the policy has moved: take epochs=1 "
-            "and minibatches=1, or another surrogate",
+            "has no importance ratio, so it must be on-policy; use epochs=1 and "
+            "minibatches=1, or another surrogate",
         )
         check_bootstrap(self.advantages, self.scores)
         self.scores.validate("scores")
@@ -100,28 +101,53 @@ class PPOMethod(PolicyMethod):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(PPOMethod, PolicyConfig):
-    """PPO with a critic, against a reward model, reward functions or both.
+    """PPO with a critic, on a reward model, reward functions or both.
 
-    --preset NAME takes every option of the method from a known implementation:
+    --preset NAME sets every option of the method as in a known implementation:
     openai_2019, nplus_tldr, trl, openrlhf, verl or deepspeed_chat (`rlhf-jax presets`
-    lists them). Options given beside it override it, and so does a file.
+    lists them). Flags and --config override it.
     """
 
+    stage: ClassVar[str] = "ppo"
+
     critic: str | None = None
-    """Hugging Face directory the critic starts from; without it the reward model, or
-    else the policy with a fresh head"""
+    """Hugging Face directory of the initial critic; None: the reward model, or else the
+    policy with a new head"""
+
+    @property
+    def critic_path(self) -> str:
+        """Checkpoint of the initial critic, if it is a separate network."""
+        return self.critic or self.reward_model or self.policy
+
+    def models(self) -> dict[str, str]:
+        """Option → checkpoint, for all models of the run."""
+        if self.critic_trunk == "shared":
+            return super().models()
+        return super().models() | {"critic": self.critic_path}
+
+    def unsaved_models(self) -> dict[str, str | None]:
+        """Option → checkpoint whose weights the run reads but does not save."""
+        critic = self.critic if self.lora.is_on else None
+        return super().unsaved_models() | {"critic": critic}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rates by flag, without the dashes."""
+        return {
+            "actor-optimizer.learning-rate": self.actor_optimizer.learning_rate,
+            "critic-optimizer.learning-rate": self.critic_optimizer.learning_rate,
+        }
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
         PolicyConfig.validate(self)
         PPOMethod.validate(self)
         check_temperature(self.temperature, smallest=SMALLEST_TO_LEARN)
-        self._check_method(self)
+        self._check_sizes()
         check(
             self.critic_warmup < self.updates,
             "critic-warmup",
             self.critic_warmup,
-            f"must be below updates={self.updates}, or the policy never learns",
+            f"must be below updates={self.updates}, or the policy is never trained",
         )
         check(
             self.batch_size % self.advantages.whiten_shards == 0,
@@ -133,11 +159,11 @@ class PPOConfig(PPOMethod, PolicyConfig):
             self.critic is None or self.critic_trunk == "own",
             "critic",
             self.critic,
-            "is not used under critic-trunk=shared",
+            "has no effect with critic-trunk=shared",
         )
         check(
             self.scores.normalization != "reference" or self.kl.place != "none",
             "scores.normalization",
             self.scores.normalization,
-            "needs a reference; take running, or another kl.place than none",
+            "requires a reference; use running, or kl.place=reward or loss",
         )

@@ -1,11 +1,11 @@
-"""Six implementations of PPO for language models, each as a complete method.
+"""Six implementations of PPO for language models, each as a complete preset.
 
-A preset says how, not on what: models, data, batch size and lengths are left to the
-run. Each returns a `PPOMethod` that can be changed further with `dataclasses.replace`;
-on the command line, `rlhf-jax ppo --preset trl`, and flags after it.
+A preset sets the method only; models, data, batch size and lengths are left to the run.
+Each function returns a `PPOMethod`, to be modified with `dataclasses.replace`; on the
+command line, `rlhf-jax ppo --preset trl`, followed by flags.
 
-Where an original does something that has no effect on what is learned, or that is an
-outright fault, the docstring says so and the preset leaves it out.
+Presets leave out details of an original that have no effect on training or are bugs;
+the docstrings list them.
 """
 
 import dataclasses
@@ -32,22 +32,22 @@ _OPENAI_LINE = OptimizerConfig(
 
 
 def openai_2019() -> PPOMethod:
-    """openai/lm-human-preferences, in the setting of its books tasks.
+    """openai/lm-human-preferences, with the settings of its books tasks.
 
     KL in the reward with the adaptive β of the books tasks (0.15, target 6 nats per
-    answer, horizon 10,000); scores scaled by mean and deviation of the reference's
-    answers; −1 for an answer that never reached its stop token; token rewards whitened
-    without centring; advantages whitened inside the loss. Answers have a fixed length:
-    what follows the stop token is hidden from the reward model, but sampled, trained
-    on and rewarded at its last token. One trunk, a value head that starts at 0, one
-    Adam in TensorFlow's form.
+    response, horizon 10,000); scores normalized by the mean and standard deviation of
+    the reference's responses; −1 for a response without a stop token; token rewards
+    whitened without centering; advantages whitened inside the loss. Responses have a
+    fixed length: tokens after the stop token are hidden from the reward model, but
+    sampled and trained on, and the reward is on the last of them. Shared trunk, value
+    head initialized at 0, one Adam in TensorFlow's form.
 
-    Left to the run: the stop token (`--stop .` there; a stop among the first 16 tokens
-    does not count there, and does here). Departs from its paper: the paper mentions
-    neither whitening, and its controller has a constant gain. β turns negative where a
-    batch has more than 5 · horizon episodes, which `adapt_kl_coef` prevents. Whitening
-    is per rank, of 8, there. The learning rate falls once per update; here at every
-    optimizer step.
+    Left to the run: the stop token (`--stop .` there; the original ignores it among the
+    first 16 tokens, this library does not). Differences from the paper: it mentions
+    neither whitening, and its controller has a constant gain. In the original, β turns
+    negative if a batch has more than 5 · horizon episodes, which `adapt_kl_coef`
+    prevents; whitening is per rank (of 8); and the learning rate decays once per
+    update, here at every optimizer step.
 
     References:
         Ziegler et al., 2019, arXiv:1909.08593; Huang et al., 2023, "The N
@@ -81,18 +81,18 @@ def nplus_tldr() -> PPOMethod:
     """vwxyzjn/summarize_from_feedback_details: "The N+ implementation details".
 
     KL in the reward, β = 0.05; the score on the state after the last token, whose
-    value is kept and trained; −1 for an answer without EOS; advantages whitened over
-    response tokens (ddof 0); a critic of its own, from the reward model, in one loss
-    with weight 0.1; AdamW with ε = 1e-5 and PyTorch's weight decay of 0.01 on
-    everything; each microbatch averaged by itself: there one answer makes one, so give
-    `--microbatches` as many as a minibatch has answers to have the same.
+    value is used and trained; −1 for a response without EOS; advantages whitened over
+    response tokens (ddof 0); a separate critic, initialized from the reward model, in
+    one loss with weight 0.1; AdamW with ε = 1e-5 and PyTorch's weight decay of 0.01 on
+    all parameters; each microbatch averaged separately. A microbatch is one response
+    there, so set `--microbatches` to the responses per minibatch to match it.
 
-    Departs from its paper: whitening is per rank, of 8, there, and here over the batch
-    (`whiten="shard"` has it per rank); the learning rate falls by hand once per update,
-    here at every optimizer step, and its scheduler argument is never read; positions
-    of left-padded prompts are not corrected there, because generation collapsed with
-    it, and are here. The reward model's bias (its mean reward on the normalisation
-    set) belongs to the checkpoint.
+    Differences from the original: it whitens per rank (of 8), this preset over the
+    batch (`whiten="shard"` is per rank); it decays the learning rate manually once per
+    update, here at every optimizer step, and never reads its scheduler argument; it
+    does not correct the positions of left-padded prompts, because generation collapsed
+    with the correction, this library does. The reward model's bias (its mean reward on
+    the normalization set) belongs to the checkpoint.
 
     References:
         Huang et al., 2024, arXiv:2403.17031.
@@ -120,17 +120,17 @@ def nplus_tldr() -> PPOMethod:
 def trl() -> PPOMethod:
     """TRL's `PPOTrainer` (1.12, the last release that has it), at its defaults.
 
-    As `nplus_tldr`, from which it was ported, but whitening has ddof 1, an answer
-    without a stop token keeps its score, and Adam has ε = 1e-8 and no weight decay.
-    The mean of means is over its microbatches: `--microbatches` is its
+    As `nplus_tldr`, from which it was ported, but with ddof 1 in whitening, scores kept
+    for responses without a stop token, and Adam with ε = 1e-8 and no weight decay. The
+    mean of means is over microbatches: `--microbatches` corresponds to
     `gradient_accumulation_steps`.
 
-    Departs from its documentation: `missing_eos_penalty` looks for the tokenizer's EOS
-    only, whatever `stop_token` is; `max_grad_norm` is never applied; with accumulation
-    over microbatches `num_mini_batches` adds no optimizer steps; masks are made from
-    the pad id, so that padding inside a prompt, or an EOS that is the pad, changes the
-    result (here masks come from lengths). Its learning rate falls once per update, in
-    steps; here at every optimizer step.
+    Differences between TRL and its documentation: `missing_eos_penalty` checks only the
+    tokenizer's EOS, whatever `stop_token` is; `max_grad_norm` is never applied; with
+    gradient accumulation, `num_mini_batches` adds no optimizer steps; masks are derived
+    from the pad id, so padding inside a prompt, or an EOS equal to the pad, changes the
+    result (here masks come from lengths). Its learning rate decays once per update,
+    here at every optimizer step.
 
     References:
         https://huggingface.co/docs/trl/v1.12.0/ppo_trainer.
@@ -148,14 +148,15 @@ def trl() -> PPOMethod:
 def openrlhf() -> PPOMethod:
     """OpenRLHF 0.11 at its defaults.
 
-    KL in the reward, β = 0.01, each term held within ±10; scores within ±10; λ = 1;
+    KL in the reward, β = 0.01, each term clamped to ±10; scores clipped to ±10; λ = 1;
     advantages whitened over the whole batch; one epoch of several optimizer steps on
-    recomputed log-probabilities; actor and critic with optimizers of their own.
+    recomputed log-probabilities; separate optimizers for actor and critic.
 
-    Departs from its documentation: the clamp that its comment gives to k3 acts on k1
-    too. Its whitening bounds the variance from below where others add ε, which differs
-    for constant advantages only. A critic that starts from a language model draws its
-    head with deviation 1/(width + 1): `--critic-head-std`.
+    Differences between OpenRLHF and its documentation: the clamp that a comment
+    describes for k3 also applies to k1. Its whitening clamps the variance from below
+    instead of adding ε, which matters only for constant advantages. For a critic
+    initialized from a language model, its head has standard deviation 1/(width + 1):
+    `--critic-head-std`.
 
     References:
         Hu et al., 2024, arXiv:2405.11143.
@@ -187,12 +188,11 @@ def openrlhf() -> PPOMethod:
 def verl() -> PPOMethod:
     """verl 0.9 with `adv_estimator=gae`, at its defaults.
 
-    No KL at all; λ = 1; advantages whitened over the whole batch with ddof 1; dual
-    clip at 3; value clip 0.5; AdamW with weight decay 0.01 on everything; actor and
-    critic with optimizers of their own.
+    No KL; λ = 1; advantages whitened over the whole batch with ddof 1; dual clip at 3;
+    value clip 0.5; AdamW with weight decay 0.01 on all parameters; separate optimizers
+    for actor and critic.
 
-    Departs from what one would expect: the dual clip is on unless it is taken out, and
-    the reference is off unless it is asked for.
+    Surprising defaults: the dual clip is on, and the reference is off.
 
     References:
         Sheng et al., 2024, arXiv:2409.19256.
@@ -226,15 +226,15 @@ def verl() -> PPOMethod:
 def deepspeed_chat() -> PPOMethod:
     """DeepSpeed-Chat's `ppo_trainer.py`.
 
-    KL in the reward, β = 0.1; scores within ±5, paid one past the last token, in a
-    state whose value is bootstrapped from but not trained; advantages not whitened;
-    one epoch on recomputed log-probabilities; actor and critic in engines of their own.
+    KL in the reward, β = 0.1; scores clipped to ±5, on the state after the last token,
+    whose value is bootstrapped from but not trained; advantages not whitened; one epoch
+    on recomputed log-probabilities; separate engines for actor and critic.
 
-    Departs from what its comments say: the KL of the pad token is added to the score in
-    the state after the last token; here that state has no KL. Log-probabilities ignore
-    the temperature of the sampler, so that only 1 is on-policy; they are recomputed in
-    training mode, with dropout where the model has any. Its 100 warm-up steps are 5 %
-    of the run here.
+    Differences between the original and its comments: it adds the KL of the pad token
+    to the score in the state after the last token; here that state has no KL. Its
+    log-probabilities ignore the sampling temperature, so only 1 is on-policy, and are
+    recomputed in training mode, with dropout if the model has any. Its 100 warm-up
+    steps are 5 % of the run here.
 
     References:
         Yao et al., 2023, arXiv:2308.01320.
@@ -263,7 +263,7 @@ def deepspeed_chat() -> PPOMethod:
     )
 
 
-PRESETS = {
+PPO_PRESETS = {
     "openai_2019": openai_2019,
     "nplus_tldr": nplus_tldr,
     "trl": trl,

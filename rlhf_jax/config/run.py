@@ -1,43 +1,42 @@
-"""The parts that configurations are made of: flags, file keys and help.
+"""Options shared by several commands.
 
-The string below each field is its help on the command line.
+The string below each field is its command-line help.
 """
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from rlhf_jax.algo.options import check
+from rlhf_jax.algo.options import check, require_defaults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters: a few trained columns beside each frozen matrix."""
+    """LoRA: trainable low-rank adapters on frozen matrices."""
 
     rank: int = 0
-    """columns of the adapters; 0: no adapters, everything is trained"""
+    """rank of the adapters; 0: no adapters, all parameters are trained"""
     alpha: float = 16.0
-    """adapters count alpha / rank times; their learning rate is usually about ten times
-    that of full training"""
+    """adapters are scaled by alpha / rank; their learning rate is usually about ten
+    times that of full training"""
     rslora: bool = False
-    """alpha / √rank instead, so that large ranks learn as fast as small ones"""
+    """scale by alpha / √rank instead, so large ranks learn as fast as small ones"""
     targets: tuple[str, ...] = ("*",)
     """linear layers of the blocks that get adapters: query, key, value, output, gate,
-    up, down; * stands for any text. All others stay as they are, as do embeddings and
-    norms; the score vector of a reward model or critic is trained in full"""
+    up, down; * matches any text. All others are frozen, as are embeddings and norms;
+    the score head of a reward model or critic is fully trained"""
     dropout: float = 0.0
-    """share of an adapter's inputs that is dropped in training, for sft and reward; ppo
-    and grpo refuse it: what answered and what learns would be two networks, and their
-    ratio not 1 at the first step"""
+    """dropout on adapter inputs; ppo and grpo reject it, because
+    the ratio would not be 1 at the first step"""
     adapter: str | None = None
-    """directory of an adapter in PEFT's format to go on training; it brings rank,
-    alpha, rslora and targets"""
+    """directory of a PEFT adapter to continue training; sets rank, alpha, rslora and
+    targets"""
     base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """how frozen networks are stored; int8 is of the blocks' matrices, a scale for each
-    output, the rest as dtype says. None: as dtype"""
+    """storage of frozen networks; int8 applies to the blocks' matrices, with a scale
+    per output, the rest uses dtype. None: dtype"""
     merge: bool = True
-    """also write the model with the adapter in it, as model/, beside adapter/"""
+    """also write the merged model to model/, besides adapter/"""
 
     @property
     def is_on(self) -> bool:
@@ -51,10 +50,10 @@ class LoraConfig:
             0 < self.alpha < math.inf,
             f"{name}.alpha",
             self.alpha,
-            "must be a finite number above 0",
+            "must be positive and finite",
         )
         check(
-            0 <= self.dropout < 1, f"{name}.dropout", self.dropout, "must lie in [0, 1)"
+            0 <= self.dropout < 1, f"{name}.dropout", self.dropout, "must be in [0, 1)"
         )
         check(
             bool(self.targets),
@@ -64,21 +63,14 @@ class LoraConfig:
         )
         if self.adapter is not None:
             shape = ("rank", "alpha", "rslora", "targets")
-            self._require_defaults(name, shape, f"comes with {name}.adapter")
+            require_defaults(self, name, *shape, why=f"comes with {name}.adapter")
         elif self.rank == 0:
             others = [f.name for f in dataclasses.fields(self)]
-            self._require_defaults(name, others, f"does nothing without {name}.rank")
-
-    def _require_defaults(self, prefix: str, names, why: str) -> None:
-        for field in dataclasses.fields(self):
-            if field.name in names:
-                value = vars(self)[field.name]
-                flag = f"{prefix}.{field.name.replace('_', '-')}"
-                check(value == field.default, flag, value, f"{why}; leave it out")
+            why = f"has no effect without {name}.rank"
+            require_defaults(self, name, *others, why=why)
 
 
 Dtype = Literal["float32", "bfloat16"]
-Overlong = Literal["drop", "truncate", "fail"]
 
 
 def check_positive(prefix: str = "", **fields: int) -> None:
@@ -92,25 +84,25 @@ def check_unit(prefix: str = "", **fields: float) -> None:
     """Raises ValueError naming the first field outside [0, 1]."""
     for name, value in fields.items():
         flag = prefix + name.replace("_", "-")
-        check(0 <= value <= 1, flag, value, "must lie in [0, 1]")
+        check(0 <= value <= 1, flag, value, "must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreshModelConfig:
-    """Shape of a model built from nothing, where no checkpoint is given."""
+    """Shape of a model trained from scratch, if no checkpoint is given."""
 
     family: Literal["gpt2", "llama"] = "gpt2"
-    """architecture; the written directory opens as this family everywhere"""
+    """architecture, also of the saved Hugging Face directory"""
     vocab_size: int = 1024
-    """entries of the byte-level BPE tokenizer that is trained on the data"""
+    """size of the byte-level BPE tokenizer that is trained on the data"""
     width: int = 128
     """size of the residual stream"""
     num_layers: int = 4
     """number of blocks"""
     num_heads: int = 4
-    """attention heads; divides width"""
+    """attention heads; must divide width"""
     max_positions: int = 512
-    """longest sequence the model can read, in tokens"""
+    """maximum sequence length of the model, in tokens"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -125,7 +117,7 @@ class FreshModelConfig:
             self.vocab_size >= 258,
             f"{name}.vocab-size",
             self.vocab_size,
-            "must be at least 258: 256 bytes and two special tokens",
+            "must be at least 258, for 256 bytes and two special tokens",
         )
         check(
             self.width % self.num_heads == 0,
@@ -144,9 +136,9 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """decay after warm-up"""
     warmup_fraction: float = 0.05
-    """share of all optimizer steps over which the rate grows from 0"""
+    """share of optimizer steps with linear warm-up from 0"""
     end_fraction: float = 0.1
-    """share of the peak that is left at the end (linear, cosine)"""
+    """final learning rate as a share of the peak (linear, cosine)"""
     b1: float = 0.9
     """decay of the first moment"""
     b2: float = 0.95
@@ -154,14 +146,14 @@ class OptimizerConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     form: Literal["torch", "tf1"] = "torch"
-    """where eps stands: beside the bias-corrected root of the second moment, or beside
-    the uncorrected one, which damps the first steps"""
+    """add eps to the bias-corrected root of the second moment, or to the uncorrected
+    one, which damps the first steps"""
     weight_decay: float = 0.0
     """decoupled weight decay"""
     decay: Literal["matrices", "all"] = "matrices"
-    """what decays: kernels and embeddings, or also biases, norms and heads"""
+    """parameters that decay: kernels and embeddings, or also biases, norms and heads"""
     max_grad_norm: float = 1.0
-    """gradients of a larger global norm are scaled down; 0: never"""
+    """global gradient norm to clip to; 0: no clipping"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -169,7 +161,7 @@ class OptimizerConfig:
             0 <= self.learning_rate < math.inf,
             f"{name}.learning-rate",
             self.learning_rate,
-            "must be a finite number, not negative",
+            "must be finite and not negative",
         )
         check_unit(
             f"{name}.",
@@ -183,30 +175,27 @@ class OptimizerConfig:
             self.weight_decay,
             "must not be negative",
         )
-        check(
-            self.decay == "matrices" or self.weight_decay > 0,
-            f"{name}.decay",
-            self.decay,
-            f"does nothing without {name}.weight-decay",
-        )
+        if self.weight_decay == 0:
+            why = f"has no effect without {name}.weight-decay"
+            require_defaults(self, name, "decay", why=why)
         check(
             self.max_grad_norm >= 0,
             f"{name}.max-grad-norm",
             self.max_grad_norm,
             "must be above 0, or 0 for no clipping",
         )
-        check(0 <= self.b1 < 1, f"{name}.b1", self.b1, "must lie in [0, 1)")
-        check(0 <= self.b2 < 1, f"{name}.b2", self.b2, "must lie in [0, 1)")
+        check(0 <= self.b1 < 1, f"{name}.b1", self.b1, "must be in [0, 1)")
+        check(0 <= self.b2 < 1, f"{name}.b2", self.b2, "must be in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices share the work."""
+    """Device mesh."""
 
     data: int = 1
-    """groups of devices that each hold a part of the batch"""
+    """data-parallel groups of devices; the batch is split over them"""
     fsdp: int = 1
-    """devices in a group; they share batch, parameters and optimizer state"""
+    """devices per group; batch, parameters and optimizer state are sharded over them"""
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -214,39 +203,67 @@ class MeshConfig:
         check(self.fsdp >= 1, f"{name}.fsdp", self.fsdp, "must be at least 1")
 
 
+FREE_ON_RESUME = (
+    # No effect on training.
+    "run_dir",
+    "tensorboard",
+    "wandb",
+    "checkpoint_every",
+    "eval_every",
+    "mesh",
+    # To change after a loss that was not finite.
+    "optimizer.learning_rate",
+    "actor_optimizer.learning_rate",
+    "critic_optimizer.learning_rate",
+    # To change after a reward function has failed.
+    "reward_processes",
+    "reward_time_limit",
+    "reward_on_failure",
+    # Affect memory and time, and training only by rounding.
+    "remat",
+    "scan_layers",
+    # Only affects the final output.
+    "lora.merge",
+)
+"""Options that a resumed run may change; a section includes all its options."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training run has."""
+    """Options of every training run."""
+
+    stage: ClassVar[str]
+    """the command that trains"""
 
     run_dir: str
     """directory of this run: configuration, metrics, checkpoints, model, report"""
     resume: bool = False
-    """go on from the newest checkpoint in the run directory"""
+    """resume from the latest checkpoint in the run directory"""
     resume_step: int | None = None
-    """with resume: go on from the checkpoint of this step instead; later checkpoints,
-    and what was logged after it, are removed"""
+    """with resume: resume from the checkpoint of this step instead; later checkpoints
+    and logs are removed"""
     seed: int = 0
-    """all randomness of the run follows from it"""
+    """seed of all randomness"""
     checkpoint_every: int = 50
-    """steps between checkpoints; one is also written at the end and on interruption"""
+    """steps between checkpoints; also one at the end and on interruption"""
     eval_every: int = 20
-    """steps between evaluations on held-out data; one also at start and end"""
+    """steps between evaluations on held-out data; also one at start and end"""
     dtype: Dtype = "float32"
-    """of activations and of frozen models; trained parameters are float32"""
+    """dtype of activations and frozen models; trainable parameters are float32"""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """low-rank adapters"""
     remat: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     scan_layers: bool = False
-    """run the blocks under a scan: compiles faster for deep models, slower on CPU"""
+    """run the blocks under a scan: deep models compile faster; slower on CPU"""
     tensorboard: bool = False
     """also write TensorBoard files (needs the extra "tensorboard")"""
     wandb: bool = False
     """also log to Weights & Biases (needs the extra "wandb")"""
     quiet: bool = False
-    """print nothing but errors"""
+    """print only errors"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """devices"""
+    """device mesh"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -258,14 +275,37 @@ class RunConfig:
             self.resume_step is None or self.resume,
             "resume-step",
             self.resume_step,
-            "is where to resume from; add --resume",
+            "requires --resume",
         )
         self.lora.validate("lora")
         self.mesh.validate("mesh")
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        raise NotImplementedError
+
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rates by flag, without the dashes."""
+        raise NotImplementedError
+
+    def unsaved_models(self) -> dict[str, str | None]:
+        """Option → checkpoint whose weights the run reads but does not save.
+
+        They must be unchanged when a run resumes. None: not read, or saved.
+        """
+        raise NotImplementedError
+
+    def free_on_resume(self) -> tuple[str, ...]:
+        """Options that a resumed run may change."""
+        if self.lora.dropout > 0:  # drawn per microbatch
+            return FREE_ON_RESUME
+        # Affects memory and time, and training only by rounding.
+        return (*FREE_ON_RESUME, "microbatches")
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested plain values, ready for YAML."""
+    """A configuration as nested plain values, for YAML."""
     return dataclasses.asdict(config)
 
 
@@ -273,7 +313,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Keys and values of a YAML file.
 
     Raises:
-        ValueError: where the file is missing, broken or no mapping.
+        ValueError: the file is missing, malformed or not a mapping.
     """
     import yaml
 
@@ -285,7 +325,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         line = " ".join(str(error).split())
-        raise ValueError(f"config={str(path)!r}: not YAML: {line}") from error
+        raise ValueError(f"config={str(path)!r}: invalid YAML: {line}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config={str(path)!r}: must hold `key: value` lines")
+        raise ValueError(f"config={str(path)!r}: must contain `key: value` lines")
     return values

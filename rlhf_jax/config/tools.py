@@ -1,13 +1,13 @@
-"""The configurations of the commands beside the training stages.
+"""The options of the other commands.
 
-The string below each field is its help on the command line.
+The string below each field is its command-line help.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from rlhf_jax.algo.options import check
+from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.config.policy import function_name
 from rlhf_jax.config.run import Dtype, check_positive
@@ -17,44 +17,44 @@ from rlhf_jax.data.judgements import RatingScale
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Answers of a model to prompts, printed or written as JSON lines."""
+    """Sample responses to prompts; print them or write them as JSON lines."""
 
     model: str
     """Hugging Face directory of a language model"""
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     chat: bool = False
-    """each prompt is a user's message, put into the model's chat template"""
+    """format each prompt as a user message with the model's chat template"""
     system: str | None = None
-    """system message before each prompt, for chat"""
+    """system message before each prompt, with chat"""
     data: str | None = None
     """file of prompts, instead of prompt"""
     prompt_column: str = "prompt"
     """column of prompts in the file"""
     limit: int | None = None
-    """answer only the first so many prompts of the file"""
+    """use only the first N prompts of the file"""
     output: str | None = None
-    """file to write one JSON line per answer to; without it answers are printed"""
+    """file to write responses to, one JSON line each; None: print them"""
     samples: int = 1
-    """answers per prompt"""
+    """responses per prompt"""
     batch_size: int = 32
-    """answers sampled at a time"""
+    """responses sampled at a time"""
     max_new_tokens: int = 64
-    """longest answer, in tokens"""
+    """maximum response length, in tokens"""
     temperature: float = 1.0
-    """divides the logits; 0 takes the likeliest token"""
+    """sampling temperature; 0: greedy decoding"""
     top_k: int | None = None
-    """sample among the k likeliest tokens"""
+    """sample from the k most likely tokens"""
     top_p: float | None = None
-    """sample among the fewest tokens that hold this probability"""
+    """sample from the smallest set of most likely tokens with this total probability"""
     min_p: float | None = None
-    """sample among tokens at least this fraction as probable as the likeliest"""
+    """sample from tokens at least this fraction as likely as the most likely token"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the model's EOS"""
+    """stop tokens, as text, besides the model's EOS"""
     dtype: Dtype = "float32"
-    """of parameters and activations"""
+    """dtype of parameters and activations"""
     seed: int = 0
-    """of the sampling"""
+    """seed of sampling"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -62,25 +62,25 @@ class GenerateConfig:
             bool(self.prompt) != bool(self.data),
             "prompt",
             self.prompt,
-            "give either prompt or data",
+            "set either prompt or data",
         )
         check(
             not self.chat or self.data is None,
             "chat",
             self.chat,
-            "is for prompt; rows of data may hold chat messages themselves",
+            "cannot be combined with data, whose rows may contain chat messages",
         )
         check(
             self.system is None or self.chat,
             "system",
             self.system,
-            "is for chat; add chat, or begin the prompt with it",
+            "requires --chat; add it, or put this text at the start of the prompt",
         )
         check(
             self.limit is None or (self.limit >= 1 and self.data is not None),
             "limit",
             self.limit,
-            "must be at least 1, and is for prompts from data",
+            "must be at least 1, and requires --data",
         )
         check_positive(
             samples=self.samples,
@@ -96,15 +96,15 @@ class GenerateConfig:
         )
         for flag, value in (("top-p", self.top_p), ("min-p", self.min_p)):
             allowed = value is None or 0 < value <= 1
-            check(allowed, flag, value, "must lie in (0, 1]")
+            check(allowed, flag, value, "must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Held-out figures of a model: a language model, a policy or a reward model.
+    """Held-out metrics of a language model, policy or reward model.
 
-    Texts (data) give loss and perplexity of a language model; pairs give the accuracy
-    of a reward model; prompts give rewards, pass rates, KL, length and stop rate of a
+    Texts (data) give the loss and perplexity of a language model; pairs the accuracy of
+    a reward model; prompts the rewards, pass rates, KL, length and stop rate of a
     policy.
     """
 
@@ -113,7 +113,7 @@ class EvaluateConfig:
     reward_model: str | None = None
     """Hugging Face directory of the reward model"""
     reference: str | None = None
-    """Hugging Face directory the policy's KL is measured against"""
+    """Hugging Face directory of the reference for the policy's KL"""
     data: str | None = None
     """held-out texts"""
     pairs: str | None = None
@@ -123,40 +123,40 @@ class EvaluateConfig:
     prompt_column: str = "prompt"
     """column of prompts"""
     completion_column: str | None = None
-    """column of answers; without it, completion or response"""
+    """column of responses; None: completion or response"""
     limit: int | None = None
-    """read only the first so many rows"""
+    """read only the first N rows"""
     unusable_pairs: Literal["fail", "drop"] = "fail"
-    """what happens to pairs of equal answers or without a common beginning"""
+    """how to handle pairs of equal responses or without a common prefix"""
     batch_size: int = 32
-    """rows at a time"""
+    """rows per batch"""
     max_tokens: int = 256
-    """longest sequence, in tokens; longer rows are dropped and counted"""
+    """maximum sequence length, in tokens; longer rows are dropped and counted"""
     max_new_tokens: int = 64
-    """longest answer, in tokens"""
+    """maximum response length, in tokens"""
     reward: tuple[str, ...] = ()
-    """reward functions for answers to prompts, as for rlhf-jax grpo: file.py:function
+    """reward functions for responses to prompts, as for rlhf-jax grpo: file.py:function
     or package.module:function"""
     reward_columns: tuple[str, ...] = ()
-    """columns that reward functions get, which every row must have; without them, those
-    that the first row has and that are not null there"""
+    """columns passed to reward functions, required in every row; empty: those that are
+    not null in the first row"""
     reward_time_limit: float = 5.0
-    """seconds after which a call of a reward function has failed"""
+    """seconds before a reward function call fails"""
     samples: int = 1
-    """answers per prompt"""
+    """responses per prompt"""
     pass_score: float | None = 1.0
-    """an answer passes with at least this score by the first reward function; None:
-    pass rates are left out"""
+    """lowest score at which a response passes, by the first reward function; None: no
+    pass rates"""
     temperature: float = 1.0
-    """of sampling; 0 takes the likeliest token"""
+    """sampling temperature; 0: greedy decoding"""
     stop: tuple[str, ...] = ()
-    """texts of single tokens that end an answer, besides the model's EOS"""
+    """stop tokens, as text, besides the model's EOS"""
     dtype: Dtype = "float32"
-    """of parameters and activations"""
+    """dtype of parameters and activations"""
     output: str | None = None
-    """file to write the figures to, as JSON"""
+    """JSON file to write the metrics to"""
     seed: int = 0
-    """of the sampling"""
+    """seed of sampling"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -165,25 +165,25 @@ class EvaluateConfig:
             len(given) >= 1,
             "data",
             None,
-            "name what to evaluate on: data (texts), pairs or prompts",
+            "nothing to evaluate on; set data (texts), pairs or prompts",
         )
         if self.data is not None or self.prompts is not None:
-            check(self.model is not None, "model", None, "needed for data and prompts")
+            check(self.model is not None, "model", None, "required by data and prompts")
         if self.pairs is not None:
             check(
-                self.reward_model is not None, "reward-model", None, "needed for pairs"
+                self.reward_model is not None, "reward-model", None, "required by pairs"
             )
         check(
             not self.reward or self.prompts is not None,
             "reward",
             self.reward,
-            "judges answers to prompts; give --prompts FILE",
+            "requires --prompts FILE",
         )
         check(
             self.samples == 1 or self.prompts is not None,
             "samples",
             self.samples,
-            "are answers to prompts; give --prompts FILE",
+            "requires --prompts FILE",
         )
         for name in ("reward_columns", "reward_time_limit", "pass_score"):
             value = vars(self)[name]
@@ -191,34 +191,34 @@ class EvaluateConfig:
                 bool(self.reward) or value == vars(type(self))[name],
                 name.replace("_", "-"),
                 value,
-                "is for reward functions; name some with reward",
+                "requires --reward",
             )
         check(
             self.reward_time_limit > 0,
             "reward-time-limit",
             self.reward_time_limit,
-            "must be above 0 seconds",
+            "must be above 0",
         )
         names = [function_name(spec) for spec in self.reward]
         check(
             len(set(names)) == len(names),
             "reward",
             self.reward,
-            "two functions of one name; figures are called by it, so rename one",
+            "two functions have this name, which metrics use; rename one",
         )
         check(
             self.reference is None or self.prompts is not None,
             "reference",
             self.reference,
-            "is what the KL of answers is measured against; give --prompts FILE",
+            "requires --prompts FILE",
         )
         check_temperature(self.temperature, greedy=True)
         check(
             self.reference is None or self.temperature >= SMALLEST_TO_LEARN,
             "temperature",
             self.temperature,
-            f"is too low for a KL to a reference, which takes {SMALLEST_TO_LEARN:g} or "
-            "more; leave out --reference, or sample at --temperature 1",
+            f"is too low for a KL to the reference, must be at least "
+            f"{SMALLEST_TO_LEARN:g}; remove --reference or use --temperature 1",
         )
         check(
             self.limit is None or self.limit >= 1,
@@ -236,44 +236,43 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """An adapter and its base model as one Hugging Face directory."""
+    """Merge an adapter and its base model into one Hugging Face directory."""
 
     adapter: str
-    """directory of an adapter in PEFT's format, such as adapter/ of a run"""
+    """directory of a PEFT adapter, such as adapter/ of a run"""
     output: str
     """directory to write"""
     model: str | None = None
-    """Hugging Face directory of the base model; without it, the one that the adapter
-    names"""
+    """Hugging Face directory of the base model; None: as named in the adapter"""
     dtype: Dtype = "float32"
-    """of the tensors that are written; merging is in float32"""
+    """dtype of the written tensors; merging is in float32"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PresetsConfig:
-    """The presets of ppo or grpo: a table of every option, or one as a file."""
+    """Presets of ppo or grpo: a table of all options, or one preset as YAML."""
 
     command: Literal["ppo", "grpo"] | None = None
-    """whose presets; without it, the table of ppo, or a preset of either"""
+    """command whose presets to show; None: the table of ppo, or a preset of either"""
     preset: str | None = None
-    """print this one as YAML that --config reads; without it, the table of all"""
+    """preset to print as YAML for --config; None: the table of all"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotateWriteConfig(GenerateConfig):
-    """Samples of a model as a file in which a person ranks or rates them.
+    """Sample responses and write a file for a person to rank or rate them.
 
-    Beside the file lies its key, with the texts and which answer is which: keep it.
+    Keep the key file next to it: it has the texts and maps responses to labels.
     """
 
     output: str = "annotations.csv"
     """file to write: .csv for spreadsheets, or .jsonl; must not exist"""
     samples: int = 4
-    """answers per prompt; equal ones are shown once"""
+    """responses per prompt; duplicates are shown once"""
     kind: Kind = "ranking"
-    """whether the answers to a prompt are put in order, or rated one by one"""
+    """rank the responses to each prompt, or rate them individually"""
     scale: RatingScale = dataclasses.field(default_factory=RatingScale)
-    """ratings"""
+    """rating scale"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -282,46 +281,42 @@ class AnnotateWriteConfig(GenerateConfig):
             not self.chat,
             "chat",
             self.chat,
-            "would show people another prompt than the model reads; give chat messages "
-            "as data",
+            "would show annotators a different prompt than the model reads; pass chat "
+            "messages with --data",
         )
-        check(
-            self.kind == "rating" or self.scale == RatingScale(),
-            "scale",
-            self.scale,
-            "does nothing under kind=ranking; leave it out",
-        )
+        if self.kind == "ranking":
+            require_defaults(self, "", "scale", why="has no effect with kind=ranking")
         least = 2 if self.kind == "ranking" else 1
         check(
             least <= self.samples <= len(LETTERS),
             "samples",
             self.samples,
-            f"must be from {least} to {len(LETTERS)} under kind={self.kind}",
+            f"must be from {least} to {len(LETTERS)} with kind={self.kind}",
         )
         check(
             self.temperature > 0 or self.samples == 1,
             "temperature",
             self.temperature,
-            "gives equal answers to a prompt; must be above 0",
+            "makes all responses to a prompt equal; must be above 0",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotateReadConfig:
-    """Filled-in files as judgements, with a report of what they say.
+    """Read completed annotation files as judgments, and report on them.
 
-    Each file is one person's. Contradictions and repeated judgements are counted and
-    kept: `rlhf-jax reward --feedback judgements` decides what becomes of them.
+    Each file is by one person. Contradictory and repeated judgments are counted and
+    kept; `rlhf-jax reward --feedback judgements` handles them.
     """
 
     files: tuple[str, ...]
-    """files that came back, one of each person"""
+    """completed files, one per person"""
     key: str | None = None
-    """key of all files; without it, each has its own beside it"""
+    """key of all files; None: each file has its own key next to it"""
     on_unfilled: Literal["fail", "drop"] = "fail"
-    """what happens to rows that are not filled in"""
+    """how to handle incomplete rows"""
     output: str | None = None
-    """.jsonl file to write the judgements to; without it they are only reported"""
+    """.jsonl file to write the judgments to; None: only report"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
@@ -332,11 +327,11 @@ class AnnotateReadConfig:
             Path(self.output).suffix == ".jsonl",
             "output",
             self.output,
-            "the name must end in .jsonl",
+            "must end in .jsonl",
         )
         check(
             Path(self.output).resolve() not in [Path(f).resolve() for f in self.files],
             "output",
             self.output,
-            "is one of files, which it would overwrite; choose another name",
+            "would overwrite an input file; choose another name",
         )

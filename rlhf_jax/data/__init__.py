@@ -1,1 +1,1 @@
-"""From files of texts, comparisons and prompts to batches of token ids."""
+"""Loads texts, comparisons and prompts from files and makes batches of token ids."""

@@ -1,9 +1,9 @@
-"""Files that a person fills in: answers to judge go out, judgements come back.
+"""Annotation files: written for annotators to fill in, then read back.
 
-The answers to a prompt are shuffled, so that their place says nothing of where they
-come from, and called A, B, C …. Beside the file lies its key, `<file>.key.json`, with
-the texts and their true order. Texts are read from the key: whatever a spreadsheet
-makes of them does no harm.
+The responses to a prompt are shuffled, so that their position does not reveal their
+source, and labeled A, B, C …. Next to the file is its key, `<file>.key.json`, with the
+texts and their true order. Texts are read from the key, so it does not matter if a
+spreadsheet alters them.
 """
 
 import csv
@@ -34,8 +34,8 @@ class _Task:
     """One row of an annotation file."""
 
     prompt: str
-    answers: list[str]  # in the order they were given in, without repeats
-    order: list[int]  # for each letter, the index of its answer
+    answers: list[str]  # in the given order, without duplicates
+    order: list[int]  # for each letter, the index of its response
 
     @property
     def letters(self) -> str:
@@ -44,7 +44,7 @@ class _Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotationKey:
-    """What an annotation file asked for, and the texts it showed."""
+    """The tasks of an annotation file, and their texts."""
 
     kind: Kind
     scale: RatingScale
@@ -60,26 +60,25 @@ def write_annotation_file(
     scale: RatingScale | None = None,
     seed: int = 0,
 ) -> int:
-    """Writes the file and its key; returns how many prompts it has.
+    """Writes the file and its key; returns the number of prompts.
 
-    The columns are `id`, `prompt`, `answer A`, `answer B` … and, still empty,
-    `ranking`, or `rating A` and so on after each answer. `instructions` says what may
-    be written there. Equal answers to a prompt are shown once, and prompts without two
-    different answers are left out of rankings.
+    The columns are `id`, `prompt`, `answer A`, `answer B` … and an empty `ranking`, or
+    `rating A` and so on after each response. `instructions` explains the valid entries.
+    Identical responses to a prompt are shown once, and prompts without two different
+    responses are skipped for rankings.
 
     Args:
-        path: a `.csv` file, which spreadsheets open, or a `.jsonl` file; must not
-            exist, for it could be filled in.
+        path: a `.csv` file, which opens in spreadsheets, or a `.jsonl` file; must not
+            exist, to protect files already filled in.
         prompts: `[N]` texts.
-        responses: `[N]` lists of at most 26 answers each; not all need be as long.
-        kind: whether answers are put in order or rated one by one.
-        scale: what ratings may be; None for numbers from 1 to 5. Only for ratings.
-        seed: of the order of the answers, at least 0.
+        responses: `[N]` lists of at most 26 responses each; lengths may differ.
+        kind: whether responses are ranked or rated individually.
+        scale: the rating scale; None for numbers from 1 to 5. Only for ratings.
+        seed: for shuffling the responses, at least 0.
 
     Raises:
-        ValueError: for a file that exists or has another ending, for prompts and
-            responses that do not fit together, and for a text that is too long for a
-            spreadsheet.
+        ValueError: if the file exists or has another extension, if prompts and
+            responses do not match, or if a text is too long for a spreadsheet.
     """
     file = Path(path)
     _check_writing(file, prompts, responses, kind, seed)
@@ -93,7 +92,7 @@ def write_annotation_file(
             task = _Task(prompt=prompt, answers=answers, order=order)
             tasks[str(len(tasks) + 1)] = task
     if not tasks:
-        raise ValueError(f"{file}: no prompt has {least} different answers to judge")
+        raise ValueError(f"{file}: no prompt has {least} different responses to judge")
     key = AnnotationKey(kind=kind, scale=scale or RatingScale(), tasks=tasks)
     width = max(len(task.order) for task in tasks.values())
     rows = [_cells(id_, task, key, width) for id_, task in tasks.items()]
@@ -112,22 +111,21 @@ def read_annotation_file(
     annotator: str | None = None,
     on_unfilled: OnUnusable = "fail",
 ) -> TextRows[Judgement]:
-    """Reads a filled-in file; the answers are in the order they were given in.
+    """Reads a filled-in file; responses are in their original order.
 
-    Rows may stand in another order, and other columns may be added. A spreadsheet's
-    semicolons or tabs in place of commas are understood.
+    Rows may be reordered and columns added. Semicolons or tabs instead of commas are
+    accepted.
 
     Args:
-        path: the file that came back, `.csv` or `.jsonl`, by whatever name.
-        key: its key; None: the one beside it, as it was written.
-        annotator: who filled it in; None: the file's name stands for them.
-        on_unfilled: what to do with rows that are empty or missing: "fail", or "drop"
-            to leave them out and count them.
+        path: the filled-in file, `.csv` or `.jsonl`, under any name.
+        key: its key; None: the one written next to it.
+        annotator: who filled it in; None: use the file's name.
+        on_unfilled: what to do with empty or missing rows: "fail", or "drop" to skip
+            and count them.
 
     Raises:
-        ValueError: one line that names the file, the row, the column, its value and
-            what would be right. Rows of a `.csv` file are counted as spreadsheets
-            do, with the line of names as row 1.
+        ValueError: one line that names the file, row, column, value and the fix. Rows
+            of a `.csv` file are numbered as in spreadsheets, with the header as row 1.
     """
     if on_unfilled not in ("fail", "drop"):
         raise ValueError(f'on_unfilled={shown(on_unfilled)}: give "fail" or "drop"')
@@ -148,7 +146,7 @@ def read_annotation_file(
     missing = [id_ for id_ in known.tasks if id_ not in places]
     unfilled += [f"{file}: no row has the id {shown(id_)}" for id_ in missing]
     if unfilled and (on_unfilled == "fail" or not judgements):
-        remedy = ' or leave them out with on_unfilled="drop"' if judgements else ""
+        remedy = ' or skip them with on_unfilled="drop"' if judgements else ""
         raise ValueError(
             f"{unfilled[0]}; {len(unfilled)} of {len(known.tasks)} prompts are "
             f"{UNFILLED}: write {_expected(known)}{remedy}"
@@ -157,7 +155,7 @@ def read_annotation_file(
 
 
 def key_path(path: str | os.PathLike[str]) -> Path:
-    """Where the key of an annotation file is written."""
+    """The path of the key of an annotation file."""
     return Path(f"{os.fspath(path)}.key.json")
 
 
@@ -168,10 +166,10 @@ def read_key(
 
     Args:
         path: the annotation file.
-        key: its key; None: the one beside it, as it was written.
+        key: its key; None: the one written next to it.
 
     Raises:
-        ValueError: for a file that is missing or no key.
+        ValueError: if the file is missing or is not a key.
     """
     file = key_path(path) if key is None else Path(key)
     text = "".join(line for _, line in read_lines(file))
@@ -185,20 +183,20 @@ def read_key(
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: not the key of an annotation file; give the file that was "
-            "written with it, unchanged"
+            f"{file}: not the key of an annotation file; give the unmodified key that "
+            "was written with it"
         ) from error
 
 
 def check_new_file(path: str | os.PathLike[str]) -> None:
-    """Raises `ValueError` where no annotation file can be written."""
+    """Raises `ValueError` if the annotation file cannot be written."""
     file = Path(path)
     if file.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{file}: the name must end in .csv or .jsonl")
     for existing in (file, key_path(file)):
         if existing.exists():
             raise ValueError(
-                f"{existing}: exists already and may be filled in; choose another name"
+                f"{existing}: already exists and may be filled in; choose another name"
             )
 
 
@@ -217,17 +215,18 @@ def _check_writing(
     if len(prompts) != len(responses):
         raise ValueError(
             f"{len(prompts)} prompts and {len(responses)} lists of responses; give one "
-            "list for each prompt"
+            "list per prompt"
         )
     for index, (prompt, given) in enumerate(zip(prompts, responses, strict=True)):
         longest = max(len(text) for text in (prompt, *given))
         if len(given) > len(LETTERS):
             raise ValueError(
-                f"responses[{index}] has {len(given)} answers; at most {len(LETTERS)}"
+                f"responses[{index}] has {len(given)} responses; give at "
+                f"most {len(LETTERS)}"
             )
         if file.suffix == ".csv" and longest >= MAX_CELL:
             raise ValueError(
-                f"prompt {index} or an answer to it has {longest} characters; "
+                f"prompt {index} or one of its responses has {longest} characters; "
                 f"spreadsheets hold fewer than {MAX_CELL}: write a .jsonl file"
             )
 
@@ -247,14 +246,14 @@ def _cells(id_: str, task: _Task, key: AnnotationKey, width: int) -> dict[str, s
 
 
 def _expected(key: AnnotationKey) -> str:
-    """What the columns to fill in may hold."""
+    """The valid entries of the columns to fill in."""
     if key.kind == "ranking":
         return f"the ranking from best to worst, such as {EXAMPLE} (= for a tie)"
-    return f"the rating of each answer: {key.scale.expected}"
+    return f"the rating of each response: {key.scale.expected}"
 
 
 def _write_csv(file: Path, rows: list[dict[str, str]]) -> None:
-    # Spreadsheets take a file for UTF-8 where it begins with a byte order mark.
+    # Spreadsheets detect UTF-8 by the byte order mark.
     with file.open("x", encoding="utf-8-sig", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -263,7 +262,7 @@ def _write_csv(file: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _harmless(text: str) -> str:
-    """A text that a spreadsheet does not take for a formula and run."""
+    """Escapes a text so that a spreadsheet does not run it as a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
@@ -290,12 +289,12 @@ def _task_of(row: Row, key: AnnotationKey, places: dict[str, str]) -> tuple[str,
     id_ = str(row["id"]).strip()
     if id_ not in key.tasks:
         raise row.error(
-            f'column "id" is {shown(id_)}, which the key does not have; keep the ids '
-            "as they were written, and give the key of this file"
+            f'column "id" is {shown(id_)}, which is not in the key; keep the ids '
+            "unchanged, and give the key of this file"
         )
     if id_ in places:
         raise row.error(
-            f'column "id" is {shown(id_)}, as at {places[id_]}; keep one row of each'
+            f'column "id" is {shown(id_)}, as at {places[id_]}; keep one row per id'
         )
     return id_, key.tasks[id_]
 
@@ -327,7 +326,7 @@ def _judgement(row: Row, task: _Task, key: AnnotationKey, annotator: str) -> Jud
 
 
 def _ranking(row: Row, letters: str) -> Sequence[float]:
-    """The grades of answers A, B … in a ranking such as "B > A = C"."""
+    """The grades of responses A, B … in a ranking such as "B > A = C"."""
     value: Any = row["ranking"]
     levels = [
         level.upper().split("=") for level in re.sub(r"\s", "", str(value)).split(">")

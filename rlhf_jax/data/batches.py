@@ -1,8 +1,8 @@
-"""Which rows make up a batch, and the padding that turns rows into one record.
+"""Selects the rows of each batch and pads them into one record.
 
-Everything here is NumPy on the host; the caller places a batch on its devices. Every
-batch of a data set is padded to one width, so that nothing is compiled twice. Masks
-come from lengths: the pad id may be EOS, and may occur within a prompt.
+Everything here is NumPy on the host; the caller moves batches to devices. All batches
+of a dataset are padded to the same width, so nothing is recompiled. Masks are computed
+from lengths: the pad id may be EOS, and may occur within a prompt.
 """
 
 import functools
@@ -27,12 +27,11 @@ Batch = TypeVar("Batch")
 
 
 class Batches(Generic[Row, Batch]):
-    """`batches[step]` for every step from 0 on, the same at every call.
+    """`batches[step]` for every step from 0, deterministic.
 
-    A run resumes with the number of its next step. Epoch follows epoch without end,
-    each in an order of its own, which depends on the seed and the epoch alone. An epoch
-    is `steps_per_epoch` whole batches; the last `left_out` rows of its order wait for
-    the next epoch.
+    A run resumes from its next step number. Epochs repeat indefinitely, each with its
+    own order, which depends only on seed and epoch. An epoch has `steps_per_epoch` full
+    batches; its last `left_out` rows are dropped until the next epoch.
     """
 
     steps_per_epoch: int
@@ -47,22 +46,22 @@ class Batches(Generic[Row, Batch]):
         seed: int | None,
         stream: int = 0,
     ):
-        """Prepares the order; no row is read yet.
+        """Prepares the order; reads no rows yet.
 
         Args:
-            rows: the data set; only `len(rows)` and `rows[i]` are asked for.
+            rows: the dataset; only `len(rows)` and `rows[i]` are used.
             collate: makes one batch of `batch_size` rows.
             batch_size: rows per batch.
-            seed: of the order, at least 0; None keeps the order of `rows`.
-            stream: orders of one seed that have nothing to do with each other.
+            seed: for shuffling, at least 0; None keeps the order of `rows`.
+            stream: selects an independent shuffle for the same seed.
 
         Raises:
-            ValueError: where the rows do not fill one batch, or the seed is negative.
+            ValueError: if the rows do not fill one batch, or the seed is negative.
         """
         if not 1 <= batch_size <= len(rows):
             raise ValueError(
-                f"batch_size={batch_size}: the data set has {len(rows)} rows; a batch "
-                "has at least one row and at most all of them"
+                f"batch_size={batch_size}: the dataset has {len(rows)} rows; give a "
+                f"batch size between 1 and that"
             )
         _check_seed(seed)
         self._rows = rows
@@ -73,10 +72,10 @@ class Batches(Generic[Row, Batch]):
         self.steps_per_epoch, self.left_out = divmod(len(rows), batch_size)
 
     def indices(self, step: int) -> np.ndarray:
-        """`[batch_size]`, where in `rows` the rows of batch number `step` are."""
+        """`[batch_size]`, indices into `rows` of batch `step`."""
         step = operator.index(step)
         if step < 0:
-            raise IndexError(f"step {step}: steps count from 0")
+            raise IndexError(f"step {step}: steps start at 0")
         epoch, batch = divmod(step, self.steps_per_epoch)
         begin = batch * self._batch_size
         if self._seed is None:
@@ -85,29 +84,29 @@ class Batches(Generic[Row, Batch]):
         return order[begin : begin + self._batch_size]
 
     def __getitem__(self, step: int) -> Batch:
-        """Batch number `step`."""
+        """The batch of `step`."""
         return self._collate([self._rows[int(i)] for i in self.indices(step)])
 
 
 def holdout(
     rows: Sequence[Row], fraction: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Parts rows into those to train on and those to hold out.
+    """Splits rows into training and held-out rows.
 
-    Which rows are held out depends on seed, fraction and number of rows alone. Both
-    parts keep the order of `rows`.
+    The split depends only on seed, fraction and the number of rows. Both parts keep the
+    order of `rows`.
 
     Args:
-        rows: the data set.
-        fraction: of the rows to hold out, at least 0 and less than 1; 0 holds out none.
-        seed: of the choice, at least 0.
+        rows: the dataset.
+        fraction: of the rows to hold out, in [0, 1); 0 holds out none.
+        seed: for the selection, at least 0.
 
     Returns:
-        The rows to train on and the held-out rows.
+        Training rows and held-out rows.
 
     Raises:
-        ValueError: for a fraction out of range or a negative seed, and where either
-            part would come out empty.
+        ValueError: if the fraction is out of range, the seed is negative, or either
+            part would be empty.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"holdout fraction {fraction}: at least 0 and less than 1")
@@ -115,8 +114,8 @@ def holdout(
     count = round(fraction * len(rows))
     if fraction > 0 and not 0 < count < len(rows):
         raise ValueError(
-            f"holdout fraction {fraction}: of {len(rows)} rows it holds out {count}; "
-            "both parts need at least one row"
+            f"holdout fraction {fraction}: it holds out {count} of {len(rows)} rows; "
+            f"both parts need at least one row"
         )
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     held_out = set(chosen.tolist())
@@ -124,10 +123,10 @@ def holdout(
     return train, [rows[i] for i in sorted(held_out)]
 
 
-@functools.lru_cache(maxsize=2)  # as many orders as take turns
+@functools.lru_cache(maxsize=2)  # training and held-out data alternate
 def _order(num_rows: int, seed: int, epoch: int, stream: int) -> np.ndarray:
-    # A spawn key makes the streams of all seeds and epochs differ; with seed + epoch
-    # one run would see the orders of another, an epoch later.
+    # A spawn key makes the streams of all seeds and epochs independent; with seed +
+    # epoch one run would see the order of another run, an epoch later.
     key = (epoch, stream) if stream else (epoch,)
     sequence = np.random.SeedSequence(seed, spawn_key=key)
     order = np.random.default_rng(sequence).permutation(num_rows)
@@ -155,7 +154,7 @@ def pad_examples(
 ) -> Demonstrations:
     """Examples of a batch, right-padded to `[B, width]`; NumPy arrays.
 
-    The targets are the tokens to be learnt, EOS included.
+    The targets are the tokens to train on, including EOS.
 
     Raises:
         ValueError: for a row longer than `width`.
@@ -173,7 +172,7 @@ def pad_examples(
 
 
 def pad_pairs(rows: Sequence[EncodedPair], *, width: int, pad_id: int) -> Preferences:
-    """Pairs of a batch, either side right-padded to `[B, width]`; NumPy arrays.
+    """Pairs of a batch, both sides right-padded to `[B, width]`; NumPy arrays.
 
     Raises:
         ValueError: for a row longer than `width`.
@@ -191,12 +190,14 @@ def pad_rankings(
     """Rankings of a batch, K = `num_answers`, right-padded to `width`; NumPy arrays.
 
     Raises:
-        ValueError: for an answer longer than `width` and for a ranking of more than
-            `num_answers` answers.
+        ValueError: for a response longer than `width` or a ranking of more than
+            `num_answers` responses.
     """
     counts = np.asarray([len(row.answers) for row in rows], np.int32)
     if counts.max() > num_answers:
-        raise ValueError(f"num_answers={num_answers}: a row has {counts.max()} answers")
+        raise ValueError(
+            f"num_answers={num_answers}: a row has {counts.max()} responses"
+        )
     shape = (len(rows), num_answers)
     grades = np.zeros(shape, np.float32)
     flat: list[np.ndarray] = []
@@ -235,5 +236,5 @@ def _pad(
 
 
 def _host(array: np.ndarray) -> Array:
-    """A NumPy array where a record declares a JAX array, which it stands in for."""
+    """Casts a NumPy array to the JAX array type that records declare."""
     return cast(Array, array)

@@ -1,9 +1,9 @@
-"""Judgements as training data of a reward model, and what is wrong with them.
+"""Turns judgements into reward model training data, and reports problems.
 
-Two answers with different grades make a pair, with equal ones none. People contradict
-each other and themselves: A over B and B over A, or, with several rankings of one
-prompt, a circle from A over B and C back to A. A circle of two is the first case. What
-is found is counted, and the first cases are shown with their lines.
+Two responses with different grades make a pair; equal grades make none. People
+contradict each other and themselves: A over B and B over A, or, with several rankings
+of one prompt, a cycle from A over B and C back to A. A reversed pair is a cycle of two.
+Problems are counted, and the first cases are reported with their lines.
 """
 
 import dataclasses
@@ -20,34 +20,34 @@ OnContradiction = Literal["fail", "drop", "keep"]
 
 TIE = "equal grades"
 REPEATED = "judgement repeated"
-ALONE = "only one answer to its prompt"
-REVERSED = "judged the other way round elsewhere"
-CIRCLE = "part of a circle of preferences"
-LEFT_OUT = "ranking left out, for its pairs are equal or contradictory"
+ALONE = "only one response to its prompt"
+REVERSED = "contradicted by another judgement"
+CIRCLE = "part of a preference cycle"
+LEFT_OUT = "ranking skipped: its pairs are ties or contradictory"
 
 MAX_ANSWERS = 256
-"""To one prompt: their pairs grow with the square."""
+"""Per prompt: the number of pairs grows quadratically."""
 
 _NUM_EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankedAnswers:
-    """The answers of one judgement, all different, for losses of whole rankings."""
+class RankedResponses:
+    """The responses of one judgement, all different, for losses on full rankings."""
 
     prompt: str
     answers: tuple[str, ...]  # from best to worst
-    grades: tuple[float, ...]  # one per answer, falling; equal ones are a tie
+    grades: tuple[float, ...]  # one per response, descending; equal grades are ties
 
     @property
     def has_ties(self) -> bool:
-        """Whether two answers are equally good, which Plackett–Luce does not know."""
+        """Whether there are ties, which Plackett–Luce does not support."""
         return len(set(self.grades)) < len(self.grades)
 
 
 @dataclasses.dataclass
 class Finding:
-    """How often something was found, and its first cases."""
+    """The count of a problem, and its first cases."""
 
     count: int = 0
     examples: list[str] = dataclasses.field(default_factory=list)
@@ -55,14 +55,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """What a reward model can learn from judgements."""
+    """The training data from judgements."""
 
     pairs: list[PreferencePair]
-    rankings: list[RankedAnswers]
+    rankings: list[RankedResponses]
     findings: dict[str, Finding]
 
     def report(self) -> list[str]:
-        """A line for each kind of finding."""
+        """One line per kind of finding."""
         return [
             f"{finding.count} × {what}, first {finding.examples[0]}"
             for what, finding in self.findings.items()
@@ -87,27 +87,26 @@ def compare(
     margin_step: float = 0.0,
     on_contradiction: OnContradiction = "fail",
 ) -> Comparisons:
-    """Pairs and rankings of judgements, with a report of what gave none.
+    """Makes pairs and rankings from judgements, with a report of problems.
 
-    A judgement that says the same of the same answers as an earlier one, by the same
-    annotator or where neither is known, is a copy and left out. People who agree, told
-    apart by `annotator`, count each. Judgements of single answers are joined where
-    prompt and annotator are the same.
+    A judgement that repeats an earlier one by the same annotator, or if neither
+    annotator is known, is a duplicate and is skipped. Different annotators who agree
+    are all counted. Judgements of single responses are merged by prompt and annotator.
 
     Args:
         judgements: ratings or rankings.
-        margin_step: margin per unit by which grades differ; for rankings, per place.
-            0 for no margins.
-        on_contradiction: what to do with pairs on a circle, those of the reversed
-            pair included. "fail" refuses them. "drop" leaves out every one, and the
-            rankings that have one. "keep" keeps all: of n people the Bradley–Terry
-            loss then learns how many preferred which, which a majority vote would
-            round to all or none.
+        margin_step: margin per unit of grade difference; for rankings, per rank. 0
+            disables margins.
+        on_contradiction: what to do with pairs on a cycle, including reversed pairs.
+            "fail" raises. "drop" removes all of them, and the rankings that contain
+            one. "keep" keeps all: the Bradley–Terry loss then learns what fraction of
+            annotators preferred each response, which a majority vote would round to 0
+            or 1.
 
     Raises:
-        ValueError: for contradictions under "fail", for more than `MAX_ANSWERS`
-            answers to one prompt, where no pair is left, and for a wrong option. One
-            line, with the place in the file.
+        ValueError: for contradictions under "fail", more than `MAX_ANSWERS` responses
+            to one prompt, if no pair is left, and for invalid options. One line, with
+            the location in the file.
     """
     if not 0 <= margin_step < float("inf"):
         raise ValueError(f"margin_step={margin_step}: give 0 or a positive number")
@@ -118,7 +117,7 @@ def compare(
     notes: dict[str, Finding] = defaultdict(Finding)
     groups = _by_prompt(_joined(_without_copies(judgements, notes)))
     pairs: list[PreferencePair] = []
-    rankings: list[RankedAnswers] = []
+    rankings: list[RankedResponses] = []
     for group in groups:
         made = [list(_comparisons(judgement, notes)) for judgement in group]
         circular = _contradictions(list(itertools.chain(*made)), notes)
@@ -142,7 +141,7 @@ def compare(
     found = Comparisons(pairs=pairs, rankings=rankings, findings=dict(notes))
     if not pairs:
         reasons = "; ".join(found.report()) or "there are no judgements"
-        raise ValueError(f"no two answers can be compared: {reasons}")
+        raise ValueError(f"no two responses can be compared: {reasons}")
     return found
 
 
@@ -157,7 +156,7 @@ def _without_copies(
 ) -> Iterator[Judgement]:
     first_places: dict[tuple[object, ...], str] = {}
     for judgement in judgements:
-        # The order in which the answers stand does not matter.
+        # The order of the responses does not matter.
         graded = sorted(zip(judgement.answers, judgement.grades, strict=True))
         key = (judgement.prompt, judgement.annotator, *graded)
         place = judgement.places[0]
@@ -169,7 +168,7 @@ def _without_copies(
 
 
 def _joined(judgements: Iterable[Judgement]) -> list[Judgement]:
-    """Judgements of single answers as one for each prompt and annotator."""
+    """Merges judgements of single responses by prompt and annotator."""
     single: dict[tuple[str, str | None], list[Judgement]] = defaultdict(list)
     joined: list[Judgement] = []
     for judgement in judgements:
@@ -196,9 +195,8 @@ def _by_prompt(judgements: Sequence[Judgement]) -> list[list[Judgement]]:
         groups[judgement.prompt].append(judgement)
         if len(judgement.answers) > MAX_ANSWERS:
             raise ValueError(
-                f"{judgement.places[0]}: {len(judgement.answers)} answers to the "
-                f"prompt {shown(judgement.prompt)}; at most {MAX_ANSWERS} can be "
-                "compared with each other"
+                f"{judgement.places[0]}: {len(judgement.answers)} responses to the "
+                f"prompt {shown(judgement.prompt)}; give at most {MAX_ANSWERS}"
             )
     return list(groups.values())
 
@@ -225,7 +223,7 @@ def _comparisons(
 def _contradictions(
     comparisons: list[_Comparison], notes: dict[str, Finding]
 ) -> set[tuple[str, str]]:
-    """The pairs on a circle: those whose worse answer beats the better one in turn."""
+    """The pairs on a cycle: those whose worse response also beats the better one."""
     by_key: dict[tuple[str, str], _Comparison] = {}
     for c in comparisons:
         by_key.setdefault(c.key, c)
@@ -253,7 +251,7 @@ def _contradictions(
 
 
 def _reachable(beaten_by: dict[str, list[str]], start: str) -> set[str]:
-    """Every answer that `start` beats, itself or through others."""
+    """Every response that `start` beats, directly or through others."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -269,15 +267,15 @@ def _refuse_contradictions(notes: dict[str, Finding]) -> None:
         examples = "; ".join(example for f in found for example in f.examples[:1])
         raise ValueError(
             f"{examples}; {sum(f.count for f in found)} comparisons contradict others: "
-            'correct them, leave all of them out with on_contradiction="drop", or '
-            'learn from all of them with "keep"'
+            'correct them, remove them with on_contradiction="drop", or train on '
+            'all of them with "keep"'
         )
 
 
-def _ranked(judgement: Judgement) -> RankedAnswers:
+def _ranked(judgement: Judgement) -> RankedResponses:
     graded = zip(judgement.grades, judgement.answers, strict=True)
     ordered = sorted(graded, key=lambda item: -item[0])
-    return RankedAnswers(
+    return RankedResponses(
         prompt=judgement.prompt,
         answers=tuple(answer for _, answer in ordered),
         grades=tuple(grade for grade, _ in ordered),

@@ -1,4 +1,4 @@
-"""Where the prompt of a dialogue, text or chat messages, ends and its answer begins."""
+"""Splits dialogues, as text or chat messages, into prompt and response."""
 
 import bisect
 import re
@@ -10,36 +10,37 @@ from rlhf_jax.data.row_files import Row, shown
 Message = dict[str, Any]  # {"role": str, "content": str, ...}
 
 ANSWER_MARKER = "\n\nAssistant:"
-"""What precedes an answer in the dialogues of Bai et al., 2022, arXiv:2204.05862."""
+"""The marker before a response in the dialogues of Bai et al., 2022,
+arXiv:2204.05862."""
 
 Span = tuple[int, int]
-"""Begin and end of a piece of text, in characters, the end excluded."""
+"""Start and end of a piece of text, in characters, end exclusive."""
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
 
 
 class RenderChat(Protocol):
-    """Chat messages as text, in the way of a tokenizer's chat template."""
+    """Renders chat messages as text, like a tokenizer's chat template."""
 
     def __call__(self, messages: list[Message], add_generation_prompt: bool, /) -> str:
-        """`add_generation_prompt` ends the text where the assistant begins to speak.
+        """`add_generation_prompt` ends the text where the assistant turn begins.
 
         Raises:
-            ValueError: one line that says why these messages cannot become text.
+            ValueError: one line that says why these messages cannot be rendered.
         """
         ...
 
 
 class Unusable(ValueError):
-    """What is wrong with a row that others of its file need not share."""
+    """A problem of a single row, which does not invalidate its file."""
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The beginning that two dialogues share, and how each of them goes on.
+    """The common prefix of two dialogues, and the rest of each.
 
-    The beginning ends just after its last "\\n\\nAssistant:", so that two answers that
-    begin alike are kept whole. Without that marker it ends before the last white space
-    that both have, never within a word. It is empty where nothing is shared.
+    The prefix ends just after its last "\\n\\nAssistant:", so that two responses with
+    the same beginning stay complete. Without that marker it ends before the last shared
+    white space, never within a word. It is empty if nothing is shared.
     """
     shared = chosen[: _shared_length(chosen, rejected)]
     marker = shared.rfind(ANSWER_MARKER)
@@ -54,10 +55,10 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 def split_conversations(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The messages that two conversations share, and how each of them goes on.
+    """The common prefix of two conversations, and the rest of each.
 
-    Each goes on with at least one message, the first of them the assistant's; where
-    that cannot be, nothing is shared.
+    Each rest has at least one message, the first from the assistant; otherwise the
+    prefix is empty.
     """
     end = min(_shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     while end > 0 and not chosen[end]["role"] == rejected[end]["role"] == "assistant":
@@ -66,7 +67,7 @@ def split_conversations(
 
 
 def messages_in(row: Row, column: str) -> list[Message]:
-    """The column's chat messages; raises `ValueError` where it holds something else."""
+    """The column's chat messages; raises `ValueError` for anything else."""
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise row.error(
@@ -77,16 +78,16 @@ def messages_in(row: Row, column: str) -> list[Message]:
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
             raise row.error(
                 f"column {shown(column)} has the message {shown(message)}; a message "
-                'is an object with the texts "role" and "content"'
+                'is an object with the strings "role" and "content"'
             )
     return messages
 
 
 def render_prompt(row: Row, messages: list[Message], render: RenderChat | None) -> str:
-    """Messages as text that ends where the assistant begins to speak.
+    """Renders messages as text that ends where the assistant turn begins.
 
     Raises:
-        Unusable: where `render` refuses them.
+        Unusable: if `render` rejects them.
     """
     return _rendered(row, messages, True, render)
 
@@ -96,21 +97,21 @@ def render_answer(
 ) -> str:
     """What the chat template adds to the prompt `messages` for `answer`.
 
-    White space at its end is cut off: templates write a line break after the token
-    that ends a turn, and the model should stop at that token.
+    Trailing white space is stripped: templates add a line break after the end-of-turn
+    token, and the model should stop at that token.
 
     Raises:
-        Unusable: where `render` refuses the messages.
-        ValueError: where the text of the conversation does not begin with the text of
-            the prompt, as with templates that rewrite earlier turns.
+        Unusable: if `render` rejects the messages.
+        ValueError: if the rendered conversation does not start with the rendered
+            prompt, as with templates that rewrite earlier turns.
     """
     prompt = render_prompt(row, messages, render)
     whole = _rendered(row, messages + answer, False, render)
     if not whole.startswith(prompt):
         raise row.error(
-            f"the chat template writes what comes before message {len(messages) + 1} "
-            "otherwise when that message follows; give prompt and answer as text, or "
-            "use a chat template that only appends"
+            f"the chat template changes earlier text when message {len(messages) + 1} "
+            f"is added; give prompt and response as text, or use an append-only chat "
+            f"template"
         )
     return whole[len(prompt) :].rstrip()
 
@@ -118,16 +119,16 @@ def render_answer(
 def earlier_answers(
     row: Row, messages: list[Message], render: RenderChat | None
 ) -> tuple[Span, ...]:
-    """Where in the text of the prompt `messages` the assistant's answers stand.
+    """The spans of earlier assistant turns in the text of the prompt `messages`.
 
-    Each reaches from where the assistant begins to speak through what the template
-    writes to end the turn, white space left out. A message that begins the
-    conversation answers nothing and is passed over.
+    Each span runs from the start of the assistant turn through the end-of-turn text,
+    without trailing white space. An assistant message that opens the conversation is
+    skipped.
 
     Raises:
-        Unusable: where `render` refuses the beginning of the conversation.
-        ValueError: where the template writes a turn otherwise once others follow, so
-            that what would be learnt is not what is read later.
+        Unusable: if `render` rejects the beginning of the conversation.
+        ValueError: if the template changes a turn when later turns are added, so that
+            training and generation would see different text.
     """
     prompt = render_prompt(row, messages, render)
     spans = []
@@ -138,9 +139,9 @@ def earlier_answers(
         answer = render_answer(row, messages[:i], [message], render)
         if not prompt.startswith(before + answer):
             raise row.error(
-                f"the chat template writes message {i + 1}, or what comes before it, "
-                'otherwise once others follow; take train_on="last-answer", or a chat '
-                "template that only appends"
+                f"the chat template changes message {i + 1}, or earlier text, when "
+                'later messages are added; use train_on="last-answer" or an '
+                "append-only chat template"
             )
         spans.append((len(before), len(before) + len(answer)))
     return tuple(spans)
@@ -154,8 +155,8 @@ def _rendered(
 ) -> str:
     if render is None:
         raise row.error(
-            "chat messages need render_chat, which turns them into text, such as the "
-            "chat template of a tokenizer"
+            "chat messages need render_chat, which renders them as text, such as a "
+            "tokenizer's chat template"
         )
     try:
         return render(messages, add_generation_prompt)
@@ -164,6 +165,6 @@ def _rendered(
 
 
 def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences have in common from their beginning."""
+    """The length of the common prefix of two sequences."""
     lengths = range(1, min(len(a), len(b)) + 1)
     return bisect.bisect_left(lengths, True, key=lambda n: a[:n] != b[:n])

@@ -1,4 +1,4 @@
-"""Token ids of prompts, examples and preferences, none longer than a limit."""
+"""Token ids of prompts, examples and preferences, within a length limit."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.comparisons import RankedAnswers
+from rlhf_jax.data.comparisons import RankedResponses
 from rlhf_jax.data.dialogues import Span
 from rlhf_jax.data.row_files import shown
 from rlhf_jax.data.row_forms import Example, PreferencePair
@@ -21,7 +21,7 @@ _WIDTH_MULTIPLE = 16  # memory tiles of accelerators are multiples of 8 or 16
 
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
-    """Prompt, completion and EOS, and which of these tokens are to be learnt."""
+    """Prompt, completion and EOS, and which of these tokens are trained on."""
 
     tokens: np.ndarray  # [L] int32
     learnt: np.ndarray  # [L] bool
@@ -29,32 +29,32 @@ class EncodedExample:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPair:
-    """One prompt with either of two answers, each with EOS."""
+    """One prompt with each of two responses, both with EOS."""
 
     chosen: np.ndarray  # [L] int32
     rejected: np.ndarray  # [L'] int32
-    margin: float = 0.0  # by how much their scores should differ
-    prompt_length: int = 0  # tokens that both begin with, the prompt's
+    margin: float = 0.0  # target difference of their scores
+    prompt_length: int = 0  # length of the shared prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRanking:
-    """One prompt with each of several answers, best first, each with EOS."""
+    """One prompt with each of several responses, best first, each with EOS."""
 
     answers: list[np.ndarray]  # K of [L] int32
-    grades: tuple[float, ...]  # K, falling; equal ones are a tie
+    grades: tuple[float, ...]  # K, descending; equal grades are ties
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded(Generic[T]):
-    """The rows of one data set as token ids."""
+    """The rows of a dataset as token ids."""
 
     rows: list[T]
-    sources: list[int]  # for each row, the index of the input that it came from
-    width: int  # to pad every batch to: the longest row, rounded up within the limit
-    dropped: int  # inputs left out because they were too long
-    truncated: int  # inputs whose prompt lost its beginning
-    answers_cut: int = 0  # answers within prompts, not learnt because of that
+    sources: list[int]  # for each row, the index of its input
+    width: int  # padded width of all batches: the longest row, rounded up
+    dropped: int  # inputs dropped because they were too long
+    truncated: int  # inputs whose prompt was truncated on the left
+    answers_cut: int = 0  # earlier responses not trained on because of it
 
 
 def encode_prompts(
@@ -70,19 +70,19 @@ def encode_prompts(
         prompts: texts.
         encoder: of the model.
         max_prompt_tokens: the limit, at least 1.
-        overlong: "drop" leaves longer prompts out, "truncate" keeps the end of each
-            (and BOS), "fail" refuses them.
+        overlong: "drop" drops longer prompts, "truncate" keeps the end of each (and
+            BOS), "fail" raises.
 
     Raises:
-        ValueError: for a prompt without tokens, for too long prompts under "fail", and
-            where no prompt is left.
+        ValueError: for a prompt without tokens, for too long prompts under "fail", or
+            if no prompt is left.
     """
     ids = encoder.prompts(prompts)
     for index, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(
-                f"prompt {index}, {shown(prompts[index])}, has no tokens; generation "
-                "needs at least one to begin with"
+                f"prompt {index}, {shown(prompts[index])}, has no tokens; give at "
+                "least one"
             )
     limit = _Limit("max_prompt_tokens", max_prompt_tokens, 1, overlong, encoder)
     fitted = limit.fit(ids, [0] * len(ids), "prompts")
@@ -99,27 +99,26 @@ def encode_examples(
 ) -> Encoded[EncodedExample]:
     """Token ids of prompt, completion and EOS, none longer than `max_tokens`.
 
-    A completion that ends with one of the encoder's ends, as from some chat templates,
-    gets no second one. Learnt are the completion with its end, and the answers within
-    the prompt that the example names.
+    EOS is not appended to a completion that already ends with one of the encoder's end
+    ids, as from some chat templates. The completion with its EOS is trained on, and so
+    are the earlier responses listed in the example.
 
-    Plain text, an example without a prompt, is never too long: it is cut into windows
-    of `max_tokens`. Each begins with the last token of the one before it, as context
-    that is not learnt again. So every token is learnt once, except the first of the
-    text, which nothing precedes.
+    Plain text, an example without a prompt, is never too long: it is split into windows
+    of `max_tokens`. Each window begins with the last token of the previous one, as
+    context only. So every token is trained on once, except the first of the text.
 
     Args:
         examples: texts.
         encoder: of the model.
         max_tokens: the limit for prompt, completion and EOS together, at least 2.
-        overlong: "drop" leaves longer examples out; "truncate" cuts the beginning of
-            the prompt (after BOS), but leaves out what has no room for one prompt
-            token, for a completion cut short would teach to stop in the middle; "fail"
-            refuses them. An answer within the prompt is learnt only where all of it is
-            left and at least one token before it; those that are not are counted.
+        overlong: "drop" drops longer examples; "truncate" cuts the beginning of the
+            prompt (after BOS), but drops examples with no room for one prompt token,
+            because a truncated completion would teach the model to stop early; "fail"
+            raises. An earlier response is trained on only if it is complete and at
+            least one token precedes it; the others are counted.
 
     Raises:
-        ValueError: for too long examples under "fail", and where no example is left.
+        ValueError: for too long examples under "fail", or if no example is left.
     """
     texts = [example.prompt for example in examples]
     prompts = encoder.prompts(texts)
@@ -158,20 +157,19 @@ def encode_pairs(
     max_tokens: int,
     overlong: Overlong = "drop",
 ) -> Encoded[EncodedPair]:
-    """Token ids of prompt, answer and EOS for both answers of each pair.
+    """Token ids of prompt, response and EOS for both responses of each pair.
 
     Args:
         pairs: texts.
-        encoder: of the model; ends every answer that has no end yet.
-        max_tokens: the limit for the prompt, the longer answer and EOS together, at
+        encoder: of the model; adds EOS to responses without one.
+        max_tokens: the limit for the prompt, the longer response and EOS together, at
             least 2.
-        overlong: "drop" leaves longer pairs out; "truncate" cuts the beginning of the
-            prompt (after BOS), the same for both answers, but leaves out what has no
-            room for one prompt token, for nobody judged an answer cut short; "fail"
-            refuses them.
+        overlong: "drop" drops longer pairs; "truncate" cuts the beginning of the prompt
+            (after BOS), the same for both responses, but drops pairs with no room for
+            one prompt token, because nobody judged truncated responses; "fail" raises.
 
     Raises:
-        ValueError: for too long pairs under "fail", and where no pair is left.
+        ValueError: for too long pairs under "fail", or if no pair is left.
     """
     texts = [pair.prompt for pair in pairs]
     prompts = encoder.prompts(texts)
@@ -198,23 +196,23 @@ def encode_pairs(
 
 
 def encode_rankings(
-    rankings: Sequence[RankedAnswers],
+    rankings: Sequence[RankedResponses],
     encoder: TextEncoder,
     *,
     max_tokens: int,
     overlong: Overlong = "drop",
 ) -> Encoded[EncodedRanking]:
-    """Token ids of prompt, answer and EOS for every answer of each ranking.
+    """Token ids of prompt, response and EOS for every response of each ranking.
 
     Args:
         rankings: texts.
-        encoder: of the model; ends every answer that has no end yet.
-        max_tokens: the limit for the prompt, the longest answer and EOS together, at
+        encoder: of the model; adds EOS to responses without one.
+        max_tokens: the limit for the prompt, the longest response and EOS together, at
             least 2.
-        overlong: as of `encode_pairs`, for a ranking as a whole.
+        overlong: as in `encode_pairs`, for a ranking as a whole.
 
     Raises:
-        ValueError: for too long rankings under "fail", and where none is left.
+        ValueError: for too long rankings under "fail", or if none is left.
     """
     texts = [ranking.prompt for ranking in rankings]
     prompts = encoder.prompts(texts)
@@ -242,7 +240,7 @@ def encode_rankings(
 
 @dataclasses.dataclass(frozen=True)
 class _Limit:
-    """How long a row may be, and what happens to longer ones."""
+    """The maximum length of a row, and what to do with longer ones."""
 
     option: str
     tokens: int
@@ -253,7 +251,7 @@ class _Limit:
     def fit(
         self, prompts: list[list[int]], answer_lengths: list[int], what: str
     ) -> list[list[int] | None]:
-        """Prompts that leave room for their answers; None for rows to leave out."""
+        """Prompts that leave room for their responses; None for rows to drop."""
         if self.tokens < self.least:
             raise ValueError(f"{self.option}={self.tokens}: at least {self.least}")
         if self.overlong not in ("drop", "truncate", "fail"):
@@ -264,7 +262,7 @@ class _Limit:
         too_long = [i for i, length in enumerate(lengths) if length > self.tokens]
         found = (
             f"{self.option}={self.tokens}: {len(too_long)} of {len(prompts)} {what} "
-            f"are longer, the longest has {max(lengths)} tokens"
+            f"are longer; the longest has {max(lengths)} tokens"
         )
         if too_long and self.overlong == "fail":
             raise ValueError(
@@ -280,16 +278,16 @@ class _Limit:
         return fitted
 
     def _keep_end(self, prompt: list[int], room: int) -> list[int] | None:
-        """BOS and the last tokens; None where there is no room for one of them."""
+        """BOS and the last tokens; None if there is no room for one of them."""
         kept = room - len(self._begin)
         return self._begin + prompt[-kept:] if kept >= 1 else None
 
     def spans_left(
         self, spans: list[Span], prompt: list[int], kept: list[int]
     ) -> list[Span]:
-        """Where in a fitted prompt its spans are that are whole and follow something.
+        """The spans of a truncated prompt that are complete and have some context.
 
-        BOS alone is nothing: whoever reads the answer knows no question then.
+        BOS alone does not count as context.
         """
         cut = len(prompt) - len(kept)
         first = len(self._begin) if cut else -1
@@ -304,7 +302,7 @@ class _Limit:
 def _example(
     tokens: list[int], spans: Sequence[tuple[int, int | None]]
 ) -> EncodedExample:
-    """Tokens, those within the spans to be learnt; None: up to the end."""
+    """Tokens, with those in the spans trained on; None: up to the end."""
     learnt = np.zeros(len(tokens), bool)
     for begin, end in spans:
         learnt[begin:end] = True
@@ -314,7 +312,7 @@ def _example(
 def _windows(
     prompt: list[int], text: list[int], max_tokens: int
 ) -> list[EncodedExample]:
-    """Plain text in pieces; `prompt` is BOS alone or nothing."""
+    """Splits plain text into windows; `prompt` is BOS or empty."""
     tokens = prompt + text
     starts = range(0, max(len(tokens) - 1, 1), max_tokens - 1)
     return [
@@ -350,7 +348,7 @@ def _flat(rows: list[list[T]]) -> list[T]:
 
 
 def _repeated(items: Sequence[T], counts: Sequence[int]) -> list[T]:
-    """Each item as often as its count says."""
+    """Repeats each item by its count."""
     return [x for x, n in zip(items, counts, strict=True) for _ in range(n)]
 
 

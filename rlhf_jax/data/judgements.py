@@ -1,15 +1,15 @@
-"""What people said of several answers to a prompt: ratings and rankings.
+"""Human judgements of several responses to a prompt: ratings and rankings.
 
-The first row of a file decides its form, and every other row must have the same:
+The first row of a file determines its form; all rows must have the same form:
 
-    rated answers     prompt, response, rating; a row for each answer
-    ratings           prompt, responses: a list, ratings: a list as long
-    rankings          prompt, responses: a list, ranking: the place of each response,
-                      1 is the best; equal places are a tie
+    rated responses   prompt, response, rating; one row per response
+    ratings           prompt, responses: a list, ratings: a list of the same length
+    rankings          prompt, responses: a list, ranking: the rank of each response,
+                      1 is the best; equal ranks are ties
 
-Any of them may have `annotator`, who judged: ratings in rows of their own are compared
-where prompt and annotator are the same. `rlhf_jax.data.comparisons` makes training
-data of judgements.
+All forms may have an `annotator` column: ratings in separate rows are compared if
+prompt and annotator are the same. `rlhf_jax.data.comparisons` turns judgements into
+training data.
 """
 
 import dataclasses
@@ -27,33 +27,33 @@ from rlhf_jax.data.text_data import OnUnusable, TextRows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Answers to one prompt, each with a grade of the same person's.
+    """Responses to one prompt, each with a grade by the same person.
 
-    Grades are compared within a judgement alone: two people's "good" may differ.
+    Grades are only compared within a judgement: two people's "good" may differ.
     """
 
     prompt: str
     answers: tuple[str, ...]
-    grades: tuple[float, ...]  # one per answer, higher is better; equal is a tie
-    places: tuple[str, ...]  # one per answer: the file and the line it comes from
+    grades: tuple[float, ...]  # one per response, higher is better; equal is a tie
+    places: tuple[str, ...]  # one per response: its file and line
     annotator: str | None = None  # None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RatingScale:
-    """The ratings that a person may give.
+    """The valid ratings.
 
     Raises:
-        ValueError: for a scale of fewer than two ratings, and for blank or equal
+        ValueError: for a scale with fewer than two ratings, or blank or duplicate
             labels.
     """
 
     labels: tuple[str, ...] = ()
-    """what a rating may be, from worst to best; without it, ratings are numbers"""
+    """labels of the ratings, from worst to best; if not set, ratings are numbers"""
     lowest: float = 1.0
-    """lowest number that may be given"""
+    """lowest rating"""
     highest: float = 5.0
-    """highest number that may be given"""
+    """highest rating"""
 
     def __post_init__(self):
         known = {_folded(label) for label in self.labels}
@@ -70,18 +70,18 @@ class RatingScale:
 
     @property
     def expected(self) -> str:
-        """What a rating may be, for people who rate and for error messages."""
+        """The valid ratings, for instructions and error messages."""
         if self.labels:
             return "one of " + ", ".join(shown(label) for label in self.labels)
         return f"a number from {self.lowest:g} to {self.highest:g}"
 
     def grade(self, rating: Any) -> float:
-        """The rating as a number: of labels, how many are worse.
+        """The rating as a number; for labels, the number of worse labels.
 
-        Case and white space around a label do not count. Numbers may be text.
+        Case and surrounding white space of labels are ignored. Numbers may be strings.
 
         Raises:
-            ValueError: for what is not on the scale; the message says what would be.
+            ValueError: for ratings not on the scale; the message lists the valid ones.
         """
         grade = self._label_index(rating) if self.labels else self._number(rating)
         if grade is None:
@@ -89,7 +89,7 @@ class RatingScale:
         return grade
 
     def rating(self, grade: float) -> str | float:
-        """The rating that has this grade."""
+        """The rating with this grade."""
         return self.labels[int(grade)] if self.labels else grade
 
     def _label_index(self, rating: Any) -> float | None:
@@ -112,7 +112,7 @@ class RatingScale:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgementColumns:
-    """What the columns of a file are called."""
+    """Column names of a file."""
 
     prompt: str = "prompt"
     response: str = "response"
@@ -123,7 +123,7 @@ class JudgementColumns:
     annotator: str = "annotator"
 
     def check_used(self, row: Row) -> None:
-        """Raises `ValueError` where the row lacks a column that the user named."""
+        """Raises `ValueError` if the row lacks a column that the user named."""
         for field in dataclasses.fields(self):
             name = getattr(self, field.name)
             if name != field.default:
@@ -140,27 +140,24 @@ def read_judgements(
 ) -> TextRows[Judgement]:
     """Ratings or rankings, one judgement per row of the file.
 
-    Prompts and responses are text or chat messages; a response may be empty, for to
-    say nothing can be what a person judged.
+    Prompts and responses are text or chat messages; a response may be empty.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
-        scale: what ratings may be; None for numbers from 1 to 5.
-        columns: names of the columns; None for the usual ones.
-        render_chat: turns chat messages into text.
+        scale: the rating scale; None for numbers from 1 to 5.
+        columns: column names; None for the defaults.
+        render_chat: renders chat messages as text.
         on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
-            refuses.
+            rejects.
 
     Raises:
-        ValueError: one line that names the file, the line, the column, its value and
-            what would be right.
+        ValueError: one line that names the file, line, column, value and the fix.
     """
     if on_unusable not in ("fail", "drop"):
         raise ValueError(f'on_unusable={shown(on_unusable)}: give "fail" or "drop"')
     if is_text_file(path):
         raise ValueError(
-            f"{path}: a .txt file holds no judgements; give .jsonl, .jsonl.gz or "
-            ".parquet"
+            f"{path}: a .txt file has no judgements; give .jsonl, .jsonl.gz or .parquet"
         )
     scale, columns = scale or RatingScale(), columns or JudgementColumns()
     judgements: list[Judgement] = []
@@ -177,24 +174,24 @@ def read_judgements(
         except Unusable as error:
             if on_unusable == "fail":
                 raise row.error(
-                    f"{error}; correct the row or leave out such rows with "
+                    f"{error}; correct the row or skip such rows with "
                     'on_unusable="drop"'
                 ) from None
             dropped[str(error)] += 1
     if not judgements:
         counts = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
-        raise ValueError(f"{path}: no row can be used: {counts}")
+        raise ValueError(f"{path}: no row is usable: {counts}")
     return TextRows(judgements, dict(dropped))
 
 
 def judgement_rows(
     judgements: Sequence[Judgement], *, scale: RatingScale | None
 ) -> list[dict[str, Any]]:
-    """Judgements as rows of a file that `read_judgements` reads.
+    """Judgements as rows for a file that `read_judgements` can read.
 
     Args:
         judgements: all ratings, or all rankings.
-        scale: of the ratings, which they must be read with; None: they are rankings.
+        scale: of the ratings; use the same scale to read them. None: rankings.
     """
     rows = []
     for judgement in judgements:
@@ -213,22 +210,22 @@ def judgement_rows(
 
 
 def ranking_of_grades(grades: Sequence[float]) -> list[int]:
-    """The place of each answer, 1 for the best; equal grades share a place."""
+    """The rank of each response, 1 for the best; equal grades share a rank."""
     from_best = sorted(set(grades), reverse=True)
     return [1 + from_best.index(grade) for grade in grades]
 
 
 def grades_of_ranking(places: Sequence[float]) -> tuple[float, ...]:
-    """Places, 1 for the best, as grades: how many places given are worse.
+    """Ranks, 1 for the best, as grades: the number of worse ranks.
 
     Raises:
-        ValueError: where the places are not 1 for the best, at most as many as there
-            are answers, and whole numbers.
+        ValueError: if the ranks are not whole numbers from 1 for the best to at most
+            the number of responses.
     """
     whole = all(_is_whole(place) for place in places)
     if not whole or not places or min(places) != 1 or max(places) > len(places):
         raise ValueError(
-            f"{shown(list(places))} does not give the place of each response, from 1 "
+            f"{shown(list(places))} does not give the rank of each response, from 1 "
             f"for the best to at most {len(places)}"
         )
     from_worst = sorted(set(places), reverse=True)
@@ -236,7 +233,7 @@ def grades_of_ranking(places: Sequence[float]) -> tuple[float, ...]:
 
 
 def _form(first: Row, columns: JudgementColumns) -> tuple[str, str]:
-    """The columns of the answers and of their grades in rows such as `first`."""
+    """The response and grade columns in rows such as `first`."""
     forms = [
         (columns.response, columns.rating),
         (columns.responses, columns.ratings),
@@ -247,7 +244,7 @@ def _form(first: Row, columns: JudgementColumns) -> tuple[str, str]:
         expected = ", or ".join(f"{shown(a)} and {shown(g)}" for a, g in forms)
         raise first.error(
             f"the row has the columns {first.column_names}; expected "
-            f"{shown(columns.prompt)} and one of: {expected}. If they have other "
+            f"{shown(columns.prompt)} and one of: {expected}; if they have other "
             "names, give them as columns"
         )
     return found[0]
@@ -261,7 +258,7 @@ def _judgement(
     scale: RatingScale,
     render_chat: RenderChat | None,
 ) -> Judgement:
-    """What the row says; raises `Unusable` where its prompt is blank."""
+    """The row's judgement; raises `Unusable` if its prompt is blank."""
     answers, marks = row[answer_column], row[grade_column]
     if answer_column == columns.response:
         answers, marks = [answers], [marks]
@@ -314,8 +311,8 @@ def _annotator(row: Row, column: str) -> str | None:
     if isinstance(value, str | int | float) and not _is_blank_or_nan(value):
         return str(value)
     raise row.error(
-        f"column {shown(column)} is {shown(value)}; give a name or a number, or null "
-        "where it is not known"
+        f"column {shown(column)} is {shown(value)}; give a name, a number, or null if "
+        "unknown"
     )
 
 
@@ -326,7 +323,7 @@ def _is_blank_or_nan(value: str | int | float) -> bool:
 
 
 def _is_whole(number: Any) -> bool:
-    if isinstance(number, float):  # as integers come from a column with nulls
+    if isinstance(number, float):  # integers in a column with nulls are floats
         return number.is_integer()
     return isinstance(number, int) and not isinstance(number, bool)
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files, each with the place it came from."""
+"""Rows of JSONL and parquet files, each with its location."""
 
 import dataclasses
 import gzip
@@ -15,13 +15,13 @@ TEXT_SUFFIX = ".txt"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One object of a file."""
+    """One row of a file."""
 
     where: str  # "train.jsonl:3" or "train.parquet, row 3"; both count from 1
     values: dict[str, Any]
 
     def __getitem__(self, column: str) -> Any:
-        """The column's value; raises `ValueError` where the row has no such column."""
+        """The column's value; raises `ValueError` if the row has no such column."""
         if column not in self.values:
             raise self.error(
                 f"no column {shown(column)}; this row has {self.column_names}"
@@ -41,12 +41,12 @@ class Row:
         return ", ".join(shown(name) for name in self.values) or "none"
 
     def error(self, problem: str) -> ValueError:
-        """An exception that says where the problem is."""
+        """An exception that names the location of the problem."""
         return ValueError(f"{self.where}: {problem}")
 
 
 def shown(value: Any) -> str:
-    """A value on one line and no longer than an error message can bear."""
+    """A value on one line, shortened for error messages."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -59,12 +59,12 @@ def is_text_file(path: str | os.PathLike[str]) -> bool:
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     """Yields the rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in order.
 
-    Blank lines of a JSONL file are passed over; lines are counted with them.
+    Blank lines of a JSONL file are skipped, but included in line numbers.
 
     Raises:
-        ValueError: for a file that is missing, empty, of another kind or damaged, for
-            a line that is not JSON, and for a row that is not an object. One line,
-            which names the file and, where there is one, the line.
+        ValueError: if the file is missing, empty, corrupt or of another type, a line is
+            not JSON, or a row is not an object. One line that names the file and, if
+            known, the line.
     """
     file = _existing_file(path)
     name = file.name.lower()
@@ -74,9 +74,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
         rows = _read_jsonl(file)
     else:
         kinds = ", ".join((*ROW_SUFFIXES, TEXT_SUFFIX))
-        raise ValueError(
-            f"{file}: the name must end in one of {kinds}, to say what the file holds"
-        )
+        raise ValueError(f"{file}: the name must end in one of {kinds}")
     empty = True
     for row in rows:
         empty = False
@@ -89,7 +87,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """Yields `(line number from 1, line with its end)` of a text file in UTF-8.
 
     Raises:
-        ValueError: for a file that is missing, not UTF-8, or gzip and damaged.
+        ValueError: if the file is missing, not UTF-8, or a corrupt gzip file.
     """
     file = _existing_file(path)
     opener = gzip.open if file.name.lower().endswith(".gz") else open
@@ -104,14 +102,14 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{file}: damaged gzip file after line {number} ({error})"
+            f"{file}: corrupt gzip file after line {number} ({error})"
         ) from error
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if not file.is_file():
-        kind = "is a folder, not a file" if file.is_dir() else "there is no such file"
+        kind = "is a folder, not a file" if file.is_dir() else "no such file"
         raise ValueError(f"{file}: {kind}")
     return file
 
@@ -149,5 +147,5 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(
-            f"{file}: damaged parquet file after row {number} ({problem})"
+            f"{file}: corrupt parquet file after row {number} ({problem})"
         ) from error

@@ -1,4 +1,4 @@
-"""What one row of a file says: an example, a preference or a prompt."""
+"""Parses one row of a file: an example, a preference or a prompt."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ T = TypeVar("T")
 TrainOn = Literal["last-answer", "all-answers"]
 
 EQUAL = "chosen equals rejected"
-NOTHING_SHARED = "chosen and rejected have no common beginning to be the prompt"
+NOTHING_SHARED = "chosen and rejected have no common prefix to use as the prompt"
 EMPTY_PROMPT = "empty prompt"
 EMPTY_COMPLETION = "empty completion"
 EMPTY_TEXT = "empty text"
@@ -30,31 +30,31 @@ EMPTY_TEXT = "empty text"
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A completion to imitate; an empty prompt makes it plain text."""
+    """A completion to train on; with an empty prompt it is plain text."""
 
     prompt: str
     completion: str
-    # Where in the prompt there are answers to imitate as well, from left to right.
+    # Spans of earlier responses in the prompt to train on, from left to right.
     earlier_answers: tuple[Span, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt, of which a person preferred the first.
+    """Two responses to one prompt; the first was preferred.
 
-    An answer may be empty: to say nothing can be what the person preferred.
+    A response may be empty.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    # By how much the scores of the answers should differ.
+    # Target difference of the scores of the responses.
     margin: float = dataclasses.field(default=0.0, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What the columns of a file are called."""
+    """Column names of a file."""
 
     prompt: str = "prompt"
     completion: str | None = None  # None: "completion" or "response"
@@ -64,12 +64,12 @@ class Columns:
     text: str = "text"
 
     def completion_in(self, row: Row) -> str | None:
-        """The name of the row's completion column; None where it has none."""
+        """The name of the row's completion column; None if it has none."""
         names = (self.completion,) if self.completion else ("completion", "response")
         return next((name for name in names if name in row.values), None)
 
     def check_used(self, row: Row) -> None:
-        """Raises `ValueError` where the row lacks a column that the user named."""
+        """Raises `ValueError` if the row lacks a column that the user named."""
         usual = dataclasses.asdict(Columns())
         for field, name in dataclasses.asdict(self).items():
             if name != usual[field]:
@@ -77,7 +77,7 @@ class Columns:
 
 
 Parsed = tuple[T, str | None]
-"""What the row says, and the reason why it cannot be used, if there is one."""
+"""The parsed row, and the reason why it is unusable, if any."""
 
 Parser = Callable[[Row, Columns, RenderChat | None], Parsed[T]]
 
@@ -85,7 +85,7 @@ Parser = Callable[[Row, Columns, RenderChat | None], Parsed[T]]
 def example_parser(
     first: Row, columns: Columns, *, train_on: TrainOn = "last-answer"
 ) -> Parser[Example]:
-    """The reader of rows such as `first`, for examples."""
+    """The parser for rows such as `first`, for examples."""
     has = first.values.keys()
     if columns.messages in has:
         return partial(_example_from_messages, train_on=train_on)
@@ -100,14 +100,14 @@ def example_parser(
 
 
 def pair_parser(first: Row, columns: Columns) -> Parser[PreferencePair]:
-    """The reader of rows such as `first`, for preferences."""
+    """The parser for rows such as `first`, for preferences."""
     if not {columns.chosen, columns.rejected} <= first.values.keys():
         raise _unknown_form(first, '"chosen" and "rejected", with or without "prompt"')
     return _pair_with_prompt if columns.prompt in first.values else _pair_of_dialogues
 
 
 def prompt_parser(first: Row, columns: Columns) -> Parser[str]:
-    """The reader of rows such as `first`, for prompts."""
+    """The parser for rows such as `first`, for prompts."""
     has = first.values.keys()
     if {columns.chosen, columns.rejected} <= has:
         return _prompt_from_pair
@@ -123,7 +123,7 @@ def prompt_parser(first: Row, columns: Columns) -> Parser[str]:
 
 def _unknown_form(first: Row, expected: str) -> ValueError:
     return first.error(
-        f"the row has the columns {first.column_names}; expected {expected}. If they "
+        f"the row has the columns {first.column_names}; expected {expected}; if they "
         "have other names, give them as columns"
     )
 
@@ -131,7 +131,7 @@ def _unknown_form(first: Row, expected: str) -> ValueError:
 def answered_prompt(
     row: Row, columns: Columns, render_chat: RenderChat | None
 ) -> Parsed[tuple[str, str]]:
-    """A prompt and the whole of what stands beside it as its answer."""
+    """A prompt and the full text next to it as its response."""
     prompt, reason = _prompt_from_prompt(row, columns, render_chat)
     name = columns.completion_in(row)
     if name is None:
@@ -158,7 +158,7 @@ def _example_from_completion(
         _refuse_text(row, columns.prompt, train_on)
         return Example(prompt, completion), reason
     name = columns.completion_in(row)
-    assert name is not None  # answered_prompt has refused it
+    assert name is not None  # answered_prompt has rejected it
     if isinstance(row[name], list):
         messages = before + row[name]
         example, blank = _example_of(row, name, messages, render_chat, train_on)
@@ -173,7 +173,7 @@ def _example_from_pair(
     row: Row, columns: Columns, render_chat: RenderChat | None, *, train_on: TrainOn
 ) -> Parsed[Example]:
     pair, reason = pair_parser(row, columns)(row, columns, render_chat)
-    if reason == EQUAL:  # no preference, but a demonstration all the same
+    if reason == EQUAL:  # no preference, but still a demonstration
         reason = None
     chosen = row[columns.chosen]
     if not isinstance(chosen, list):
@@ -203,13 +203,13 @@ def _example_of(
     render_chat: RenderChat | None,
     train_on: TrainOn,
 ) -> Parsed[Example]:
-    """A whole conversation, of which the last answer is learnt, or every one."""
+    """A full conversation; trains on the last response, or on all."""
     *before, last = messages
     if last["role"] != "assistant" or not before:
         roles = [message["role"] for message in messages]
         raise row.error(
             f"column {shown(column)} has the roles {shown(roles)}; the last must be "
-            '"assistant", which answers at least one message'
+            '"assistant", after at least one message'
         )
     answers, learnt = (), [last]
     if train_on == "all-answers":
@@ -227,8 +227,8 @@ def _example_of(
 def _refuse_text(row: Row, column: str, train_on: TrainOn) -> None:
     if train_on == "all-answers":
         raise row.error(
-            f"column {shown(column)} is text, in which answers cannot be told from "
-            'what they answer; take train_on="last-answer", or give chat messages'
+            f"column {shown(column)} is text, in which responses cannot be "
+            'identified; use train_on="last-answer", or give chat messages'
         )
 
 
@@ -237,7 +237,7 @@ def _pair_with_prompt(
 ) -> Parsed[PreferencePair]:
     chosen, rejected = row[columns.chosen], row[columns.rejected]
     if isinstance(row[columns.prompt], str) and isinstance(chosen, list):
-        # The prompt repeats what both conversations begin with.
+        # The prompt repeats the common prefix of both conversations.
         return _pair_of_conversations(row, columns, render_chat)
     prompt, reason = _prompt_from_prompt(row, columns, render_chat)
     answers = [
@@ -297,7 +297,7 @@ def _prompt_from_messages(
         messages = messages[:-1]
     if not messages:
         raise row.error(
-            f"column {shown(columns.messages)} has an answer and nothing before it"
+            f"column {shown(columns.messages)} has a response and nothing before it"
         )
     prompt = render_prompt(row, messages, render_chat)
     return prompt, EMPTY_PROMPT if _is_blank(messages) else None
@@ -320,10 +320,10 @@ def _prompt_from_text(
 def _answer(
     row: Row, prompt_column: str, column: str, render_chat: RenderChat | None
 ) -> str:
-    """The text of an answer, which stands in a column beside its prompt.
+    """The text of a response in a column next to its prompt.
 
-    Text stands for itself, after a prompt of either kind: so the reference answer to a
-    chat prompt keeps free of the template.
+    Text is used as is after either kind of prompt, so the reference answer to a chat
+    prompt is not formatted with the template.
     """
     if not isinstance(row[column], list):
         return row.text(column)
@@ -338,6 +338,6 @@ def _answer(
 
 
 def _is_blank(value: str | list[dict[str, Any]]) -> bool:
-    """Whether a text, or every one of some chat messages, is white space alone."""
+    """Whether a text, or every chat message, is only white space."""
     texts = [value] if isinstance(value, str) else [m["content"] for m in value]
     return not any(text.strip() for text in texts)

@@ -1,16 +1,16 @@
 """Prompts, demonstrations and human preferences from files.
 
-The first row of a file decides its form, and every other row must have the same:
+The first row of a file determines its form; all rows must have the same form:
 
     preferences              prompt, chosen, rejected
-    whole dialogues          chosen, rejected; their common beginning is the prompt
+    whole dialogues          chosen, rejected; their common prefix is the prompt
     chat                     messages: a list of {"role": ..., "content": ...}
     prompt and completion    prompt, and completion or response
     prompt                   prompt
     plain text               text, or a .txt file
 
-`Columns` gives the columns other names. Prompts and answers may be text or chat
-messages; messages become text through the caller's `render_chat`.
+`Columns` renames the columns. Prompts and responses may be text or chat messages;
+messages are rendered with the caller's `render_chat`.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TextRows(Generic[T]):
-    """What a file holds, and how many of its rows were left out, by reason."""
+    """The usable rows of a file, and the number of skipped rows by reason."""
 
     rows: list[T]
     dropped: dict[str, int]
@@ -64,7 +64,7 @@ class TextRows(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """A prompt, and what else its row says: the right answer, for instance."""
+    """A prompt and the other columns of its row, such as the correct answer."""
 
     prompt: str
     columns: dict[str, Any]
@@ -78,19 +78,18 @@ def read_examples(
     on_unusable: OnUnusable = "fail",
     train_on: TrainOn = "last-answer",
 ) -> TextRows[Example]:
-    """Demonstrations for supervised fine-tuning, or questions with their answers.
+    """Demonstrations for supervised fine-tuning, or questions with answers.
 
-    Of chat messages the last, which must be the assistant's, is the completion; of
-    preferences the chosen answer is. A `.txt` file is one plain text.
+    The completion is the last chat message, which must be the assistant's, or the
+    chosen response of a preference. A `.txt` file is one plain text.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with rows whose prompt, completion or text is blank, and
-            with conversations that `render_chat` refuses.
-        train_on: "all-answers" makes every answer of a conversation one to imitate; it
-            is for chat messages only.
+        on_unusable: what to do with rows whose prompt, completion or text is blank, or
+            conversations that `render_chat` rejects.
+        train_on: "all-answers" trains on every assistant turn; for chat messages only.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
@@ -103,7 +102,7 @@ def read_examples(
         if train_on == "all-answers":
             raise ValueError(
                 f'{path}: train_on="all-answers" is for chat messages, and a .txt file '
-                'holds none; take "last-answer", or give .jsonl, .jsonl.gz or .parquet'
+                'has none; use "last-answer", or give .jsonl, .jsonl.gz or .parquet'
             )
         text = "".join(line for _, line in read_lines(path))
         reason = None if text.strip() else EMPTY_TEXT
@@ -125,15 +124,15 @@ def read_pairs(
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
-        on_unusable: what to do with pairs of equal answers, with a blank prompt, of
-            dialogues without a common beginning, or that `render_chat` refuses.
+        on_unusable: what to do with pairs of identical responses, with a blank prompt,
+            without a common prefix, or that `render_chat` rejects.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
     """
     if is_text_file(path):
         raise ValueError(
-            f"{path}: a .txt file holds no preferences; give .jsonl, .jsonl.gz or "
+            f"{path}: a .txt file has no preferences; give .jsonl, .jsonl.gz or "
             ".parquet"
         )
     return _read(path, pair_parser, columns, render_chat, on_unusable)
@@ -146,17 +145,17 @@ def read_prompts(
     render_chat: RenderChat | None = None,
     on_unusable: OnUnusable = "fail",
 ) -> TextRows[str]:
-    """The prompts of a file of any form; of a `.txt` file, each line that is not blank.
+    """The prompts of a file of any form; in a `.txt` file, each nonblank line.
 
-    Of plain texts the whole text is the prompt; of chat messages everything before the
-    assistant's last answer, or all if the assistant has not answered yet.
+    For plain text the full text is the prompt; for chat messages, everything before the
+    last assistant turn, or all messages if there is none.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
         columns: names of the columns; None for the usual ones.
         render_chat: turns chat messages into text.
         on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
-            refuses.
+            rejects.
 
     Raises:
         ValueError: one line that names the file, the line and what is wrong.
@@ -178,20 +177,20 @@ def read_prompt_rows(
     render_chat: RenderChat | None = None,
     on_unusable: OnUnusable = "fail",
 ) -> TextRows[PromptRow]:
-    """The prompts of a file, as `read_prompts` finds them, with other columns.
+    """The prompts of a file, as in `read_prompts`, with other columns.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz`, `.parquet` or `.txt` file.
         columns: names of the columns; None for the usual ones.
-        keep: columns to keep, which every row must have; None: those that the first
-            row has, the prompt's own column apart.
+        keep: columns to keep, which every row must have; None: those of the first row,
+            except the prompt column.
         render_chat: turns chat messages into text.
         on_unusable: what to do with rows whose prompt is blank, or that `render_chat`
-            refuses.
+            rejects.
 
     Raises:
-        ValueError: one line that names the file, the line and what is wrong, such as a
-            row that lacks a column, or has null there.
+        ValueError: one line that names the file, the line and the problem, such as a
+            missing or null column.
     """
     if is_text_file(path):
         if keep:
@@ -217,8 +216,8 @@ def read_prompt_rows(
             for name in kept:
                 if row[name] is None:
                     raise row.error(
-                        f"column {shown(name)} is null; fill it in, or name the "
-                        "columns that reward functions need: reward-columns"
+                        f"column {shown(name)} is null; fill it in, or list the "
+                        "columns that reward functions need with reward-columns"
                     )
             return PromptRow(prompt, {name: row[name] for name in kept}), reason
 
@@ -243,7 +242,7 @@ def _read(
             parse = choose_parser(row, columns)
         try:
             parsed.append((row.where, parse(row, columns, render_chat)))
-        except Unusable as error:  # what it says stands in for the item
+        except Unusable as error:  # its message takes the place of the item
             parsed.append((row.where, (cast(T, None), str(error))))
     return _collect(parsed, on_unusable)
 
@@ -251,7 +250,7 @@ def _read(
 def _collect(
     parsed: list[tuple[str, Parsed[T]]], on_unusable: OnUnusable
 ) -> TextRows[T]:
-    """Parts the rows that can be used from the others, which are counted."""
+    """Separates usable rows from the others, which are counted."""
     if on_unusable not in ("fail", "drop"):
         raise ValueError(f'on_unusable={shown(on_unusable)}: give "fail" or "drop"')
     rows = [item for _, (item, reason) in parsed if reason is None]
@@ -260,9 +259,9 @@ def _collect(
     if unusable and (on_unusable == "fail" or not rows):
         where, reason = unusable[0]
         counts = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
-        remedy = ' or leave them out with on_unusable="drop"' if rows else ""
+        remedy = ' or skip them with on_unusable="drop"' if rows else ""
         raise ValueError(
-            f"{where}: {reason}; {len(unusable)} of {len(parsed)} rows cannot be used "
-            f"({counts}): correct them{remedy}"
+            f"{where}: {reason}; {len(unusable)} of {len(parsed)} rows are unusable "
+            f"({counts}); correct them{remedy}"
         )
     return TextRows(rows, dropped)

@@ -1,11 +1,11 @@
-"""Text to token ids: which are a prompt's, which an answer's, and what ends an answer.
+"""Encodes prompts and responses as token ids.
 
-The tokens of a prompt are those of its text alone, whatever follows it: the same in
-training and before generation. Those of an answer are what it adds to them. Where no
-token crosses the border, that is what the text of both has after the prompt's tokens;
-tokenizers that put a space before every text would otherwise put one between the two,
-and those that strip white space beside a special token would not strip it there. Where
-a token crosses it, the answer is encoded apart.
+The tokens of a prompt depend only on its text, so they are the same in training and
+before generation. The tokens of a response are what it adds to them. If no token
+crosses the boundary, these are the tokens of the joint text after those of the prompt;
+encoding the response alone would add a space with tokenizers that prepend one, and
+would not strip white space next to special tokens with tokenizers that do. If a token
+crosses the boundary, the response is encoded separately.
 """
 
 import dataclasses
@@ -18,31 +18,30 @@ from rlhf_jax.data.row_files import shown
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
+    """The part of the Hugging Face tokenizer interface used here."""
 
     def __call__(
         self, texts: list[str], /, *, add_special_tokens: bool
     ) -> Mapping[str, Any]:
-        """A mapping whose `"input_ids"` is one list of ids per text."""
+        """A mapping whose `"input_ids"` has one list of ids per text."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """A tokenizer and the ids at which sequences begin and answers end."""
+    """A tokenizer and its BOS and end ids."""
 
-    tokenizer: Tokenizer  # called without special tokens, which templates write as text
-    eos_id: int  # ends an answer that no id of the model's ends already
-    bos_id: int | None = None  # begins every sequence, once; None: no BOS
-    end_ids: frozenset[int] = frozenset()  # end an answer as well as `eos_id` does
-    num_ids: int | None = None  # the model knows the ids below it; None: all
+    tokenizer: Tokenizer  # called without adding special tokens
+    eos_id: int  # appended to responses without an end id
+    bos_id: int | None = None  # prepended once to every sequence; None: no BOS
+    end_ids: frozenset[int] = frozenset()  # other ids that end a response
+    num_ids: int | None = None  # number of embeddings of the model; None: no check
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts, each with one BOS where there is one.
+        """Token ids of prompts, each with one BOS if there is one.
 
         Raises:
-            ValueError: there are no texts, or one has a token that the model has no
-                embedding for.
+            ValueError: if there are no texts, or a token has no embedding in the model.
         """
         return [self._begun(row) for row in self._ids(texts)]
 
@@ -52,12 +51,12 @@ class TextEncoder:
         prompts: Sequence[str],
         prompt_ids: Sequence[list[int]],
     ) -> list[list[int]]:
-        """Token ids of answers as they follow their prompts, each with one end.
+        """Token ids of responses as they follow their prompts, each with one end id.
 
         Args:
             answers: N texts.
             prompts: N texts, "" for none.
-            prompt_ids: what `self.prompts` makes of them.
+            prompt_ids: their encoding by `self.prompts`.
         """
         apart = self._ids(answers)
         follow = [i for i, prompt in enumerate(prompts) if prompt]
@@ -77,17 +76,17 @@ class TextEncoder:
         ids: Sequence[list[int]],
         spans: Sequence[Sequence[Span]],
     ) -> list[list[Span]]:
-        """Which tokens of each text its spans of characters are.
+        """Converts character spans of each text to token spans.
 
-        A token that belongs only in part to a span is left out of it.
+        A token that is only partly in a span is excluded.
 
         Args:
             texts: N texts.
-            ids: what `self.prompts` makes of them.
-            spans: of each text, any number, from left to right, none overlapping.
+            ids: their encoding by `self.prompts`.
+            spans: of each text, any number, from left to right, not overlapping.
 
         Returns:
-            As many spans, of tokens; one may be empty.
+            The same number of token spans; they may be empty.
         """
         edges = [[0, *itertools.chain(*some)] if some else [] for some in spans]
         pieces = [
@@ -110,18 +109,19 @@ class TextEncoder:
         return found
 
     def _token_span(self, text: str, row: list[int], span: Span) -> Span:
-        """The whole tokens within a span, by the text before each of its ends."""
+        """The complete tokens in a span, found by encoding the text before each of its
+        ends."""
         begin, end = span
         before, through, after = self._ids([text[:begin], text[:end], text[begin:]])
         before, through = self._begun(before), self._begun(through)
         first = _common(before, row)
-        if first < len(before):  # a token crosses the begin: go on after it
+        if first < len(before):  # a token crosses the start: begin after it
             first = max(first, len(row) - _common(after[::-1], row[::-1]))
         return first, max(first, _common(through, row))
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
-            raise ValueError("there is nothing to encode: the data set has no rows")
+            raise ValueError("nothing to encode: the dataset has no rows")
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         rows = [list(row) for row in ids]
         if self.num_ids is not None:
@@ -135,7 +135,7 @@ class TextEncoder:
             if row and max(row) >= num_ids:
                 raise ValueError(
                     f"the text {shown(text)} has the token {max(row)}, but the model "
-                    f"has embeddings for {num_ids} only; leave such texts out"
+                    f"has only {num_ids} embeddings; remove such texts"
                 )
 
     def _begun(self, row: list[int]) -> list[int]:
@@ -145,6 +145,6 @@ class TextEncoder:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences have in common from their beginning."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Text to tokens and back, as all stages do it."""
+"""Encoding and decoding of text, shared by all stages."""
 
 import dataclasses
 import functools
@@ -12,9 +12,8 @@ import numpy as np
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.data.text_encoder import TextEncoder
 from rlhf_jax.models.chat import check_spells_none, render_chat, special_token_pattern
+from rlhf_jax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from rlhf_jax.models.hf.generation_config import read_eos_ids, read_generation_config
-from rlhf_jax.models.hf.hub import local_directory
-from rlhf_jax.models.hf.peft_loading import text_directories
 from rlhf_jax.models.tokenizer import load_tokenizer, read_num_embeddings
 
 if TYPE_CHECKING:
@@ -23,35 +22,32 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenization:
-    """A tokenizer, what the stages ask of it, and how its model wants to generate."""
+    """A tokenizer and the generation config of its model."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    # `generation_config.json` of the checkpoint, to be written again; may be empty.
+    # `generation_config.json` of the checkpoint, saved with the model; may be empty.
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # What ends an answer besides the tokenizer's EOS.
+    # Ids that end a response, in addition to the tokenizer's EOS.
     end_ids: frozenset[int] = frozenset()
-    # How many tokens the model has embeddings for; None: for all.
+    # Number of embeddings of the model; None: no check.
     num_embeddings: int | None = None
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, base: str | Path | None = None
-    ) -> "Tokenization":
-        """The tokenizer and the ends of answers of a Hugging Face directory.
+    def load(cls, path: str | Path | Checkpoint) -> "Tokenization":
+        """The tokenizer of a checkpoint, and the tokens that end its responses.
 
-        Of an adapter, `base` takes the place of the base model that it names.
+        Args:
+            path: what `open_checkpoint` takes.
         """
-        text, path = text_directories(
-            local_directory(path), None if base is None else local_directory(base)
-        )
-        tokenizer = load_tokenizer(text)
-        own = tokenizer.eos_token_id
-        ends = {i for i in read_eos_ids(path) if i < len(tokenizer) and i != own}
+        checkpoint = open_checkpoint(path)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_directory)
+        directory, own = checkpoint.directory, tokenizer.eos_token_id
+        ends = {i for i in read_eos_ids(directory) if i < len(tokenizer) and i != own}
         return cls(
             tokenizer,
-            generation_config=read_generation_config(path),
+            generation_config=read_generation_config(directory),
             end_ids=frozenset(ends),
-            num_embeddings=read_num_embeddings(path),
+            num_embeddings=read_num_embeddings(directory),
         )
 
     @functools.cached_property
@@ -67,7 +63,7 @@ class Tokenization:
 
     @property
     def generation_config_to_save(self) -> dict[str, Any]:
-        """`generation_config`, its EOS ids complete with whatever ends answers here."""
+        """`generation_config`, with all end ids as its EOS ids."""
         given = self.generation_config.get("eos_token_id")
         listed = given if isinstance(given, list) else [given]
         missing = sorted({self.eos_id, *self.end_ids} - set(listed))
@@ -78,34 +74,34 @@ class Tokenization:
 
     @property
     def eos_id(self) -> int:
-        """Ends every answer that has no other end."""
+        """Appended to responses without an end id."""
         return self.tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
 
     @property
     def pad_id(self) -> int:
-        """Fills up rows; may be the EOS."""
+        """The padding id; may be EOS."""
         return self.tokenizer.pad_token_id  # pyright: ignore[reportReturnType]
 
     @property
     def bos_id(self) -> int | None:
-        """Begins every sequence, for tokenizers that put it there; else None."""
+        """The BOS id, for tokenizers that prepend it; else None."""
         bos = self.tokenizer.bos_token_id
         starts_with_bos = self.tokenizer("a")["input_ids"][0] == bos
         return bos if starts_with_bos else None  # pyright: ignore[reportReturnType]
 
     def stop_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Whatever ends an answer, and the single tokens that `texts` are.
+        """All end ids, and the ids of `texts`.
 
         Raises:
-            ValueError: where a text is not exactly one token.
+            ValueError: if a text is not exactly one token.
         """
         stops = {self.eos_id, *self.end_ids}
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
                 raise ValueError(
-                    f"stop={text!r} is {len(ids)} tokens of this tokenizer; an answer "
-                    "stops at single tokens only"
+                    f"stop={text!r} is {len(ids)} tokens of this tokenizer; give text "
+                    "that is one token"
                 )
             stops.add(ids[0])
         return tuple(sorted(stops))
@@ -116,8 +112,8 @@ class Tokenization:
         """Chat messages as one text.
 
         Raises:
-            ValueError: one line, where the chat template refuses them, or one of them
-                spells a special token.
+            ValueError: one line, if the chat template rejects them or one of them
+                contains a special token.
         """
         check_spells_none(messages, self._special)
         return render_chat(
@@ -126,16 +122,16 @@ class Tokenization:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that steer the model instead of being read as text."""
+        """Ids of special tokens."""
         added = self.tokenizer.added_tokens_decoder.items()
         marked = [i for i, token in added if token.special]
         return frozenset([*self.tokenizer.all_special_ids, *marked])
 
     def num_ordinary_tokens(self) -> int:
-        """One more than the last id that text or the end of an answer may become.
+        """One more than the largest id that text or end ids can have.
 
-        Special tokens may lie beyond it: the text models of Gemma 3 share a tokenizer
-        with models that read pictures, and have no embedding for those.
+        Special tokens may be beyond it: the text models of Gemma 3 share a tokenizer
+        with vision models, and have no embeddings for image tokens.
         """
         special = self.special_ids - {self.eos_id}
         ids = self.tokenizer.get_vocab().values()
@@ -146,12 +142,12 @@ class Tokenization:
         return special_token_pattern(self.tokenizer)
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
-        """Texts of right-padded rows, special tokens left out."""
+        """Texts of right-padded rows, without special tokens."""
         rows = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def decode_prompts(self, prompts: Prompts) -> list[str]:
-        """Texts of left-padded host prompts, special tokens left out."""
+        """Texts of left-padded host prompts, without special tokens."""
         tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
         rows = [
             row[len(row) - n :].tolist() for row, n in zip(tokens, lengths, strict=True)
@@ -159,12 +155,12 @@ class Tokenization:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def check_same_as(self, other: "Tokenization", name: str, path: str) -> None:
-        """Raises ValueError unless tokens, EOS and BOS of the two are the same."""
+        """Raises ValueError unless both have the same tokens, EOS and BOS."""
         mine, theirs = (
             (x.tokenizer.get_vocab(), x.eos_id, x.bos_id) for x in (self, other)
         )
         if mine != theirs:
             raise ValueError(
-                f"{name}={path!r}: its tokenizer differs from the policy's; the models "
-                "of one run read the same token ids"
+                f"{name}={path!r}: its tokenizer differs from the policy's; give a "
+                "model with the same tokenizer"
             )

@@ -1,1 +1,1 @@
-"""Whole experiments on embedded tasks, from random weights to a report."""
+"""Complete experiments on embedded tasks, from random weights to a report."""

@@ -1,4 +1,4 @@
-"""Imitation, then reinforcement learning from verifiable rewards, on arithmetic."""
+"""SFT, then RL from verifiable rewards, on arithmetic."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from rlhf_jax.tasks.arithmetic_problems import (
 from rlhf_jax.tasks.arithmetic_text import ask_to_reason, make_text
 from rlhf_jax.tasks.problems import Split
 
-NUM_PROBLEMS = 4_000  # to learn from; as many are in the other files, where there are
+NUM_PROBLEMS = 4_000  # for training; other files have the same number if available
 
 
 NUM_HELD_OUT_TEXTS = 256
@@ -52,7 +52,7 @@ PROBLEMS = {
 
 
 def write_data(config: ArithmeticConfig, root: Path) -> None:
-    """Writes all files; the same configuration writes the same."""
+    """Writes all files, deterministically for a configuration."""
     seed = 100 * config.seed
     write_rows(root / TEXTS, _texts(config, seed, config.demonstrations, "train"))
     write_rows(
@@ -103,15 +103,16 @@ def _available(config: ArithmeticConfig, split: Split) -> int:
 
 EXACT = "rlhf_jax.tasks.verifiable:exact_answer"
 FORMAT = "rlhf_jax.tasks.verifiable:reasoning_format"
-EVAL_PROMPTS = 128  # during training; the table has all of eval_problems
+EVAL_PROMPTS = 128  # during training; the table uses all of eval_problems
 SFT_BATCH_SIZE = 64
-# As DeepSeek-AI, 2025, arXiv:2501.12948. More would hold on to the pupil's slips.
+# As DeepSeek-AI, 2025, arXiv:2501.12948. More would keep the errors of the
+# demonstrations.
 KL_COEF = 0.001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a form of the task needs."""
+    """The hyperparameters for a form of the task."""
 
     vocab_size: int
     num_layers: int
@@ -119,7 +120,7 @@ class Scale:
     max_prompt_tokens: int
     max_new_tokens: int
     updates: int
-    learning_rate: float  # of reinforcement learning
+    learning_rate: float  # of RL
 
 
 SCALES = {
@@ -132,7 +133,7 @@ SCALES = {
         updates=300,
         learning_rate=5e-4,
     ),
-    # The merges are those inside the tags. Pairs of digits are rarer, and stay two.
+    # Merges occur only inside the tags. Pairs of digits are rarer, and stay two tokens.
     "reasoning": Scale(
         vocab_size=269,
         num_layers=2,
@@ -143,7 +144,7 @@ SCALES = {
         learning_rate=5e-4,
     ),
     "r1-zero": Scale(
-        vocab_size=258,  # tags are made of letters, and can be spelt if not known
+        vocab_size=258,  # tags are spelled in letters, so unseen tags can be encoded
         num_layers=3,
         sft_steps=1_400,
         max_prompt_tokens=40,
@@ -155,12 +156,12 @@ SCALES = {
 
 
 def run(config: ArithmeticConfig) -> dict[str, Any]:
-    """Runs all, or goes on with it; prints a table and returns the summary.
+    """Runs or resumes all stages; prints a table and returns the summary.
 
     Raises:
-        ValueError: on bad input, before anything is written, and where the run
+        ValueError: on invalid input, before anything is written, or if the run
             directory holds something else.
-        Interrupted: after a checkpoint, when asked to stop; run it again to go on.
+        Interrupted: after saving a checkpoint, when asked to stop; rerun to resume.
     """
     began = time.perf_counter()
     config.validate()
@@ -170,7 +171,7 @@ def run(config: ArithmeticConfig) -> dict[str, Any]:
     with resumable("command"):
         imitated, trained = _train(config, root)
 
-    heading("held-out problems, answered by both", quiet=config.quiet)
+    heading("held-out problems, both policies", quiet=config.quiet)
     table = _compare(config, root, imitated, trained)
     summary = {
         "config": _stored(config),
@@ -184,21 +185,25 @@ def run(config: ArithmeticConfig) -> dict[str, Any]:
     shown = [{k: _shown(k, v) for k, v in row.items()} for row in table]
     print_table(shown, notes=notes)
     if not config.quiet:
-        heading(f"\nLook at {trained.report} and {imitated.report}.")
+        heading(f"\nSee {trained.report} and {imitated.report}.")
     return summary
 
 
 def _train(config: ArithmeticConfig, root: Path) -> tuple[RunDirectory, RunDirectory]:
-    """Both stages; what is there already is kept."""
-    what = "read plain text" if config.form == "r1-zero" else "imitate demonstrations"
+    """Runs both stages; finished ones are reused."""
+    what = (
+        "pretrain on plain text"
+        if config.form == "r1-zero"
+        else "train on demonstrations"
+    )
     heading(f"1/2  supervised: {what}", quiet=config.quiet)
     imitated = imitate(config, root)
-    heading(f"2/2  {config.method}: right answers are rewarded", quiet=config.quiet)
+    heading(f"2/2  {config.method}: reward correct answers", quiet=config.quiet)
     return imitated, reinforce(config, root)
 
 
 def imitate(config: ArithmeticConfig, root: Path) -> RunDirectory:
-    """Stage 1, and its data; or goes on with it."""
+    """Runs or resumes stage 1, and writes its data."""
     stage = sft_config(config, root)
     if not stage.resume:
         write_data(config, root)
@@ -206,13 +211,13 @@ def imitate(config: ArithmeticConfig, root: Path) -> RunDirectory:
 
 
 def reinforce(config: ArithmeticConfig, root: Path) -> RunDirectory:
-    """Stage 2, from the model of stage 1; or goes on with it."""
+    """Runs or resumes stage 2, from the model of stage 1."""
     stage = policy_config(config, root)
     return ppo.run(stage) if isinstance(stage, PPOConfig) else grpo.run(stage)
 
 
 def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> None:
-    """Raises ValueError where there are fewer problems than a step takes."""
+    """Raises ValueError if there are fewer problems than a step needs."""
     stage.validate()
     what = f"problems of digits={config.digits}, operations={config.operations}"
     available = count_problems(
@@ -223,7 +228,8 @@ def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> Non
         texts >= SFT_BATCH_SIZE,
         "demonstrations",
         config.demonstrations,
-        f"of {available} {what}, {texts} are imitated, {SFT_BATCH_SIZE} at a time",
+        f"of {available} {what}, {texts} are demonstrations; a batch has "
+        f"{SFT_BATCH_SIZE}",
     )
     prompts, found = config.batch_size, min(available, NUM_PROBLEMS)
     if isinstance(stage, GRPOConfig):
@@ -232,7 +238,7 @@ def _check_sizes(config: ArithmeticConfig, stage: PPOConfig | GRPOConfig) -> Non
         prompts <= found,
         "batch-size",
         config.batch_size,
-        f"takes {prompts} prompts per update; there are {found} {what}",
+        f"needs {prompts} prompts per update; there are {found} {what}",
     )
 
 
@@ -242,7 +248,7 @@ def _stored(config: ArithmeticConfig) -> dict[str, Any]:
 
 
 def sft_config(config: ArithmeticConfig, root: Path) -> SFTConfig:
-    """Stage 1, from nothing."""
+    """Stage 1, from scratch."""
     scale, run_dir = SCALES[config.form], root / "sft"
     steps = config.sft_steps or scale.sft_steps
     return SFTConfig(
@@ -338,7 +344,7 @@ def _compare(
         )
         for name, run in zip(names, (imitated, trained), strict=True)
     ]
-    if config.form == "plain":  # which has no form to keep
+    if config.form == "plain":  # no form to check
         for row in rows:
             del row["form kept"]
     return rows
@@ -353,8 +359,8 @@ def _notes(config: ArithmeticConfig, summary: dict[str, Any]) -> list[str]:
     ]
     if "harder pass@1" in after:
         notes.append(
-            "Harder problems carry or borrow in every column that can, which neither "
-            "demonstrations nor training problems do."
+            "Harder problems carry or borrow in every possible column, which no "
+            "demonstration or training problem does."
         )
     return notes
 

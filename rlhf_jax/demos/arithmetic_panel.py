@@ -1,4 +1,4 @@
-"""Models that solve problems, measured: how many, how long, in what form."""
+"""Evaluates models on problems: accuracy, length, form."""
 
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,23 @@ from rlhf_jax.data.text_data import PromptRow, read_prompt_rows
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models.callables import policy
 from rlhf_jax.models.hf.hf_weights import load_pretrained
-from rlhf_jax.recipes.answers import Answers, Examiner, make_sampler
 from rlhf_jax.recipes.held_out import pass_rates
+from rlhf_jax.recipes.responses import ResponseEvaluator, Responses, make_sampler
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.tasks.verifiable import exact_answer, reasoning_format
 
-SAMPLES = 4  # answers to each problem
+SAMPLES = 4  # responses per problem
 BATCH_SIZE = 256
-SEED = 7  # of the answers: the same noise for every model
+SEED = 7  # sampling seed, the same for every model
 
 
 class ArithmeticPanel:
-    """Models of one shape and tokenizer, asked the same problems.
+    """Evaluates models with one architecture and tokenizer on the same problems.
 
     Args:
         model: Hugging Face directory of one of them.
-        max_prompt_tokens: longest problem.
-        max_new_tokens: longest answer.
+        max_prompt_tokens: maximum problem length.
+        max_new_tokens: maximum response length.
     """
 
     def __init__(self, model: Path, *, max_prompt_tokens: int, max_new_tokens: int):
@@ -37,7 +37,7 @@ class ArithmeticPanel:
         self._width = max_prompt_tokens
         callables = policy(module)
         sampled, likeliest = (
-            Examiner(
+            ResponseEvaluator(
                 make_sampler(
                     callables,
                     max_new_tokens=max_new_tokens,
@@ -58,7 +58,7 @@ class ArithmeticPanel:
     def row(
         self, name: str, model: Path, held_out: Path, harder: Path | None, limit: int
     ) -> dict[str, Any]:
-        """What a model makes of the first problems of two files; shares, and tokens."""
+        """Results on the first problems of two files: shares, and tokens."""
         _, params = load_pretrained(model)
         rows = read_prompt_rows(held_out).rows[:limit]
         right, form, answers = self._judge(self._sampled, params, rows, SAMPLES)
@@ -78,9 +78,13 @@ class ArithmeticPanel:
         return {"policy": name} | {key: round(float(v), 4) for key, v in found.items()}
 
     def _judge(
-        self, examiner: Examiner, params: Any, rows: list[PromptRow], samples: int
-    ) -> tuple[np.ndarray, np.ndarray, Answers]:
-        """Exactness and form of `samples` answers to each problem, `[N, samples]`."""
+        self,
+        evaluator: ResponseEvaluator,
+        params: Any,
+        rows: list[PromptRow],
+        samples: int,
+    ) -> tuple[np.ndarray, np.ndarray, Responses]:
+        """Accuracy and form of `samples` responses to each problem, `[N, samples]`."""
         rows = [row for row in rows for _ in range(samples)]
         prompts = [row.prompt for row in rows]
         encoded = encode_prompts(
@@ -89,7 +93,7 @@ class ArithmeticPanel:
             max_prompt_tokens=self._width,
             overlong="fail",
         )
-        answers = examiner.answers(
+        answers = evaluator.answers(
             jax.random.key(SEED),
             params,
             pad_prompts(

@@ -1,7 +1,7 @@
-"""All three stages on short reviews, from nothing, with the true reward to check them.
+"""All three stages on short reviews, from scratch, evaluated by the true reward.
 
-Training sees demonstrations and the noisy judgements of a simulated annotator. The
-true reward that the annotator judges by is looked at in the end only.
+Training uses demonstrations and the noisy judgements of a simulated annotator. The true
+reward behind these judgements is only used for the final evaluation.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from rlhf_jax.tasks import reviews
 
 NUM_DEMONSTRATIONS = 8_000
 NUM_GRAMMAR_PAIRS = 14_000
-NUM_SAMPLED_PAIRS = 6_000  # between answers of the SFT model: what PPO starts from
+NUM_SAMPLED_PAIRS = 6_000  # pairs of SFT samples: the initial distribution of PPO
 NUM_PROMPTS = 4_000
 NUM_HELD_OUT = 1_024  # rows of each kind
 MAX_TOKENS = 48
@@ -41,11 +41,11 @@ BATCH_SIZE = 64
 
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
-    """Runs all stages, or goes on with them; prints a table and returns the summary.
+    """Runs or resumes all stages; prints a table and returns the summary.
 
     Raises:
-        ValueError: where the run directory holds something else.
-        Interrupted: after a checkpoint, when asked to stop; run it again to go on.
+        ValueError: if the run directory holds something else.
+        Interrupted: after saving a checkpoint, when asked to stop; rerun to resume.
     """
     began = time.perf_counter()
     root = Path(config.run_dir)
@@ -53,7 +53,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     with resumable("quickstart"):
         sft_model, reward, policy = _train(config, root)
 
-    heading("held-out prompts, judged by the true reward", quiet=config.quiet)
+    heading("held-out prompts, scored by the true reward", quiet=config.quiet)
     panel = ReviewPanel(sft_model.model, reward.model)
     policies = panel.compare(policy.model, seed=stage_seed(config, 3))
     pairs, best_possible = _read_held_out_pairs(root)
@@ -83,29 +83,29 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 def _train(
     config: QuickstartConfig, root: Path
 ) -> tuple[RunDirectory, RunDirectory, RunDirectory]:
-    """The three stages, each from the one before; what is there already is kept."""
-    heading("1/3  supervised fine-tuning: imitate reviews", quiet=config.quiet)
+    """Runs the three stages in sequence; finished ones are reused."""
+    heading("1/3  supervised fine-tuning on reviews", quiet=config.quiet)
     write_demonstrations(root, stage_seed(config, 0))
     sft_run = sft.run(sft_config(config, root))
 
-    heading("2/3  reward model: which review does a judge prefer?", quiet=config.quiet)
-    if not (root / HELD_OUT_PAIRS).exists():  # the last that is written
+    heading("2/3  reward model: learn the annotator's preferences", quiet=config.quiet)
+    if not (root / HELD_OUT_PAIRS).exists():  # the last file written
         write_pairs(root, stage_seed(config, 1), ReviewPanel(sft_run.model))
     reward_run = reward_stage.run(reward_config(config, root))
 
-    heading("3/3  PPO: please it, and stay near the SFT model", quiet=config.quiet)
+    heading("3/3  PPO against the reward model, with a KL penalty", quiet=config.quiet)
     write_prompts(root, stage_seed(config, 2))
     ppo_run = ppo.run(ppo_config(config, root))
     return sft_run, reward_run, ppo_run
 
 
 def stage_seed(config: QuickstartConfig, number: int) -> int:
-    """Seeds of their own for the parts of a run, and for runs of other seeds."""
+    """A distinct seed for each part of a run, and for each run seed."""
     return 100 * config.seed + 10 * number
 
 
 def _check_directory(config: QuickstartConfig, root: Path) -> None:
-    """Enters a new directory, or one that a quickstart of the same seed began."""
+    """Creates the directory, or reuses one of a quickstart with the same seed."""
     marker = root / "quickstart.json"
     wanted = {"seed": config.seed}
     if marker.exists():
@@ -113,8 +113,7 @@ def _check_directory(config: QuickstartConfig, root: Path) -> None:
         if found != wanted:
             raise ValueError(
                 f"--run-dir {root} holds a quickstart with seed {found['seed']}; give "
-                f"that seed to go on with it, or another --run-dir for seed "
-                f"{config.seed}"
+                f"that seed to resume it, or another --run-dir for seed {config.seed}"
             )
         return
     make_directory(root)
@@ -179,14 +178,14 @@ def ppo_config(config: QuickstartConfig, root: Path) -> PPOConfig:
         eval_every=15,
         checkpoint_every=30,
         kl=KLOptions(coef=0.1),
-        scores=ScoreOptions(missing_eos="subtract"),  # reviews have to end
+        scores=ScoreOptions(missing_eos="subtract"),  # reviews must end
         seed=config.seed,
         quiet=config.quiet,
     )
 
 
 def write_demonstrations(root: Path, seed: int) -> None:
-    """Reviews to imitate, training and held out."""
+    """Demonstrations, training and held out."""
 
     def write(name: str, number: int, split: reviews.Split) -> None:
         rows = reviews.make_demonstrations(seed, number, split)
@@ -200,7 +199,7 @@ def write_demonstrations(root: Path, seed: int) -> None:
 
 
 def write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
-    """Judged pairs, from the grammar and of sampled answers."""
+    """Preference pairs, from the grammar and from samples."""
 
     def write(
         name: str, from_grammar: int, from_samples: int, split: reviews.Split
@@ -223,7 +222,7 @@ def write_pairs(root: Path, seed: int, panel: ReviewPanel) -> None:
 
 
 def _read_held_out_pairs(root: Path) -> tuple[list[PreferencePair], float]:
-    """Held-out pairs, and the best accuracy that is possible on them."""
+    """Held-out pairs, and the best possible accuracy on them."""
     lines = (root / HELD_OUT_PAIRS).read_text("utf-8").splitlines()
     pairs = [reviews.Preference(**json.loads(line)) for line in lines]
     rows = [PreferencePair(p.prompt, p.chosen, p.rejected) for p in pairs]
@@ -244,12 +243,12 @@ def write_prompts(root: Path, seed: int) -> None:
 def _notes(summary: dict[str, Any]) -> list[str]:
     reward = summary["reward_model"]
     return [
-        f"The reward model gets {reward['accuracy']:.1%} of {reward['held_out_pairs']} "
-        f"held-out pairs right; the annotator's noise allows "
-        f"{reward['best_possible_accuracy']:.1%} at best.",
+        f"The reward model ranks {reward['accuracy']:.1%} of "
+        f"{reward['held_out_pairs']} held-out pairs correctly; the annotator's noise "
+        f"limits this to {reward['best_possible_accuracy']:.1%}.",
         f"PPO raised the true reward, which training never sees, by "
         f"{summary['ppo_gain_in_sft_std']:.2f} standard deviations of the SFT model's "
-        f"answers.",
+        f"responses.",
     ]
 
 
@@ -259,11 +258,11 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
 
 def _print_next_steps(root: Path) -> None:
     heading(
-        f"\nLook at {root}/ppo/report.html, {root}/reward/report.html and "
+        f"\nSee {root}/ppo/report.html, {root}/reward/report.html and "
         f"{root}/sft/report.html.\nNext:\n"
         f"  rlhf-jax generate --model {root}/ppo/model "
         "--prompt 'Review of the film The Silent Harbour:' --samples 4\n"
         f"  rlhf-jax ppo --config {root}/ppo/config.yaml --run-dir runs/no-kl "
-        "--kl.coef 0    # what does the KL penalty hold back?\n"
+        "--kl.coef 0    # what happens without the KL penalty?\n"
         "  rlhf-jax sft --help    # the same stages on your own data"
     )

@@ -1,4 +1,4 @@
-"""Models of the review task, asked for reviews and judged by the true reward."""
+"""Samples models on the review task and scores them by the true reward."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rlhf_jax.data.text_data import PreferencePair
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.models.hf.hf_weights import load_pretrained
-from rlhf_jax.recipes.answers import Answers, Examiner, make_sampler
+from rlhf_jax.recipes.responses import ResponseEvaluator, Responses, make_sampler
 from rlhf_jax.recipes.reward_model import make_evaluation
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.tasks import reviews
@@ -24,12 +24,12 @@ NUM_PROMPTS = 256
 BEST_OF = 8
 MAX_PROMPT_TOKENS = 16
 MAX_NEW_TOKENS = 39
-MAX_POSITIONS = 96  # the longest text that anybody asks a judgement of
+MAX_POSITIONS = 96  # the longest text that is scored
 BATCH_SIZE = 128
 
 
 class ReviewPanel:
-    """The SFT model as sampler and reference, and a reward model where there is one.
+    """The SFT model as sampler and reference, and optionally a reward model.
 
     Args:
         model: Hugging Face directory of the SFT model.
@@ -45,7 +45,7 @@ class ReviewPanel:
             self.score_fn = reward_model(reward_module)
         callables = policy(module)
         self.mesh = make_mesh()
-        self._examiner = Examiner(
+        self._evaluator = ResponseEvaluator(
             make_sampler(
                 callables,
                 max_new_tokens=MAX_NEW_TOKENS,
@@ -61,15 +61,15 @@ class ReviewPanel:
 
     def answers(
         self, prompts: Sequence[str], *, seed: int, params: Params | None = None
-    ) -> tuple[list[str], Answers]:
-        """One answer to each prompt, of the SFT model or of other parameters."""
+    ) -> tuple[list[str], Responses]:
+        """One response per prompt, from the SFT model or from other parameters."""
         encoded = encode_prompts(
             prompts,
             self.tokenization.encoder,
             max_prompt_tokens=MAX_PROMPT_TOKENS,
             overlong="fail",
         )
-        answers = self._examiner.answers(
+        answers = self._evaluator.answers(
             jax.random.key(seed),
             self.reference if params is None else params,
             pad_prompts(
@@ -81,20 +81,21 @@ class ReviewPanel:
         return answers.texts(self.tokenization), answers
 
     def compare(self, trained: Path, *, seed: int) -> list[dict[str, Any]]:
-        """SFT, best of 8 by the reward model, and a trained policy; a row each."""
+        """One row each for SFT, best of 8 by the reward model, and a trained policy."""
         prompts = reviews.make_prompts(seed, NUM_PROMPTS, "heldout")
         _, params = load_pretrained(trained)
         draws = [self.answers(prompts, seed=seed + i) for i in range(BEST_OF)]
         ppo = self.answers(prompts, seed=seed + BEST_OF, params=params)
 
         scores = np.stack([np.asarray(answers.scores) for _, answers in draws])
-        best = scores.argmax(axis=0)  # [N], which of the draws
+        best = scores.argmax(axis=0)  # [N], index of the best sample
         chosen_texts = [draws[draw][0][i] for i, draw in enumerate(best)]
         chosen = jax.tree.map(
             lambda *rows: np.stack([rows[draw][i] for i, draw in enumerate(best)]),
             *[answers for _, answers in draws],
         )
-        # Not sampled from one distribution: KL(best of n ‖ reference) has a bound.
+        # Best of n has no token probabilities: use the bound of KL(best of n ‖
+        # reference).
         bound = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         return [
             _row("SFT", prompts, *draws[0]),
@@ -103,7 +104,8 @@ class ReviewPanel:
         ]
 
     def pair_accuracy(self, pairs: Sequence[PreferencePair]) -> float:
-        """Share of pairs in which the reward model scores the chosen answer higher."""
+        """Share of pairs in which the reward model scores the chosen response
+        higher."""
         assert self.score_fn is not None
         encoded = encode_pairs(
             pairs,
@@ -126,7 +128,7 @@ def _row(
     name: str,
     prompts: Sequence[str],
     texts: Sequence[str],
-    answers: Answers,
+    answers: Responses,
     *,
     kl: float | None = None,
 ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What the commands share that train everything from nothing: directory and terminal.
+"""Run directories and terminal output shared by the from-scratch commands.
 
-These are `quickstart`, `arithmetic` and `overoptimization`, each of several runs in one
-directory, which the same command goes on with.
+These are `quickstart`, `arithmetic` and `overoptimization`. Each has several runs in
+one directory, and rerunning the same command resumes them.
 """
 
 import contextlib
@@ -18,27 +18,26 @@ from rlhf_jax.run.session import Interrupted
 
 
 def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None:
-    """Enters a new directory, or one that was begun with the same options.
+    """Creates the directory, or reuses one with the same options.
 
     Args:
         root: the directory.
-        marker: name of the file in it that keeps the options.
-        options: all that shapes what is kept there; plain values.
+        marker: name of the file in it that stores the options.
+        options: everything that affects the stored results; plain values.
 
     Raises:
-        ValueError: where other options began it, or it holds something else. Nothing
-            is written then.
+        ValueError: if it has other options or holds something else; nothing is written.
     """
     path = root / marker
     text = json.dumps(dict(options)) + "\n"
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
-        # As a file gives them back: with lists for tuples.
+        # As loaded from JSON: tuples become lists.
         for name, wanted in json.loads(text).items():
             if found.get(name) != wanted:
                 raise ValueError(
-                    f"--run-dir {root} was begun with {name.replace('_', '-')}="
-                    f"{found.get(name)!r}, not {wanted!r}; give that to go on with "
+                    f"--run-dir {root} was started with {name.replace('_', '-')}="
+                    f"{found.get(name)!r}, not {wanted!r}; give that to resume "
                     "it, or another --run-dir"
                 )
         return
@@ -47,7 +46,7 @@ def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None
 
 
 def make_directory(root: Path) -> None:
-    """Makes a directory where there is none; one with anything in it is refused."""
+    """Creates a directory; raises if it exists and is not empty."""
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"--run-dir {root} is not empty; choose another --run-dir")
     root.mkdir(parents=True, exist_ok=True)
@@ -55,12 +54,12 @@ def make_directory(root: Path) -> None:
 
 @contextlib.contextmanager
 def resumable(command: str) -> Iterator[None]:
-    """An interrupted stage says to run the whole again, not the stage."""
+    """Makes an interrupted stage say to rerun the full command, not the stage."""
     try:
         yield
     except Interrupted as error:
         raise Interrupted(
-            f"{str(error).split('. Go on')[0]}. Run the same {command} again to go on"
+            f"{str(error).split('. Resume')[0]}. Run the same {command} again to resume"
         ) from None
 
 
@@ -72,7 +71,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def print_table(
     rows: Sequence[Mapping[str, str]], *, notes: Sequence[str] = ()
 ) -> None:
-    """Rows of equal keys, the first column to the left; then the notes."""
+    """Prints rows with the same keys, the first column left-aligned; then the notes."""
     table = Table()
     for number, column in enumerate(rows[0]):
         table.add_column(

@@ -1,4 +1,4 @@
-"""Experience to better parameters: states, optimizers, objectives, updates."""
+"""Training on experience: states, optimizers, objectives, updates."""
 
 from rlhf_jax.learner.imitation import imitation_objective
 from rlhf_jax.learner.objectives import (

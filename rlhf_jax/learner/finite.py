@@ -1,4 +1,4 @@
-"""Finding the first loss or gradient that is not a number, and saying so."""
+"""Detects the first non-finite loss or gradient."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,11 @@ PREFIX = "first_nonfinite/"
 class NonFiniteError(RuntimeError):
     """A term of the loss or the norm of a gradient was NaN or infinite.
 
-    The optimizer step that it was found at was not taken.
+    That optimizer step was not taken.
 
     Args:
-        message: what was found, in one line.
-        optimizer_step: at which optimizer step of the update, counted from 0.
+        message: the problem, in one line.
+        optimizer_step: the optimizer step within the update, from 0.
     """
 
     def __init__(self, message: str, *, optimizer_step: int = 0):
@@ -25,7 +25,7 @@ class NonFiniteError(RuntimeError):
 
 
 def first_nonfinite(terms: Mapping[str, Array]) -> dict[str, Array]:
-    """First optimizer step of an update at which each term is not finite, or -1.
+    """First optimizer step of an update with a non-finite value, for each term, or -1.
 
     Args:
         terms: `[N]` values by name, one per optimizer step.
@@ -42,15 +42,15 @@ def first_nonfinite(terms: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
-    """Metrics without the `first_nonfinite/` entries; fails where one is set.
+    """Metrics without the `first_nonfinite/` entries; raises if one is set.
 
     Args:
-        metrics: host numbers of one update.
+        metrics: Python numbers of one update.
         step: the update, for the message.
 
     Raises:
-        NonFiniteError: naming the update, the optimizer step in it and the term that
-            went wrong first.
+        NonFiniteError: naming the update, its optimizer step and the first non-finite
+            term.
     """
     found = {
         name.removeprefix(PREFIX): int(value)
@@ -58,8 +58,8 @@ def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
         if name.startswith(PREFIX) and value >= 0
     }
     if found:
-        # The earliest is the cause. Of one step, a loss of one network before what it
-        # led to: the total, and the gradients.
+        # The earliest is the cause. Within a step, the loss of one network comes before
+        # its consequences: the total, and the gradients.
         order = ("policy_loss", "value_loss", "loss", "total_loss")
         rank = {name: number for number, name in enumerate(order)}
         late = {"actor_gradient", "critic_gradient", "gradient"}

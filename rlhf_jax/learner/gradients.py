@@ -1,4 +1,4 @@
-"""Gradients of a batch, whole or in microbatches, and the step they lead to."""
+"""Gradients of a batch, with or without microbatches, and the optimizer step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,23 +9,23 @@ import optax
 
 from rlhf_jax.algo.types import Array, Params
 
-Batch = Any  # a pytree whose leaves lead with the batch axis
+Batch = Any  # a pytree whose leaves have a leading batch axis
 Metrics = dict[str, Array]
 Objective = Callable[..., tuple[Array, Metrics]]
-"""`(params, batch, divisor) -> (loss, metrics)`, scalars that add up over microbatches.
+"""`(params, batch, divisor) -> (loss, metrics)`, scalars that sum over microbatches.
 
-`divisor` is the number of tokens, pairs or whatever the objective averages over (an
-array, or a record of several), counted over the *whole* batch: then the losses, metrics
-and gradients of its microbatches sum to those of the batch, however unequal they are.
+`divisor` is the number of tokens, pairs or other items that the objective averages over
+(an array, or a record of several), counted over the *whole* batch: then the losses,
+metrics and gradients of microbatches of any size sum to those of the batch.
 
-A metric whose name ends in `loss` is a term of the loss: where the loss, one of those
-or the norm of a gradient is not finite, no optimizer step is taken. The other metrics
-are there to be watched. They may overflow, as the mean ratio does long before a clipped
-loss, and decide nothing.
+A metric whose name ends in `loss` is a loss term: if the loss, a loss term or a
+gradient norm is not finite, the optimizer step is skipped. Other metrics are only
+logged. They may overflow, as the mean ratio does long before a clipped loss, without
+any effect.
 """
 Assemble = Callable[..., Params]
-"""`(params, frozen, key=None) -> params` of the whole network: what is trained and what
-is not, put together. A key draws what is random in training, such as dropout."""
+"""`(params, frozen, key=None) -> params`: combines trainable and frozen parameters of
+the network. The key is for randomness in training, such as dropout."""
 
 
 def on_trainable(
@@ -35,14 +35,14 @@ def on_trainable(
     *,
     objective_key: bool = False,
 ) -> Callable[..., tuple[Array, Metrics]]:
-    """An objective of whole parameters as one of those that are trained.
+    """Converts an objective of full parameters to one of the trainable parameters.
 
     Args:
-        objective: of whole parameters.
-        assemble: puts them together; None: everything is trained.
-        frozen: the others.
-        objective_key: the key is the objective's, as its fourth argument, and not for
-            what is random in putting parameters together.
+        objective: of full parameters.
+        assemble: combines both trees; None: all parameters are trainable.
+        frozen: the frozen parameters.
+        objective_key: pass the key to the objective as its fourth argument, instead of
+            to `assemble`.
 
     Returns:
         `(params, batch, divisor, key=None) -> (loss, metrics)`.
@@ -69,20 +69,20 @@ def accumulate_gradients(
     num_microbatches: int,
     key: Array | None = None,
 ) -> tuple[Array, Metrics, Params]:
-    """Loss, metrics and gradients of a batch, holding one microbatch's activations.
+    """Loss, metrics and gradients of a batch, accumulated over microbatches.
 
     Args:
         objective: see `Objective`.
-        params: differentiated.
+        params: to differentiate.
         batch: leaves `[B, …]`.
         divisor: of the whole batch.
         num_microbatches: a divisor of B.
-        key: split, and a part given to the objective with each microbatch as a fourth
-            argument; None: objectives take three.
+        key: split over microbatches and passed to the objective as a fourth argument;
+            None: the objective takes three arguments.
 
     Returns:
-        What one call on the whole batch would give, gradients in the dtypes of
-        `params`; their sum over microbatches is taken in float32.
+        The result for the whole batch, with gradients in the dtypes of `params`; the
+        sum over microbatches is in float32.
 
     Raises:
         ValueError: when `num_microbatches` does not divide B.
@@ -99,7 +99,7 @@ def accumulate_gradients(
             f"num_microbatches={num_microbatches}: expected a divisor of the "
             f"{batch_size} sequences of a minibatch"
         )
-    # [B, …] → [B/N, N, …] → [N, B/N, …] leaves every microbatch on all devices.
+    # [B, …] → [B/N, N, …] → [N, B/N, …] keeps every microbatch on all devices.
     split = jax.tree.map(
         lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -116,7 +116,7 @@ def accumulate_gradients(
     grads = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), grads)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
     (loss, metrics, grads), _ = jax.lax.scan(add, zeros, (split, *keys))
-    # As one microbatch has them: optimizer states take their dtypes from these.
+    # Same dtypes as with one microbatch: optimizer states depend on them.
     return loss, metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
@@ -128,7 +128,7 @@ def apply_gradients(
     *,
     accept: Array,
 ) -> tuple[Params, optax.OptState]:
-    """One optimizer step, or none where `accept` (`[]` bool) is False."""
+    """One optimizer step, skipped if `accept` (`[]` bool) is False."""
     updates, stepped_state = optimizer.update(grads, opt_state, params)
     stepped = optax.apply_updates(params, updates)
     keep = lambda new, old: jnp.where(accept, new, old)  # noqa: E731

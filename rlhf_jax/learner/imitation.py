@@ -1,4 +1,4 @@
-"""The differentiated function of supervised fine-tuning."""
+"""The objective of supervised fine-tuning."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def imitation_losses(
 
 
 def imitation_objective(token_logprobs_fn: TokenLogprobsFn) -> Objective:
-    """Mean negative log-likelihood of target tokens; the divisor counts those."""
+    """Mean negative log-likelihood of target tokens; the divisor is their number."""
     losses = imitation_losses(token_logprobs_fn)
 
     def objective(

@@ -1,7 +1,7 @@
-"""The differentiated functions of PPO, and of its relatives without a critic.
+"""The objectives of PPO and of critic-free methods.
 
 Each is an `Objective`: `(params, batch, divisor) -> (loss, metrics)`, with losses and
-metrics that add up over microbatches; see `rlhf_jax.learner.gradients`.
+metrics that sum over microbatches; see `rlhf_jax.learner.gradients`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from rlhf_jax.algo.diagnostics import PolicyLossFn
 from rlhf_jax.algo.kl import kl_estimate
 from rlhf_jax.algo.losses import actor_loss, critic_loss
-from rlhf_jax.algo.options import KLOptions, PolicyLossOptions, ValueLossOptions, check
+from rlhf_jax.algo.options import (
+    KLOptions,
+    PolicyLossOptions,
+    ValueLossOptions,
+    check,
+    require_defaults,
+)
 from rlhf_jax.algo.policy_losses import (
     cispo_loss,
     gmpo_loss,
@@ -30,7 +36,7 @@ from rlhf_jax.learner.train_state import ActorCritic
 
 @record
 class Counts:
-    """Divisors of the objectives of policies; each at least 1."""
+    """Divisors of policy objectives; each at least 1."""
 
     tokens: Array  # [] float32, real tokens of the actor
     value_tokens: Array  # [] float32, of the critic
@@ -55,7 +61,7 @@ def count_experience(experience: Experience) -> Counts:
 def separate_networks(
     *, token_logprobs_fn: TokenLogprobsFn, values_fn: ValuesFn
 ) -> ActorCriticFn:
-    """Actor and critic that share nothing: neither loss reaches the other's parameters.
+    """Separate actor and critic: neither loss affects the other's parameters.
 
     Args:
         token_logprobs_fn: of the actor.
@@ -104,15 +110,16 @@ def ppo_objective(
     Args:
         forward: actor and critic, over `ActorCritic` parameters.
         temperature: the sampler's.
-        policy_loss: options of the actor's loss; its aggregation is the critic's too.
+        policy_loss: options of the actor's loss; its aggregation is also used for the
+            critic.
         value_loss: options of the critic's loss.
-        kl: which estimator the KL term takes, where the experience has one.
-        policy_loss_fn: in place of the surrogate that `policy_loss` names; see
-            `rlhf_jax.algo.policy_losses`. The options of surrogates are then refused.
-        policy_loss_key: give `policy_loss_fn` a keyword `key`, a new one for every
-            microbatch: for losses that draw at random, such as `clip_cov_loss`.
-        num_microbatches: how many of them make a minibatch; read for
-            `policy_loss.mean_of_means`, under which each divides by its own counts.
+        kl: options of the KL term, if the experience has one.
+        policy_loss_fn: instead of the surrogate named by `policy_loss`; see
+            `rlhf_jax.algo.policy_losses`. Surrogate options are then rejected.
+        policy_loss_key: pass `policy_loss_fn` a keyword `key`, a new one per
+            microbatch: for stochastic losses such as `clip_cov_loss`.
+        num_microbatches: number of microbatches per minibatch; used with
+            `policy_loss.mean_of_means`, where each divides by its own counts.
     """
     value_loss.validate("value_loss")
     actor_term = _actor_term(policy_loss, kl, policy_loss_fn, policy_loss_key)
@@ -140,10 +147,7 @@ def ppo_objective(
             num_tokens=counts.value_tokens,
             num_sequences=counts.sequences,
         )
-        metrics |= {
-            "value/loss": critic_metrics["value_loss"],
-            "value/clip_fraction": critic_metrics["value_clip_fraction"],
-        }
+        metrics |= _named("value", critic_metrics)
         return for_actor + value_loss.coef * for_critic, metrics
 
     return objective
@@ -159,16 +163,16 @@ def critic_free_objective(
     policy_loss_key: bool = False,
     num_microbatches: int = 1,
 ) -> Objective:
-    """The actor's loss alone: GRPO and its relatives.
+    """The actor's loss only: GRPO and other critic-free methods.
 
-    Over `ActorCritic` parameters whose critic is empty, so that states and updates are
-    those of PPO. The divisor is the minibatch's `Counts`.
+    Takes `ActorCritic` parameters with an empty critic, so that states and updates are
+    the same as for PPO. The divisor is the minibatch's `Counts`.
 
     Args:
         token_logprobs_fn: of the actor.
         temperature: the sampler's.
         policy_loss: options of the loss.
-        kl: which estimator the KL term takes, where the experience has one.
+        kl: options of the KL term, if the experience has one.
         policy_loss_fn: as in `ppo_objective`.
         policy_loss_key: as in `ppo_objective`.
         num_microbatches: as in `ppo_objective`.
@@ -211,7 +215,7 @@ def _actor_term(
     kl_fn = partial(
         kl_estimate,
         estimator=kl.estimator,
-        # ρ is a weight, so that what it weighs must have the gradient of the KL.
+        # ρ is a weight, so the weighted estimator must have the gradient of the KL.
         straight_through=kl.straight_through or kl.importance_weighted,
         log_ratio_clamp=kl.log_ratio_clamp,
         clamp=kl.clamp,
@@ -232,7 +236,7 @@ def _actor_term(
                 key is not None,
                 "policy_loss_key",
                 True,
-                "the objective gets no key; build the update with objective_key=True",
+                "the objective got no key; build the update with objective_key=True",
             )
             drawn = {"policy_loss_fn": partial(policy_loss_fn, key=key)}
         loss, metrics = actor_loss(
@@ -247,40 +251,39 @@ def _actor_term(
             num_sequences=counts.sequences,
             **(options | drawn),
         )
-        named = {
-            "policy/loss": metrics["policy_loss"],
-            "policy/entropy": metrics["entropy"],
-            "policy/approx_kl": metrics["approx_kl"],
-            "policy/clip_fraction": metrics["clip_fraction"],
-            "policy/ratio_mean": metrics["ratio_mean"],
-        }
-        if "kl_loss" in metrics:
-            named["policy/kl_loss"] = metrics["kl_loss"]
-        return loss, named
+        return loss, _named("policy", metrics)
 
     return actor_term
+
+
+def _named(group: str, metrics: Metrics) -> Metrics:
+    """Metrics as they are logged: `policy_loss` is `policy/loss`."""
+    return {
+        f"{group}/{name.removeprefix(f'{group}_')}": value
+        for name, value in metrics.items()
+    }
 
 
 def _check_made_with(
     experience: Experience, kl: KLOptions, policy_loss: PolicyLossOptions
 ) -> None:
-    """Raises ValueError where the experience was made with other options."""
+    """Raises ValueError if the experience was made with other options."""
     if (experience.kl_coef is None) != (kl.place != "loss"):
         raise ValueError(
-            f"kl.place={kl.place!r}: give the objective the kl options that the "
-            "experience was made with"
+            f"kl.place={kl.place!r}: give the objective the kl options used for the "
+            "experience"
         )
     if (experience.weights is None) != (policy_loss.sampler_correction == "none"):
         raise ValueError(
             f"sampler_correction={policy_loss.sampler_correction!r}: give the "
-            "objective the policy_loss options that the experience was made with"
+            "objective the policy_loss options used for the experience"
         )
 
 
 def _sequences(experience: Experience) -> tuple[Array, Array]:
-    """Tokens and mask, `[B, S]`, which an objective needs to run its network."""
+    """Tokens and mask, `[B, S]`, to run the network on."""
     if experience.tokens is None or experience.sequence_mask is None:
-        raise ValueError("the experience has no tokens and sequence_mask to read")
+        raise ValueError("the experience has no tokens and sequence_mask")
     return experience.tokens, experience.sequence_mask
 
 
@@ -299,10 +302,10 @@ def _surrogate_options(
     policy_loss_fn: PolicyLossFn | None,
     policy_loss_key: bool,
 ) -> dict[str, Any]:
-    """Keywords of `actor_loss`: what is not given is left at the loss's own default."""
+    """Keywords of `actor_loss`; None keeps the loss's own default."""
     if policy_loss_fn is not None:
-        why = "is not read beside policy_loss_fn"
-        options.require_defaults("policy_loss", *_OF_SURROGATES, why=why)
+        why = "has no effect with policy_loss_fn"
+        require_defaults(options, "policy_loss", *_OF_SURROGATES, why=why)
         return {"policy_loss_fn": policy_loss_fn}
     check(
         not policy_loss_key, "policy_loss_key", policy_loss_key, "needs policy_loss_fn"
@@ -337,7 +340,7 @@ def _divisors(
     policy_loss: PolicyLossOptions,
     num_microbatches: int,
 ) -> Counts:
-    """The minibatch's counts, or under `mean_of_means` those of this microbatch."""
+    """The minibatch's counts, or with `mean_of_means` those of this microbatch."""
     if not policy_loss.mean_of_means:
         return counts
     own = count_experience(experience)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the AdamW they drive."""
+"""Learning-rate schedules and AdamW."""
 
 from typing import Literal
 
@@ -25,9 +25,9 @@ def make_schedule(
     Args:
         schedule: after warm-up, `"constant"`, or `"linear"` or `"cosine"` decay.
         learning_rate: the peak.
-        total_steps: optimizer steps of the whole run, warm-up included.
-        warmup_steps: steps of linear growth from 0.
-        end_fraction: what is left of the peak at the end.
+        total_steps: optimizer steps of the whole run, including warm-up.
+        warmup_steps: steps of linear warm-up from 0.
+        end_fraction: final learning rate as a fraction of the peak.
     """
     decay_steps = max(total_steps - warmup_steps, 1)
     end = end_fraction * learning_rate
@@ -62,17 +62,17 @@ def make_optimizer(
         learning_rate: a number or a schedule over optimizer steps.
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: ε, added after the root; 1e-5 in the OpenAI line of PPO.
-        form: `"torch"`, m̂ / (√v̂ + ε), as PyTorch and optax have it, or `"tf1"`: see
+        eps: ε, added after the square root; 1e-5 in OpenAI-style PPO.
+        form: `"torch"`, m̂ / (√v̂ + ε), as in PyTorch and optax, or `"tf1"`: see
             `scale_by_tf1_adam`.
         weight_decay: decoupled (AdamW).
-        decay: what decays: `"matrices"`, kernels, embeddings and adapters, or `"all"`,
-            biases, norms and heads too, as PyTorch's AdamW does unless it is told
-            otherwise.
-        max_grad_norm: gradients of a larger global norm are scaled down; None: never.
+        decay: parameters with weight decay: `"matrices"`, kernels, embeddings and
+            adapters, or `"all"`, including biases, norms and heads, the default of
+            PyTorch's AdamW.
+        max_grad_norm: global gradient norm for clipping; None: no clipping.
 
     Raises:
-        ValueError: on an unknown form or an unknown name of what decays.
+        ValueError: on an unknown `form` or `decay`.
     """
     if form not in ("torch", "tf1"):
         raise ValueError(f"form={form!r}; use 'torch' or 'tf1'")
@@ -90,13 +90,13 @@ def make_optimizer(
 def scale_by_tf1_adam(
     *, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 has it, with ε beside the *uncorrected* √v.
+    """Adam as in TensorFlow 1, with ε added to the *uncorrected* √v.
 
         √(1 − b2ᵗ) / (1 − b1ᵗ) · m / (√v + ε)
 
-    That is optax's m̂ / (√v̂ + ε̂) with ε̂ = ε / √(1 − b2ᵗ): at the first step, and
-    b2 = 0.999, an ε 32 times as large. It damps the first steps where gradients are
-    about as small as ε, which is where the OpenAI line of PPO works.
+    Equivalent to optax's m̂ / (√v̂ + ε̂) with ε̂ = ε / √(1 − b2ᵗ): at the first step
+    with b2 = 0.999, ε is 32 times larger. It damps the first steps if gradients are as
+    small as ε, as in OpenAI-style PPO.
 
     Args:
         b1: decay of the first moment.

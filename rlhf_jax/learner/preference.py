@@ -1,4 +1,4 @@
-"""The differentiated functions of reward models: of pairs, and of whole rankings."""
+"""The objectives of reward models, for pairs and for full rankings."""
 
 from collections.abc import Callable
 
@@ -18,13 +18,13 @@ def preference_objective(
 ) -> Objective:
     """Bradley–Terry loss of a reward model; the divisor counts pairs.
 
-    Margins are those of the batch, if it has any.
+    Uses the margins of the batch, if any.
 
     Args:
         score_fn: of the reward model.
         label_smoothing: assumed probability that a judgement is flipped.
-        center_coef: weight of ½(chosen + rejected)², which only pairs' differences
-            leave free; keeps scores near 0.
+        center_coef: weight of ½(chosen + rejected)², which the loss does not determine;
+            keeps scores near 0.
     """
 
     def objective(
@@ -53,25 +53,25 @@ def preference_objective(
 def ranking_objective(
     score_fn: ScoreFn, loss_fn: RankingLossFn, *, center_coef: float = 0.0
 ) -> Objective:
-    """A loss of whole rankings; the divisor counts rankings, which all weigh the same.
+    """A loss of full rankings; the divisor counts rankings, with equal weight.
 
-    The answers to a prompt are scored together, each once. Metrics are means over a
-    ranking's pairs, then over rankings: of two answers each they are those of
+    The responses to a prompt are scored together, each once. Metrics are means over the
+    pairs of a ranking, then over rankings: with two responses each they equal those of
     `preference_objective`.
 
     Args:
         score_fn: of the reward model.
-        loss_fn: `[N]` losses, of `[N, K]` scores and the batch they belong to.
-        center_coef: weight of 2·mean², of the mean score of a ranking's answers, which
-            only differences leave free; of two answers it is ½(chosen + rejected)².
+        loss_fn: `[N]` losses from `[N, K]` scores and their batch.
+        center_coef: weight of 2·mean², with the mean score of a ranking, which the loss
+            does not determine; with two responses this is ½(chosen + rejected)².
     """
 
     def objective(
         params: Params, batch: Rankings, num_rankings: Array
     ) -> tuple[Array, Metrics]:
         num_rows, num_answers, width = batch.answers.tokens.shape
-        # Answers that only fill a row up are scored, too. A sequence without a real
-        # token would make NaN there, and NaN · 0 in its gradient.
+        # Padding responses are scored, too. A sequence without a real token would give
+        # NaN, and NaN · 0 in its gradient.
         readable = batch.answers.mask | ~batch.mask[:, :, None]
         scores = score_fn(
             params,
@@ -98,7 +98,7 @@ def ranking_objective(
 
 
 def _mean(x: Array, where: Array, *, axis: int | tuple[int, ...]) -> Array:
-    """Mean of what `where` selects; 0 of nothing."""
+    """Mean where `where` is True; 0 if empty."""
     count = jnp.sum(where, axis=axis, dtype=jnp.float32)
     return jnp.sum(jnp.where(where, x, 0.0), axis=axis) / jnp.maximum(count, 1.0)
 

@@ -1,4 +1,4 @@
-"""One optimizer step of a stage that trains one model, as one compiled program."""
+"""One compiled optimizer step of a stage that trains one model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,21 +36,20 @@ def make_supervised_step(
     The state is donated, frozen parameters are not.
 
     Args:
-        objective: what is minimised.
+        objective: to minimize.
         optimizer: over the model's parameters.
-        count: the objective's divisor, from a whole batch.
+        count: the objective's divisor for a whole batch.
         num_microbatches: a divisor of the batch size.
-        assemble: makes the objective's parameters of the state's and the frozen ones;
-            its key differs from step to step, and from microbatch to microbatch. None:
-            the state's are all.
+        assemble: combines trainable and frozen parameters for the objective; gets a new
+            key for every step and microbatch. None: all parameters are in the state.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
-        A compiled function. Where the loss or the norm of the gradient is not finite
-        the step is not taken, `step` does not advance, and `first_nonfinite/…` says
-        which it was. The state is then that before the failed step, bit for bit: the
-        same batch would fail again, so it is there to be looked into, not to go on
-        from. Other metrics may overflow; they decide nothing.
+        A compiled function. If the loss or the gradient norm is not finite, the step is
+        skipped, `step` does not advance, and `first_nonfinite/…` names the term. The
+        state is then exactly that before the failed step: the same batch would fail
+        again, so use it for debugging, not to continue. Other metrics may overflow
+        without effect.
     """
 
     def step(

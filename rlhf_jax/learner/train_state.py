@@ -1,8 +1,8 @@
-"""Everything that changes during training, and nothing else: what a checkpoint holds.
+"""Train states: everything that changes during training, and is saved in checkpoints.
 
-States hold arrays only. Apply functions and optimizers are code and are passed to the
-functions that need them: two `optax.adam(1e-5)` never compare equal, so a state that
-held one would be compiled for again.
+States contain only arrays. Apply functions and optimizers are passed to the functions
+that need them: two `optax.adam(1e-5)` never compare equal, so a state that contains one
+would trigger recompilation.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf_jax.algo.types import Array, Params, record
 
 @record
 class ActorCritic:
-    """One thing for the actor and one for the critic: parameters, or optimizers."""
+    """A pair for actor and critic: parameters, or optimizers."""
 
     actor: Any
     critic: Any
@@ -25,14 +25,14 @@ class ActorCritic:
 
 @record
 class TrainState:
-    """State of PPO and its relatives, without the frozen reference and reward model."""
+    """State of PPO and GRPO, without the frozen reference and reward model."""
 
     params: ActorCritic
     opt_state: ActorCritic
     kl_coef: Array  # [] float32, β of the per-token KL penalty
     score_moments: ScoreMoments  # of the scores so far, or of the reference's
-    slow_critic: Params | None  # a copy of the critic that trails it, if there is one
-    old_policy: Params | None  # the actor that answers, where that is an older one
+    slow_critic: Params | None  # moving average of the critic, if used
+    old_policy: Params | None  # the behavior policy, if not the current actor
     key: Array  # [] PRNG key of the run; folded with `step`, never replaced
     step: Array  # [] int32, updates completed
 
@@ -59,14 +59,14 @@ def init_train_state(
     """State before the first update.
 
     Args:
-        key: typed PRNG key, kept as the root of all randomness of the run.
+        key: typed PRNG key, the root of all randomness of the run.
         params: parameters of actor and critic; without a critic, an empty dictionary.
-            The update reuses their buffers, so the frozen models must not share arrays
-            with them: copy where they start equal.
+            The update donates their buffers, so frozen models must not share arrays
+            with them: copy if they start equal.
         optimizers: an `optax.GradientTransformation` for each.
         kl_coef: initial β.
-        slow_critic: keep a copy of the critic that trails it.
-        old_policy: keep a copy of the actor, which answers until it is refreshed.
+        slow_critic: keep a moving average of the critic.
+        old_policy: keep a copy of the actor as the behavior policy.
     """
     return TrainState(
         params=params,
@@ -84,11 +84,16 @@ def init_train_state(
 
 
 def step_keys(state: TrainState) -> tuple[Array, Array]:
-    """Keys of the rollout and of the shuffle of the update that comes next."""
+    """Keys for the rollout and the shuffling of the next update."""
     rollout_key, shuffle_key = jax.random.split(
         jax.random.fold_in(state.key, state.step)
     )
     return rollout_key, shuffle_key
+
+
+def behavior_policy(state: TrainState) -> Params:
+    """Trainable parameters of the behavior policy: the latest, or an older copy."""
+    return state.params.actor if state.old_policy is None else state.old_policy
 
 
 def init_model_state(

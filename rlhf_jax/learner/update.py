@@ -1,4 +1,4 @@
-"""A whole update, epochs × minibatches × microbatches, as one compiled program."""
+"""A full update, epochs × minibatches × microbatches, as one compiled function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -47,10 +47,10 @@ def make_update(
 
     The state is donated, frozen parameters are not.
 
-    Every epoch shuffles the batch anew and takes one optimizer step per minibatch, so
-    an update takes `num_epochs · num_minibatches` steps against the same frozen old
+    Every epoch reshuffles the batch and takes one optimizer step per minibatch, so an
+    update takes `num_epochs · num_minibatches` steps with the same old
     log-probabilities and advantages. Loss terms are divided by the response tokens of
-    the whole minibatch: microbatches and devices change no gradient.
+    the whole minibatch, so microbatches and devices do not change gradients.
 
     Args:
         objective: `ppo_objective(…)` or `critic_free_objective(…)`, over `ActorCritic`
@@ -61,32 +61,32 @@ def make_update(
         num_minibatches: optimizer steps per pass; with `num_microbatches`, their
             product divides the batch size.
         num_microbatches: parts of a minibatch whose gradients are summed.
-        prepare: applied to every whole minibatch, such as whitening of its advantages.
-        max_kl: early stop: once a minibatch finds the policy this many nats per token
-            from the one that answered, neither its step nor any later one of this
-            update is taken; a KL that has overflowed, or is NaN, is past every
-            limit. None: never.
-        critic_warmup: updates at the start of the run in which only the critic learns.
+        prepare: applied to every whole minibatch, for example to whiten its advantages.
+        max_kl: early stopping: once the KL to the behavior policy exceeds this many
+            nats per token in a minibatch, its step and all later steps of this update
+            are skipped; an infinite or NaN KL also stops. None: no early stopping.
+        critic_warmup: number of updates at the start of the run that train only the
+            critic.
         slow_critic_decay: d; after the update the slow critic becomes d · slow +
             (1 − d) · critic. The state must have one.
-        refresh_every: k; after every k-th update the old policy, if the state keeps
-            one, becomes the actor.
-        assemble: makes the objective's `ActorCritic` of the state's parameters and the
-            frozen ones; None: the state's are all.
-        objective_key: the objective draws at random, and gets a key of its own for
-            every microbatch: `ppo_objective(…, policy_loss_key=True)`.
+        refresh_every: k; sync the behavior policy, if the state has one, every k
+            updates.
+        assemble: combines trainable and frozen parameters into the objective's
+            `ActorCritic`; None: all parameters are in the state.
+        objective_key: pass a new key to the objective for every microbatch:
+            `ppo_objective(…, policy_loss_key=True)`.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
-        A compiled function; rebind the state, its old buffers are reused. Metrics are
-        float32 scalars, means over the minibatches that were looked at; with `max_kl`,
+        A compiled function; rebind the state, its old buffers are donated. Metrics are
+        float32 scalars, means over the processed minibatches; with `max_kl`,
         `policy/steps` is the number of steps taken.
 
-        Where a term of the loss (see `Objective`) or the norm of a gradient is not
-        finite, that optimizer step and the later ones of this update are not taken,
-        `step` does not advance, and `first_nonfinite/<term>` says at which it was. The
-        state is then that before the failed step. Earlier steps of the same update are
-        in it, so it is there to be looked into, not to go on from.
+        If a loss term (see `Objective`) or a gradient norm is not finite, that
+        optimizer step and the later ones of this update are skipped, `step` does not
+        advance, and `first_nonfinite/<term>` is the index of that step. The state is
+        then that before the failed step. It includes earlier steps of the same update,
+        so use it for debugging, not to continue.
     """
 
     def update(
@@ -110,7 +110,7 @@ def make_update(
             minibatches = split_minibatches(
                 epoch_key, experience, num_minibatches=num_minibatches
             )
-            if state_sharding is not None:  # every minibatch on all devices
+            if state_sharding is not None:  # keeps every minibatch on all devices
                 mesh = jax.tree.leaves(state_sharding)[0].mesh
                 spread = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
                 minibatches = jax.lax.with_sharding_constraint(minibatches, spread)
@@ -141,16 +141,16 @@ def make_update(
 
 
 _Drawn = tuple[Experience, Array | None]
-"""A minibatch, and the key of its objective if that draws at random."""
+"""A minibatch, and the key for a stochastic objective."""
 
 
 class _Carry(NamedTuple):
-    """What passes from one optimizer step to the next."""
+    """The carry between optimizer steps."""
 
     params: ActorCritic
     opt_state: ActorCritic
     healthy: Array  # [] bool, every loss and gradient so far was finite
-    going: Array  # [] bool, the policy is still near the one that answered
+    going: Array  # [] bool, the KL limit has not been exceeded
 
 
 def _slow_critic(state: TrainState, end: _Carry, decay: float | None) -> Params | None:
@@ -180,9 +180,9 @@ def _minibatch_step(
 ) -> Callable:
     """One optimizer step of actor and critic, as the body of a scan.
 
-    Once a term is not finite, or KL has passed its limit, nothing changes any more.
-    Puts out metrics, the terms that have to be finite, whether it looked at its
-    minibatch, and whether it took the step.
+    Once a term is not finite, or the KL limit is exceeded, nothing changes any more.
+    Returns metrics, the terms that must be finite, whether the minibatch was processed,
+    and whether the step was taken.
     """
 
     def step(carry: _Carry, drawn: _Drawn):
@@ -210,7 +210,7 @@ def _minibatch_step(
         terms["total_loss"] = loss
         healthy &= jnp.isfinite(jnp.stack(list(terms.values()))).all()
         if max_kl is not None:
-            going &= metrics["policy/approx_kl"] <= max_kl  # False of NaN
+            going &= metrics["policy/approx_kl"] <= max_kl  # False for NaN
         actor, actor_opt = apply_gradients(
             optimizers.actor,
             grads.actor,
@@ -248,12 +248,12 @@ def _minibatch_step(
 
 
 def _summarize(metrics: Metrics, looked_at: Array) -> Metrics:
-    """Means over the minibatches looked at, and what the very first of them saw."""
+    """Means over the processed minibatches, and metrics of the first one."""
     first_step = {
         f"policy/first_{name}": metrics[f"policy/{name}"][0, 0]
         for name in ("clip_fraction", "approx_kl")
         if f"policy/{name}" in metrics
     }
-    # The others hold zeros. The first is always looked at.
+    # The others are zeros. The first is always processed.
     count = jnp.sum(looked_at).astype(jnp.float32)
     return jax.tree.map(lambda x: jnp.sum(x) / count, metrics) | first_step

@@ -1,7 +1,7 @@
 """Attention, its masks and the key/value cache, as functions of arrays.
 
-Heads come before positions, `[B, N, S, H]`: the layout that batched products read
-without a transposed copy, which would cost a decode step more than its arithmetic.
+Heads come before positions, `[B, N, S, H]`: with this layout batched matrix products
+need no transposed copy, which would cost more than the arithmetic of a decode step.
 """
 
 import jax
@@ -12,19 +12,19 @@ from rlhf_jax.algo.types import Array, Params, record
 
 @record
 class View:
-    """What the layers of one kind see, and where they think it is."""
+    """The attention mask and rotary angles of one type of layer."""
 
-    visible: Array  # [B, Q, C] bool, True where query q sees key c
+    visible: Array  # [B, Q, C] bool, True where query q attends to key c
     rotary: tuple[Array, Array] | None  # cosine and sine, each [B, Q, R / 2]
 
 
 @record
 class KVCache:
-    """What decoding carries from token to token.
+    """The decoding state.
 
-    Keys and values have one entry per layer. All rows write their next token at the
-    same column, `end`: prompts are left-padded. The weights are those of the model,
-    cut into layers and cast to the dtype of the activations once, not at every token.
+    Keys and values have one entry per layer. All rows write their next token to the
+    same column, `end`, because prompts are left-padded. The weights are those of the
+    model, split into layers and cast to the activation dtype once, not at every token.
     """
 
     keys: tuple[Array, ...]  # L × [B, K, C, H]
@@ -48,14 +48,15 @@ def positions_of(mask: Array) -> Array:
 
 
 def causal_mask(mask: Array, window: int | None = None) -> Array:
-    """Which tokens see which.
+    """The causal attention mask.
 
     Args:
         mask: `[B, S]` bool, True on real tokens.
-        window: how many tokens a token sees at most, itself included; None: all.
+        window: maximum number of tokens a token attends to, including itself; None:
+            all.
 
     Returns:
-        `[B, S, S]` bool, True where q sees k.
+        `[B, S, S]` bool, True where q attends to k.
     """
     length = mask.shape[1]
     visible = jnp.tril(jnp.ones((length, length), bool))
@@ -79,17 +80,17 @@ def attend(
         queries: `[B, N, Q, H]`.
         keys: `[B, K, C, H]`; each key head serves N / K query heads.
         values: `[B, K, C, H]`.
-        visible: `[B, Q, C]` bool, True where the query sees the key. A query that sees
-            nothing (padding) gets a finite, meaningless answer.
-        scale: of the products; None: 1 / √H.
-        softcap: c, a product x becomes c · tanh(x / c); None: as it is.
+        visible: `[B, Q, C]` bool, True where the query attends to the key. A query with
+            no visible key (padding) gets a finite, meaningless output.
+        scale: of the logits; None: 1 / √H.
+        softcap: c, a logit x becomes c · tanh(x / c); None: no cap.
 
     Returns:
         `[B, N, Q, H]`, dtype of `values`.
     """
     batch, num_heads, num_queries, head_dim = queries.shape
     kv_heads, length = keys.shape[1:3]
-    # The query heads of a group are so many more queries to its one key head.
+    # The query heads of a group become extra queries to its one key head.
     grouped = queries.reshape(batch, kv_heads, -1, head_dim)
     logits = jnp.einsum(
         "bkqh,bkch->bkqc", grouped, keys, preferred_element_type=jnp.float32

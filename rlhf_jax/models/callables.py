@@ -1,4 +1,4 @@
-"""The package's own transformer as the callables that algorithms ask for."""
+"""The built-in transformer as the callables that algorithms need."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from rlhf_jax.models.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What rollout and learner call of a language model."""
+    """The functions of a language model that rollout and learner call."""
 
     token_logprobs: TokenLogprobsFn
     prefill: PrefillFn
@@ -88,14 +88,14 @@ def reward_model(module: Transformer) -> ScoreFn:
 
 
 def shared_trunk(module: Transformer) -> tuple[ActorCriticFn, ValuesFn]:
-    """Actor and critic as two heads on one trunk, which is run once.
+    """Actor and critic as two heads on one shared trunk, which runs once.
 
     Args:
         module: a transformer with the `"lm"` head.
 
     Returns:
-        The two, and the critic alone; both over an `ActorCritic` of the language
-        model's parameters and of `{"score": [D]}`.
+        A function for both heads, and one for the critic only; both take an
+        `ActorCritic` of the language model's parameters and `{"score": [D]}`.
     """
 
     def read(params: Params, tokens: Array, mask: Array, length: int) -> Array:

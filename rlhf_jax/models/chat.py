@@ -1,4 +1,4 @@
-"""Conversations as text, by the chat template of a tokenizer."""
+"""Renders conversations as text with a tokenizer's chat template."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for it
+if TYPE_CHECKING:  # slow import; keeps `rlhf-jax --help` fast
     from transformers import PreTrainedTokenizerBase
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -23,29 +23,29 @@ def render_chat(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """A conversation as text, by the tokenizer's chat template.
+    """Renders a conversation as text with the tokenizer's chat template.
 
     Without a template: `"\\n\\nHuman: …\\n\\nAssistant: …"`, after the system message
-    if the conversation starts with one (the format of Anthropic's HH data). An answer
+    if the conversation starts with one (the format of Anthropic's HH data). A response
     to such a prompt starts with a space.
 
     Args:
-        tokenizer: with or without a chat template; None has none. Templates write
+        tokenizer: with or without a chat template; None: no template. Templates write
             special tokens into the text: encode it with `add_special_tokens=False`.
         messages: each with a `"role"` (`"system"`, `"user"`, `"assistant"`) and its
             `"content"`.
         add_generation_prompt: end with the start of the assistant's turn.
 
     Raises:
-        ValueError: no messages, a role that the default format does not have, or a
-            template that is broken or refuses the conversation, as some do with a
+        ValueError: if there are no messages, the default format does not have a role,
+            or the template is broken or rejects the conversation, as some do with a
             system message. One line.
 
     References:
         Bai et al., 2022, arXiv:2204.05862.
     """
     if not messages:
-        raise ValueError("messages is empty; a conversation has at least one")
+        raise ValueError("messages is empty; give at least one")
     if tokenizer is None or tokenizer.chat_template is None:
         return _render_default(messages, add_generation_prompt)
     try:
@@ -62,7 +62,7 @@ def render_chat(
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the chat template refuses the roles {roles}: {reason}"
+            f"the chat template rejects the roles {roles}: {reason}"
         ) from None
     return str(text)
 
@@ -70,19 +70,19 @@ def render_chat(
 def set_chat_template(
     tokenizer: "PreTrainedTokenizerBase", path: str | Path, *, name: str
 ) -> None:
-    """Gives a tokenizer the chat template of a file, after a trial.
+    """Sets a tokenizer's chat template from a file, after testing it.
 
-    `tokenizer.save_pretrained` writes it with everything else.
+    `tokenizer.save_pretrained` saves it.
 
     Args:
-        tokenizer: whose template is replaced, if it has one.
-        path: a Jinja template in UTF-8, as `chat_template.jinja` of a checkpoint.
-        name: what the file is called in messages, such as the option that names it.
+        tokenizer: its template is replaced, if it has one.
+        path: a Jinja template in UTF-8, like a checkpoint's `chat_template.jinja`.
+        name: the name of the option or file for error messages.
 
     Raises:
-        ValueError: the file cannot be read, is no template, or writes a question and
-            its answer in a way that nothing can be learnt from: without one of the
-            two, or the question otherwise once the answer follows. One line.
+        ValueError: if the file cannot be read, is not a template, or cannot be trained
+            with: it drops a message, or changes a user message when the assistant
+            message is added. One line.
     """
     named = f"{name}={str(path)!r}"
     try:
@@ -100,19 +100,19 @@ def set_chat_template(
     for part, message in ((prompt, _TRIAL[0]), (whole, _TRIAL[1])):
         if message["content"] not in part:
             raise ValueError(
-                f"{named}: the template leaves out what the {message['role']} says; it "
-                "must write every message's content"
+                f"{named}: the template drops the content of the {message['role']} "
+                "message; it must render every message's content"
             )
     if not whole.startswith(prompt):
         raise ValueError(
-            f"{named}: a question is written otherwise once its answer follows; with "
-            "add_generation_prompt the text must go on exactly as the assistant's turn "
-            "begins"
+            f"{named}: the prompt changes when the response is added; with "
+            "add_generation_prompt the text must continue exactly as the assistant's "
+            "turn begins"
         )
 
 
 def special_token_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Finds the texts that become one token each wherever they stand."""
+    """A pattern for the texts of special tokens."""
     added = tokenizer.added_tokens_decoder.values()
     tokens = {*tokenizer.all_special_tokens, *(x.content for x in added if x.special)}
     longest_first = sorted(tokens - {""}, key=lambda token: (-len(token), token))
@@ -122,13 +122,13 @@ def special_token_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[st
 def check_spells_none(
     messages: Iterable[Mapping[str, str]], special: re.Pattern[str]
 ) -> None:
-    """Raises ValueError where a message spells a special token.
+    """Raises ValueError if a message contains a special token.
 
-    A template writes contents between the tokens that begin and end turns; content
-    that spells them would end its turn early and begin another, in anybody's name.
+    A template puts contents between the tokens that delimit turns; content that
+    contains them could end its turn early and start another with any role.
 
     Args:
-        messages: as of `render_chat`.
+        messages: as in `render_chat`.
         special: from `special_token_pattern`.
     """
     for message in messages:
@@ -136,7 +136,7 @@ def check_spells_none(
             found = special.search(message[field])
             if found:
                 raise ValueError(
-                    f"a chat message spells the special token {found[0]!r}"
+                    f"a chat message contains the special token {found[0]!r}"
                 )
 
 
@@ -151,7 +151,7 @@ def _render_default(
             text += f"\n\n{_SPEAKERS[message['role']]}: {message['content']}"
         else:
             raise ValueError(
-                f"messages[{i}] has role={message['role']!r}; without a chat template "
-                "a conversation has 'user' and 'assistant', and 'system' only first"
+                f"messages[{i}] has role={message['role']!r}; without a chat template, "
+                "use 'user' and 'assistant', and 'system' only first"
             )
     return text + ("\n\nAssistant:" if add_generation_prompt else "")

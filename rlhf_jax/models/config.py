@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer: all that distinguishes one from another."""
+"""The configuration of a decoder-only transformer."""
 
 import dataclasses
 from typing import Literal
@@ -11,11 +11,11 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What distinguishes one decoder from another.
+    """The architecture of a decoder.
 
     Attributes:
-        family: `model_type` of the checkpoints that such a model is read from and
-            written as; the other fields say what it computes.
+        family: `model_type` of the checkpoints that the model is loaded from and saved
+            as; the other fields define what it computes.
         vocab_size: V, rows of the token embedding.
         max_positions: longest sequence the model accepts, in tokens.
         width: D, size of the residual stream.
@@ -23,32 +23,32 @@ class DecoderConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads; a divisor of `num_heads`.
         head_dim: size of one head.
-        mlp_width: hidden size of the feed-forward part.
+        mlp_width: hidden size of the MLP.
         positions: `"learned"` (a table added to the embedding) or `"rotary"`.
-        position_offset: rows of that table before the one of position 0.
-        rope: rotary positions of all layers, or of those that see everything.
-        local_rope: of layers with a sliding window, where theirs are others.
+        position_offset: row of that table for position 0.
+        rope: rotary positions of all layers, or of those with full attention.
+        local_rope: rotary positions of layers with a sliding window, if different.
         norm: `"layer"` (LayerNorm with bias), `"rms"` (RMSNorm) or `"rms_plus_one"`
-            (RMSNorm whose scale is stored as its difference from 1).
-        residual: where norms stand: `"pre-norm"`, before attention and feed-forward
-            part; `"post-norm"`, after each, before it is added to the residual stream;
-            `"sandwich"`, both; `"parallel"`, before, both parts reading one stream.
-        query_key_norm: RMSNorm of queries and keys before they are turned: `"none"`,
-            of each `"head"`, or of `"all"` heads together.
+            (RMSNorm whose scale is stored minus 1).
+        residual: position of norms: `"pre-norm"`, before attention and MLP;
+            `"post-norm"`, after each, before the residual addition; `"sandwich"`, both;
+            `"parallel"`, before, with attention and MLP in parallel.
+        query_key_norm: RMSNorm of queries and keys before the rotation: `"none"`, per
+            `"head"`, or over `"all"` heads.
         activation: `"gelu"`, its `"gelu_tanh"` approximation, `"relu"` or `"silu"`.
-        gated_mlp: three matrices, down(activation(gate) · up), not two.
+        gated_mlp: down(activation(gate) · up), with three matrices instead of two.
         attention_bias: biases on the query, key and value projections.
         output_bias: a bias on the attention output.
-        mlp_bias: biases on the feed-forward part.
-        attention_scale: factor of queries · keys; None: 1 / √head_dim.
-        attention_softcap: c, attention logits become c · tanh(logit / c).
-        logit_softcap: the same of the output logits.
-        embedding_scale: factor of the token embedding on its way in.
-        sliding_window: tokens that a layer with a window sees, itself included.
-        sliding_layers: which layers have it, L flags; empty: none has.
+        mlp_bias: biases in the MLP.
+        attention_scale: scale of queries · keys; None: 1 / √head_dim.
+        attention_softcap: c: attention logits become c · tanh(logit / c).
+        logit_softcap: the same for the output logits.
+        embedding_scale: scale of the input token embedding.
+        sliding_window: window size in tokens, including the current one.
+        sliding_layers: which layers have the window, L flags; empty: none.
         tie_embeddings: the output matrix is the token embedding.
-        norm_eps: ε inside the normalisation.
-        initializer_range: standard deviation of freshly drawn matrices.
+        norm_eps: ε of the norms.
+        initializer_range: standard deviation of newly initialized matrices.
     """
 
     family: str
@@ -86,8 +86,7 @@ class DecoderConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; each key/value head serves an "
-                "equal number of query heads"
+                f"num_kv_heads={self.num_kv_heads}; choose num_kv_heads as a divisor"
             )
         turned = self.rope.size(self.head_dim)
         if self.positions == "rotary" and turned % 2:
@@ -167,7 +166,8 @@ def llama_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads or num_heads,
         head_dim=width // num_heads,
-        # Three matrices of 8/3 the width cost what two of four times the width do.
+        # Three matrices with 8/3 of the width cost the same as two with 4 times the
+        # width.
         mlp_width=mlp_width or -(-8 * width // 96) * 32,
         rope=Rope(theta=rope_theta, scaling=rope_scaling),
         tie_embeddings=tie_embeddings,
@@ -177,6 +177,6 @@ def llama_config(
 def _check_heads(width: int, num_heads: int) -> None:
     if width % num_heads:
         raise ValueError(
-            f"width={width} is not a multiple of num_heads={num_heads}; every head "
-            "gets width / num_heads dimensions"
+            f"width={width} is not a multiple of num_heads={num_heads}; choose "
+            "num_heads as a divisor"
         )

@@ -10,25 +10,25 @@ from rlhf_jax.models.transformer import Transformer
 def with_head(
     module: Transformer, params: Params, head: Head, *, key: Array | None = None
 ) -> tuple[Transformer, Params]:
-    """The same trunk under another head.
+    """The same trunk with another head.
 
-    A reward model starts from the fine-tuned language model (a fresh score vector
-    takes the place of the output matrix); the critic starts from the reward model
-    (which has the same parameters).
+    A reward model is initialized from the fine-tuned language model, with a new score
+    head instead of the output matrix; the critic is initialized from the reward model,
+    which has the same parameters.
 
     Args:
         module: a transformer.
         params: its parameters.
-        head: the head wanted.
-        key: draws the score vector where the trunk has none; otherwise not used.
+        head: the new head.
+        key: initializes the score head if there is none; otherwise unused.
 
     Returns:
         The module with that head, and its parameters. Arrays are shared with `params`,
-        not copied: copy one of the two trees before donating the other.
+        not copied: copy one tree before donating the other.
 
     Raises:
-        ValueError: a fresh score vector is needed and `key` is None; or the language
-            model's output matrix is gone.
+        ValueError: if a new score head is needed and `key` is None, or the language
+            model's output matrix is missing.
     """
     params = dict(params)
     if head == "lm":
@@ -43,20 +43,21 @@ def with_head(
     if "score" not in params:
         if key is None:
             raise ValueError(
-                f"head={head!r} of a language model starts from a fresh score vector; "
-                "pass key=jax.random.key(seed) to draw it"
+                f"head={head!r} of a language model needs a new score head; pass "
+                "key=jax.random.key(seed) to initialize it"
             )
         params["score"] = fresh_score(params["final_norm"]["scale"], key)
     return module.clone(head=head), params
 
 
 def fresh_score(like: Array, key: Array) -> Array:
-    """A score vector with standard deviation 1/√(D + 1).
+    """Initializes a score head with standard deviation 1/√(D + 1).
 
-    On the unit-variance output of the final norm, fresh scores have a variance near 1.
+    With the unit-variance output of the final norm, initial scores have variance near
+    1.
 
     Args:
-        like: `[D]`, gives shape, dtype and placement.
+        like: `[D]`, defines shape, dtype and sharding.
         key: consumed.
 
     Returns:
@@ -67,4 +68,5 @@ def fresh_score(like: Array, key: Array) -> Array:
     """
     stddev = (like.shape[0] + 1) ** -0.5
     score = stddev * jax.random.normal(key, like.shape, like.dtype)
-    return jax.device_put(score, like.sharding)
+    sharding = getattr(like, "sharding", None)  # None while tracing
+    return score if sharding is None else jax.device_put(score, sharding)

@@ -1,7 +1,7 @@
-"""A matrix product whose matrix may be stored in 8 bits, or carry a low-rank change.
+"""A linear layer with optional int8 kernel and LoRA.
 
-All of it follows from the leaves that lie beside `kernel` in the parameter tree, so one
-network runs with full, frozen, quantised and adapted parameters alike.
+The leaves next to `kernel` in the parameter tree select the computation, so one network
+runs with full, frozen, quantized and adapted parameters.
 """
 
 from typing import Any
@@ -16,20 +16,20 @@ Dtype = Any
 
 
 class Linear(nn.Module):
-    """y = x W + b, and whatever the parameter tree adds to it.
+    """y = x W + b, plus what the parameter tree adds.
 
-    Leaves beside `kernel` `[D, F]` and `bias` `[F]`:
+    Leaves next to `kernel` `[D, F]` and `bias` `[F]`:
 
     * `kernel_scale` `[F]` float32: `kernel` is int8, and W = kernel · kernel_scale;
-    * `lora_a` `[D, R]`, `lora_b` `[R, F]`: W gains A B, computed as (x A) B;
-    * `lora_rate` `[]` float32, `lora_key` `[2]` uint32: dropout of x on its way into A.
+    * `lora_a` `[D, R]`, `lora_b` `[R, F]`: A B is added to W, computed as (x A) B;
+    * `lora_rate` `[]` float32, `lora_key` `[2]` uint32: dropout on the input of A.
 
     Attributes:
         features: F.
         use_bias: whether there is a bias.
         dtype: of the product; matrices are cast to it.
-        param_dtype: of fresh parameters.
-        kernel_init: draws a fresh kernel.
+        param_dtype: of new parameters.
+        kernel_init: initializer of the kernel.
 
     References:
         Hu et al., 2021, arXiv:2106.09685.
@@ -49,8 +49,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         scale = self._beside("kernel_scale")
         if scale is not None:
-            # Tied to x: else XLA converts all kernels once, in front of a loop over
-            # tokens or microbatches, and holds the large ones throughout.
+            # Depends on x: otherwise XLA hoists the conversion of all kernels out of
+            # the loop over tokens or microbatches and keeps the large copies.
             kernel, x = jax.lax.optimization_barrier((kernel, x))
             y = x @ kernel.astype(self.dtype)
             y = (y.astype(jnp.float32) * scale[None]).astype(self.dtype)
@@ -67,11 +67,11 @@ class Linear(nn.Module):
         return y
 
     def _beside(self, name: str) -> Array | None:
-        """A leaf that the tree may have; never created."""
+        """An optional leaf of the tree; never created."""
         return self.get_variable("params", name, None)
 
     def _dropped(self, x: Array) -> Array:
-        """Inverted dropout, where the tree asks for it."""
+        """Inverted dropout, if the tree has a rate."""
         rate, key = self._beside("lora_rate"), self._beside("lora_key")
         if rate is None or key is None:
             return x

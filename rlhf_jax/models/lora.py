@@ -1,12 +1,11 @@
-"""Low-rank adapters: a second, small parameter tree beside a frozen one.
+"""LoRA: a small trainable parameter tree next to a frozen one.
 
-The trained tree of a run with adapters mirrors the parameter tree:
+The trainable tree of a LoRA run mirrors the parameter tree:
 
     {"layers": {"query": {"lora_a": [L, D, R], "lora_b": [L, R, F]}, …}}
 
-and beside it, trained in full, the vector `"score"` of a model that has that head. The
-two meet in `attach`, which computes as W + s A B does without ever forming it, and in
-`merge`, which does form it.
+plus the fully trained vector `"score"` if the model has that head. `attach` combines
+the two trees to compute with W + s A B without forming it; `merge` forms it.
 """
 
 import dataclasses
@@ -22,15 +21,15 @@ from rlhf_jax.algo.types import Array, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """How matrices are adapted: W + s A B, with s = alpha / rank.
+    """LoRA options: W + s A B, with s = alpha / rank.
 
     Attributes:
-        rank: R, columns of A and rows of B; at least 1. One above the size of a matrix
-            works, and wastes memory.
-        alpha: of the factor s.
-        dropout: share of the inputs of A that is set to 0 in training.
+        rank: R, columns of A and rows of B; at least 1. A rank above the size of a
+            matrix works but wastes memory.
+        alpha: numerator of s.
+        dropout: dropout rate on the inputs of A in training.
         targets: patterns (`fnmatch`) of the names of the blocks' linear layers.
-        rslora: s = alpha / √rank, under which larger ranks do not learn more slowly.
+        rslora: s = alpha / √rank, so that larger ranks do not train more slowly.
 
     References:
         Hu et al., 2021, arXiv:2106.09685; Kalajdzievski, 2023, arXiv:2312.03732.
@@ -46,7 +45,7 @@ class LoraOptions:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must lie in [0, 1)")
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
 
     @property
     def scale(self) -> float:
@@ -62,35 +61,35 @@ def linear_layers(params: Mapping) -> tuple[str, ...]:
 
 
 def target_layers(params: Mapping, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The linear layers that patterns name, in order.
+    """The linear layers that match patterns, in order.
 
     Raises:
-        ValueError: a pattern names none.
+        ValueError: if a pattern matches none.
     """
     names = linear_layers(params)
     for pattern in targets:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"lora.targets={pattern!r} names no linear layer of this model; it has "
-                f"{', '.join(names)}"
+                f"lora.targets={pattern!r} matches no linear layer of this model; it "
+                f"has {', '.join(names)}"
             )
     found = {name for pattern in targets for name in fnmatch.filter(names, pattern)}
     return tuple(name for name in names if name in found)
 
 
 def init_adapters(key: Array, params: Params, options: LoraOptions) -> Params:
-    """Adapters that change nothing yet: A random, B zero; float32.
+    """Initializes adapters as a no-op: A random, B zero; float32.
 
-    A is uniform in ±1/√D, the Kaiming distribution with a = √5 that PEFT draws from.
+    A is uniform in ±1/√D, PEFT's Kaiming initialization with a = √5.
 
     Args:
         key: consumed.
-        params: of the model; its head, if it is a score vector, becomes part of what is
-            trained, as a copy.
+        params: of the model; a copy of its score head, if any, becomes part of the
+            trainable tree.
         options: rank and targets.
 
     Raises:
-        ValueError: a target that the model does not have.
+        ValueError: if the model does not have a target.
     """
     names = target_layers(params, options.targets)
     layers = {}
@@ -106,7 +105,7 @@ def init_adapters(key: Array, params: Params, options: LoraOptions) -> Params:
 
 
 def trained_head(params: Params) -> Params:
-    """A float32 copy of the score vector, `{"score": [D]}`, or nothing."""
+    """A float32 copy of the score head, `{"score": [D]}`, or an empty tree."""
     if "score" not in params:
         return {}
     return {"score": jnp.array(params["score"], jnp.float32, copy=True)}
@@ -115,17 +114,17 @@ def trained_head(params: Params) -> Params:
 def attach(
     base: Params, trained: Params, options: LoraOptions, *, key: Array | None = None
 ) -> Params:
-    """The parameter tree that computes with adapters; arrays of the base are shared.
+    """Combines base and adapters into one parameter tree; shares the base arrays.
 
     Args:
-        base: frozen parameters, in any dtype, the kernels in 8 bits or not.
-        trained: adapters and head; a head of the base gives way to it.
-        options: give the factor and the dropout.
-        key: in training, draws what is dropped; None: nothing is.
+        base: frozen parameters, in any dtype, kernels in int8 or not.
+        trained: adapters and head; this head replaces that of the base.
+        options: scale and dropout.
+        key: for dropout in training; None: no dropout.
 
     Returns:
-        `base` with `lora_a`, and with `lora_b` times the factor, beside each adapted
-        kernel; see `rlhf_jax.models.linear`.
+        `base` with `lora_a` and the scaled `lora_b` next to each adapted kernel; see
+        `rlhf_jax.models.linear`.
     """
     whole = dict(base) | {k: v for k, v in trained.items() if k != "layers"}
     layers = dict(base.get("layers", {}))
@@ -141,7 +140,7 @@ def attach(
 
 
 def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
-    """Plain parameters W + s A B, computed in float32, in the dtypes of the base.
+    """Merges adapters: parameters W + s A B, computed in float32, in the base dtypes.
 
     Args:
         base: parameters in floating point.
@@ -149,7 +148,7 @@ def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
         options: give the factor.
 
     Raises:
-        ValueError: kernels of 8 bits, from which the change could not be told.
+        ValueError: if kernels are int8, which cannot be merged exactly.
     """
     merged = merged_when_read(base, trained, options)
     layers = dict(merged["layers"])
@@ -159,10 +158,10 @@ def merge(base: Params, trained: Params, options: LoraOptions) -> Params:
 
 
 def merged_when_read(base: Params, trained: Params, options: LoraOptions) -> Params:
-    """As `merge`, but kernels are computed layer by layer, when they are asked for.
+    """Like `merge`, but computes kernels lazily, layer by layer.
 
-    So a large model is written without a second one in memory: `save_pretrained` asks
-    for one layer at a time.
+    A large model can be saved without a second copy in memory: `save_pretrained` reads
+    one layer at a time.
 
     Args:
         base: parameters in floating point.
@@ -170,7 +169,7 @@ def merged_when_read(base: Params, trained: Params, options: LoraOptions) -> Par
         options: give the factor.
 
     Raises:
-        ValueError: kernels of 8 bits, from which the change could not be told.
+        ValueError: if kernels are int8, which cannot be merged exactly.
     """
     whole = dict(base) | {
         name: jnp.asarray(leaf, base[name].dtype if name in base else leaf.dtype)
@@ -181,8 +180,8 @@ def merged_when_read(base: Params, trained: Params, options: LoraOptions) -> Par
     for name, pair in trained["layers"].items():
         if "kernel_scale" in layers[name]:
             raise ValueError(
-                f"layers/{name}/kernel is stored in 8 bits; merge adapters into the "
-                "floating-point parameters it was made from"
+                f"layers/{name}/kernel is stored in int8; merge adapters into the "
+                "original floating-point parameters"
             )
         kernel = MergedKernel(layers[name]["kernel"], pair, options.scale)
         layers[name] = dict(layers[name]) | {"kernel": kernel}
@@ -199,12 +198,12 @@ class MergedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernels, stacked."""
+        """The shape of the stacked kernels."""
         return self.kernel.shape
 
     @property
     def dtype(self) -> Any:
-        """Of the kernels."""
+        """The dtype of the kernels."""
         return self.kernel.dtype
 
     def __getitem__(self, layer: int) -> Array:
@@ -212,7 +211,7 @@ class MergedKernel:
         return _merged(self.kernel[layer], a, b, self.scale)
 
     def whole(self) -> Array:
-        """All layers; one at a time, so that no sum of all is held in float32."""
+        """All layers, computed one at a time to limit float32 memory."""
         return _merged_layers(
             self.kernel, self.pair["lora_a"], self.pair["lora_b"], self.scale
         )

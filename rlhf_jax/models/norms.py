@@ -1,4 +1,4 @@
-"""Normalisation of the residual stream, and of queries and keys."""
+"""Normalization of the residual stream, and of queries and keys."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ class RMSNorm(nn.Module):
 
     Attributes:
         epsilon: ε.
-        plus_one: the scale is stored as its difference from 1.
+        plus_one: the scale is stored minus 1.
         dtype: of the result.
-        param_dtype: of a fresh scale.
+        param_dtype: of the scale.
 
     References:
         Zhang and Sennrich, 2019, arXiv:1910.07467.
@@ -56,7 +56,7 @@ def stream_norm(config: DecoderConfig, dtype: Dtype, param_dtype: Dtype, name: s
 
 
 def rms_norm(config: DecoderConfig, dtype: Dtype, param_dtype: Dtype, name: str):
-    """The RMSNorm of a family, whatever it normalises."""
+    """The RMSNorm of a family."""
     return RMSNorm(
         epsilon=config.norm_eps,
         plus_one=config.norm == "rms_plus_one",

@@ -1,7 +1,7 @@
-"""Kernels in 8 bits: integers and a scale for each output, for frozen networks.
+"""int8 kernels with one scale per output, for frozen networks.
 
-Only the matrices of the blocks are stored so; embeddings, norms, biases and heads stay
-as they are. `rlhf_jax.models.linear` multiplies by integers and scales the product.
+Only the matrices of the blocks are quantized; embeddings, norms, biases and heads are
+not. `rlhf_jax.models.linear` multiplies by the integers and scales the product.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def quantize(kernel: Array) -> tuple[Array, Array]:
         kernel: `[…, D, F]` floating.
 
     Returns:
-        `[…, D, F]` int8 and `[…, F]` float32. An output without weights has scale 1.
+        `[…, D, F]` int8 and `[…, F]` float32. An all-zero output has scale 1.
     """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2)
@@ -33,7 +33,7 @@ def quantize(kernel: Array) -> tuple[Array, Array]:
 
 
 def quantized_leaf(name: str, leaf: Array) -> dict[str, Array]:
-    """What takes the place of a leaf: two of a kernel of the blocks, else the same.
+    """Replaces a kernel of the blocks by two leaves; keeps other leaves.
 
     Args:
         name: its path in the parameter tree, joined by `/`.
@@ -46,7 +46,8 @@ def quantized_leaf(name: str, leaf: Array) -> dict[str, Array]:
 
 
 def quantize_kernels(params: Params) -> Params:
-    """The parameters with the kernels of the blocks in 8 bits; others are shared."""
+    """The parameters with the kernels of the blocks in int8; other arrays are
+    shared."""
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     for name, leaf in list(leaves.items()):
         leaves |= quantized_leaf(name, leaf)
@@ -54,7 +55,7 @@ def quantize_kernels(params: Params) -> Params:
 
 
 def dequantize(params: Params) -> Params:
-    """The parameters with all kernels in float32 again; others are shared."""
+    """The parameters with all kernels back in float32; other arrays are shared."""
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     for name in [name for name in leaves if name.endswith("/kernel_scale")]:
         scale, kernel = leaves.pop(name), name.removesuffix("_scale")

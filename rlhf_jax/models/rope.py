@@ -1,4 +1,4 @@
-"""Rotary positions, and the ways in which long contexts stretch them."""
+"""Rotary position embeddings and their scaling for long contexts."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ class LinearRopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicRopeScaling:
-    """A base that grows with the text, once it is longer than the model was trained on.
+    """The base grows with the sequence once it exceeds the training length.
 
     θ' = θ · (factor · length / original − (factor − 1))^(R / (R − 2)), for a row of
     `length` tokens ("NTK-aware", "dynamic NTK").
@@ -29,7 +29,7 @@ class DynamicRopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """Frequency-dependent stretching (Llama 3.1, section 3.4)."""
+    """Frequency-dependent scaling (Llama 3.1, section 3.4)."""
 
     factor: float
     low_freq_factor: float
@@ -39,7 +39,7 @@ class Llama3RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnRopeScaling:
-    """YaRN: low frequencies stretched, high ones kept, attention sharpened.
+    """YaRN: low frequencies are scaled, high ones kept, attention sharpened.
 
     References:
         Peng et al., 2023, arXiv:2309.00071.
@@ -50,19 +50,19 @@ class YarnRopeScaling:
     attention_factor: float  # of cosine and sine
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    truncate: bool = True  # the bounds of the blend are whole dimensions
+    truncate: bool = True  # round the bounds of the blend to whole dimensions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """A factor for each frequency, of short texts and of long ones (Phi-3).
+    """A factor per frequency, for short and for long texts (Phi-3).
 
     References:
         Ding et al., 2024, arXiv:2402.13753.
     """
 
     short_factor: tuple[float, ...]  # R / 2
-    long_factor: tuple[float, ...]  # R / 2, of rows longer than the original length
+    long_factor: tuple[float, ...]  # R / 2, for rows longer than the original length
     original_max_positions: int
     attention_factor: float  # of cosine and sine
 
@@ -82,8 +82,8 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        share: of the dimensions of a head, how many are turned; the first ones.
-        scaling: how frequencies are stretched, or None.
+        share: fraction of the dimensions of a head that is rotated; the first ones.
+        scaling: of the frequencies, or None.
     """
 
     theta: float = 10_000.0
@@ -91,20 +91,20 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def size(self, head_dim: int) -> int:
-        """R, the number of dimensions of a head that are turned."""
+        """R, the number of rotated dimensions of a head."""
         return int(head_dim * self.share)
 
 
 def rotary(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine of the angle of each pair of dimensions, by position.
 
-    θ_i = base^(-2i / R), stretched as `rope.scaling` says; angle = position · θ_i.
+    θ_i = base^(-2i / R), scaled according to `rope.scaling`; angle = position · θ_i.
 
     Args:
         rope: base, share and scaling.
         head_dim: H.
-        positions: `[B, S]` int32. Where angles depend on a row's length, it is one
-            more than its last position.
+        positions: `[B, S]` int32. If angles depend on a row's length, it is one more
+            than its last position.
 
     Returns:
         Two of `[B, S, R / 2]` float32, times the scaling's attention factor.
@@ -124,7 +124,8 @@ def rotary(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x_i, x_{i + R/2}) of each head; the other dimensions stay.
+    """Rotates the pairs (x_i, x_{i + R/2}) of each head; other dimensions are
+    unchanged.
 
     Args:
         x: `[B, N, S, H]`, queries or keys.

@@ -1,4 +1,4 @@
-"""Where each parameter lives on a mesh."""
+"""Sharding of parameters over a mesh."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def parameter_sharding(mesh: Mesh, shapes: Any) -> Any:
-    """Fully sharded placement of parameters, or of anything shaped like them.
+    """Fully sharded placement of parameters, or of trees with the same shapes.
 
-    The largest dimension that the size of axis `"fsdp"` divides is split over that
-    axis; a leaf without such a dimension is copied to every device. The layer axis
-    (axis 0 of leaves below a key `"layers"`) is never split: every device needs every
-    layer. Optimizer states that mirror the parameters get the parameters' placement.
+    The largest dimension divisible by the size of axis `"fsdp"` is sharded over that
+    axis; a leaf without such a dimension is replicated. The layer axis (axis 0 of
+    leaves below a key `"layers"`) is never sharded: every device needs every layer.
+    Optimizer states that mirror the parameters get the same sharding.
 
     Args:
         mesh: a mesh with an axis `"fsdp"`.
@@ -22,15 +22,15 @@ def parameter_sharding(mesh: Mesh, shapes: Any) -> Any:
         The same tree of `NamedSharding`.
 
     Raises:
-        ValueError: the mesh has no axis `"fsdp"`.
+        ValueError: if the mesh has no axis `"fsdp"`.
 
     References:
         Rajbhandari et al., 2020, arXiv:1910.02054 (ZeRO, stage 3).
     """
     if "fsdp" not in mesh.shape:
         raise ValueError(
-            f"mesh axes are {tuple(mesh.shape)}; parameters are split over an axis "
-            "named 'fsdp', which may have size 1"
+            f"mesh axes are {tuple(mesh.shape)}; add an axis named 'fsdp', which may "
+            "have size 1"
         )
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), shapes

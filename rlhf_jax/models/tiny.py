@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """258 tokens: EOS is 0, pad is 1, and one token for each byte."""
+    """258 tokens: EOS is 0, pad is 1, and one token per byte."""
     return train_tokenizer([], vocab_size=258)
 
 
@@ -66,8 +66,9 @@ def tiny_gemma(
 ) -> tuple[Transformer, Params]:
     """A random Gemma 3 of 3 layers, width 32, 4 query heads and 2 key/value heads.
 
-    Two layers see 6 tokens and one all; logits are capped, which Gemma 3 can be and is
-    not. So most of what distinguishes families is in it.
+    Two layers have a window of 6 tokens and one has full attention; logits are capped,
+    which Gemma 3 supports but does not use. So it covers most differences between
+    families.
     """
     config = DecoderConfig(
         family="gemma3_text",
@@ -100,11 +101,12 @@ def tiny_gemma(
 def _randomly(
     config: DecoderConfig, head: Head, seed: int
 ) -> tuple[Transformer, Params]:
-    """Every parameter drawn, biases and norms too, so that none is without effect.
+    """Randomizes every parameter, including biases and norms, so that each has an
+    effect.
 
-    The scale is ten times the usual: otherwise all logits of so small a model are
-    alike, and a test could not tell a token from its neighbour. Drawn with NumPy:
-    compiling `module.init` takes seconds.
+    The scale is ten times the usual: otherwise all logits of such a small model are
+    nearly equal, and a test could not distinguish tokens. Uses NumPy, because compiling
+    `module.init` takes seconds.
     """
     module = Transformer(dataclasses.replace(config, initializer_range=0.2), head=head)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face checkpoints, and a small one trained from text."""
+"""Loads tokenizers of Hugging Face checkpoints, and trains small ones."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_jax.models.hf.hub import local_directory
 
-if TYPE_CHECKING:  # takes over a second; `rlhf-jax --help` should not wait for it
+if TYPE_CHECKING:  # slow import; keeps `rlhf-jax --help` fast
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
@@ -15,39 +15,39 @@ PAD = "<|pad|>"
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """Reads the tokenizer of a checkpoint, from the disk alone.
+    """Loads the tokenizer of a checkpoint, without network access.
 
-    Pads on the left, as prompts are. A tokenizer without a pad token pads with EOS: no
-    mask here is ever made by comparing ids. Text that spells a special token, as chat
-    templates write it, becomes that one token, even where the tokenizer's files ask for
-    `split_special_tokens`; a tokenizer saved after that no longer asks.
+    Pads on the left, like prompts. A tokenizer without a pad token pads with EOS,
+    because masks are never computed from ids. The text of a special token, as written
+    by chat templates, is encoded as that token, even if the tokenizer's files set
+    `split_special_tokens`; saving the tokenizer then removes that setting.
 
     Args:
         path: directory, or name on the Hub (`hub.local_directory`).
 
     Raises:
-        ValueError: there is no such tokenizer, or it has no EOS token.
+        ValueError: if there is no such tokenizer, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
     path = local_directory(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; a tokenizer is read from one")
+        raise ValueError(f"{path} is not a directory; give a tokenizer directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path),
             local_files_only=True,
-            trust_remote_code=False,  # left open, it would ask on the terminal
+            trust_remote_code=False,  # otherwise it would ask on the terminal
             padding_side="left",
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} holds no tokenizer that can be read: {reason}"
+            f"{path} has no tokenizer that can be loaded: {reason}"
         ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {path} has no EOS token, so no answer could ever end; "
+            f"the tokenizer in {path} has no EOS token, so responses could not end; "
             "set eos_token in its tokenizer_config.json"
         )
     tokenizer.split_special_tokens = False
@@ -57,35 +57,35 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def read_num_embeddings(path: str | Path) -> int | None:
-    """How many tokens a checkpoint has embeddings for; None where no file says."""
+    """The number of token embeddings of a checkpoint; None if unknown."""
     try:
         fields = json.loads((Path(path) / "config.json").read_text("utf-8"))
         size = fields.get("vocab_size")
     except (OSError, ValueError, AttributeError):
-        return None  # whoever reads the model says what is wrong
+        return None  # loading the model reports the problem
     return size if isinstance(size, int) else None
 
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2
 ) -> "PreTrainedTokenizerFast":
-    """Byte-level BPE learned from text; the same texts give the same tokenizer.
+    """Trains a byte-level BPE, deterministically.
 
-    All 256 bytes are tokens, so any text comes back unchanged from encoding and
-    decoding. `tokenizer.save_pretrained(path)` writes it, `load_tokenizer` reads it.
+    All 256 bytes are tokens, so encoding and decoding restores any text.
+    `tokenizer.save_pretrained(path)` saves it, `load_tokenizer` loads it.
 
     Args:
-        texts: what to learn merges from; may be empty (bytes only).
-        vocab_size: largest number of tokens, special tokens included, at least 258;
+        texts: training texts; may be empty (bytes only).
+        vocab_size: maximum number of tokens, including special tokens, at least 258;
             few texts may give fewer, so size models by `len(tokenizer)`.
         min_frequency: a pair must occur this often to be merged.
 
     Returns:
-        A tokenizer with EOS (also BOS) `<|endoftext|>` and a pad token of its own,
-        `<|pad|>`. It adds neither to the texts it encodes.
+        A tokenizer with EOS (also BOS) `<|endoftext|>` and a separate pad token,
+        `<|pad|>`. It adds neither when encoding.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes and the special tokens.
+        ValueError: if `vocab_size` is too small for the bytes and the special tokens.
 
     References:
         Radford et al., 2019, "Language models are unsupervised multitask learners".
@@ -123,18 +123,18 @@ def train_tokenizer(
 def token_texts(
     tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]
 ) -> list[str]:
-    """What each token adds to the text of those before it.
+    """The text that each token adds to the text before it.
 
-    The texts together are the text of all. Of a character that several tokens spell,
-    the last has all and the others have "".
+    The concatenation is the full text. If several tokens form one character, the last
+    one has it and the others have "".
 
     Args:
-        tokenizer: which the tokens are of.
-        tokens: ids, special ones too, whose texts are given like any other's.
+        tokenizer: of the tokens.
+        tokens: ids, including special tokens, which get text too.
     """
     texts: list[str] = []
-    # A character or token is decoded after the one before it: alone it may lose its
-    # space. `known` is the text of the one before, tokens[before:begin].
+    # A token is decoded after the previous one: alone it may lose its space. `known` is
+    # the text of the previous one, tokens[before:begin].
     known, before, begin = "", 0, 0
     for end in range(1, len(tokens) + 1):
         text = _decode(tokenizer, tokens[before:end])

@@ -1,1 +1,1 @@
-"""One file per stage, each with its loop from top to bottom."""
+"""The training stages `sft`, `reward_model`, `ppo` and `grpo`, and what they share."""

@@ -1,13 +1,15 @@
-"""Networks and training states of a run, built or loaded, and placed on its mesh."""
+"""Builds or loads the networks of a run and shards them over its mesh."""
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
@@ -17,16 +19,18 @@ from rlhf_jax.learner.gradients import Assemble
 from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.config import DecoderConfig, Head, gpt2_config, llama_config
 from rlhf_jax.models.heads import with_head
+from rlhf_jax.models.hf.checkpoint import Checkpoint, load_model, open_checkpoint
 from rlhf_jax.models.hf.hf_weights import save_pretrained
 from rlhf_jax.models.hf.hub import local_directory
-from rlhf_jax.models.hf.peft_config import is_adapter, read_peft_config
+from rlhf_jax.models.hf.peft_config import read_peft_config
 from rlhf_jax.models.hf.peft_files import read_adapter, write_adapter
-from rlhf_jax.models.hf.peft_loading import load_model
+from rlhf_jax.models.hf.tensor_layout import parameter_shapes
 from rlhf_jax.models.lora import (
     LoraOptions,
     attach,
     init_adapters,
     merged_when_read,
+    target_layers,
     trained_head,
 )
 from rlhf_jax.models.quantize import quantized_leaf
@@ -38,22 +42,22 @@ from rlhf_jax.run.run_directory import RunDirectory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network that is trained whole, or by adapters on what is frozen."""
+    """A network that is fully trained, or frozen with trainable adapters."""
 
     module: Transformer
-    frozen: Params | None = None  # what adapters adapt; None: all is trained
-    lora: LoraOptions | None = None  # of the adapters, if that is what is trained
-    path: str = ""  # of the directory of what is frozen
+    frozen: Params | None = None  # base of the adapters; None: fully trained
+    lora: LoraOptions | None = None  # of the adapters, if any
+    path: str = ""  # directory of the frozen parameters
 
     def whole(self, trained: Params) -> Params:
-        """The parameters that the module reads; frozen arrays are shared."""
+        """The module's parameters; frozen arrays are shared."""
         return assembling(self.lora)(trained, self.frozen)
 
 
 def assembling(lora: LoraOptions | None) -> Assemble:
-    """`(trained, frozen, key=None) -> whole`, of one network or of actor and critic.
+    """`(trained, frozen, key=None) -> whole`, for one network or actor and critic.
 
-    What has no frozen part is whole. With a key, dropout is drawn.
+    Without a frozen part, `trained` is returned. With a key, dropout is applied.
     """
 
     def assemble(trained: Params, frozen: Params | None, key: Array | None = None):
@@ -70,7 +74,7 @@ def assembling(lora: LoraOptions | None) -> Assemble:
 
 
 def lora_options(config: LoraConfig) -> LoraOptions:
-    """Fresh adapters as a configuration describes them."""
+    """Options of new adapters, from a configuration."""
     return LoraOptions(
         rank=config.rank,
         alpha=config.alpha,
@@ -80,62 +84,83 @@ def lora_options(config: LoraConfig) -> LoraOptions:
     )
 
 
-class Networks:
-    """Reads the networks of a run; adapters share what is frozen below them.
+State = TypeVar("State")
 
-    With adapters each directory is read once: the reference is the policy without its
-    adapters, a critic may stand on the reward model or on the policy.
+
+class Networks:
+    """Builds the networks of a run and shards their trainable parameters.
+
+    With adapters, each directory is read once and frozen parameters are shared: the
+    reference is the policy without its adapters; the base of the critic may be the
+    reward model or the policy.
+
+    A few short methods do everything that needs files or values;
+    `tools.abstract_run.AbstractNetworks` overrides them to plan a run from shapes.
 
     Args:
-        config: of the run.
-        mesh: where the parameters go.
+        config: configuration of the run.
+        mesh: device mesh of the parameters.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        self._config = config
-        self._mesh = mesh
-        self._found: dict[Path, tuple[Transformer, Params]] = {}
+        self.config = config
+        self.mesh = mesh
+        self._found: dict[Any, tuple[Transformer, Params]] = {}
         self._num_adapted = 0
         self._options: LoraOptions | None = None
+
+    def make(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """The result of a function of arrays."""
+        return function(*arrays)
+
+    def place(self, state: State) -> tuple[State, State]:
+        """A state on its mesh, and its shardings."""
+        sharding = parameter_sharding(self.mesh, state)
+        return jax.device_put(state, sharding), sharding
+
+    def fresh(self, shape: DecoderConfig, key: Array) -> tuple[Network, Params]:
+        """A language model to train from scratch."""
+        module = Transformer(shape)
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        params = jax.jit(module.init)(key, tokens, tokens == 0)["params"]
+        return Network(module=configured(module, self.config)), params
 
     def frozen(
         self, path: str, head: Head, *, key: Array | None = None
     ) -> tuple[Transformer, Params]:
-        """A network that is only read; `key` draws a score vector it does not have."""
-        config, mesh = self._config, self._mesh
-        if not config.lora.is_on:
-            return frozen_network(path, config, head=head, mesh=mesh, key=key)
-        place = local_directory(path).resolve()
+        """A frozen network; `key` initializes a missing score head."""
+        checkpoint = self._open(path)
+        stored = self.config.lora.base_dtype or self.config.dtype
+        load = partial(self._load, checkpoint, head, stored=stored, key=key)
+        if not self.config.lora.is_on:
+            return load()
+        place = checkpoint.own_directory.resolve()
         if place not in self._found:
-            self._found[place] = frozen_network(
-                path, config, head=head, mesh=mesh, key=key
-            )
-        return with_head(*self._found[place], head, key=key)
+            self._found[place] = load()
+        return self._with_head(*self._found[place], head, key=key)
 
     def trained(
         self, path: str, head: Head, *, key: Array | None = None
     ) -> tuple[Network, Params]:
-        """A network to go on training, or with adapters on it, and what is trained.
+        """A network to train, fully or with adapters, and its trainable parameters.
 
         Args:
-            path: Hugging Face directory.
-            head: the one that is trained.
-            key: draws a score vector that the directory does not have.
+            path: path for `open_checkpoint`.
+            head: head to train.
+            key: initializes a score head that the checkpoint lacks.
 
         Raises:
-            ValueError: the directory cannot be read, or adapters are wanted on layers
-                that it does not have.
+            ValueError: the checkpoint cannot be read, or has no layers that match
+                lora.targets.
         """
-        config = self._config
-        if not config.lora.is_on:
-            module, params = trained_network(
-                path, config, head=head, mesh=self._mesh, key=key
-            )
+        checkpoint = self._open(path)
+        if not self.config.lora.is_on:
+            module, params = self._load(checkpoint, head, stored="float32", key=key)
             return Network(module=module), params
-        if head != "value" and is_adapter(local_directory(path)):
+        if head != "value" and checkpoint.adapter is not None:
             raise ValueError(
-                f"{path} holds an adapter, and an adapter of an adapter cannot be "
-                "written; give its base model here and the adapter as lora.adapter, or "
+                f"{path} contains an adapter, and an adapter on an adapter cannot be "
+                "saved; give its base model here and the adapter as lora.adapter, or "
                 "merge the two first with rlhf-jax merge"
             )
         module, params = self.frozen(path, head, key=key)
@@ -144,98 +169,94 @@ class Networks:
         network = Network(module=module, frozen=frozen, lora=options, path=path)
         return network, trained
 
-    def _say_if_moved(self, adapter: Path, path: str) -> None:
-        """Says where an adapter that goes on is put on another model than its own."""
-        named = read_peft_config(adapter).base
-        if named and named != path and Path(named).resolve() != Path(path).resolve():
-            heading(
-                f"{adapter} was trained on {named}, and goes on here on {path}",
-                quiet=self._config.quiet,
-            )
+    def _open(self, path: str) -> Checkpoint:
+        return open_checkpoint(path)
+
+    def _with_head(
+        self, module: Transformer, params: Params, head: Head, *, key: Array | None
+    ) -> tuple[Transformer, Params]:
+        return with_head(module, params, head, key=key)
+
+    def _load(
+        self,
+        checkpoint: Checkpoint,
+        head: Head,
+        *,
+        stored: str,
+        key: Array | None,
+    ) -> tuple[Transformer, Params]:
+        """Reads weights; if kernels are int8, the rest has the run's dtype."""
+        module, params = load_model(
+            checkpoint,
+            head=head,
+            dtype=jnp.dtype(self.config.dtype if stored == "int8" else stored),
+            mesh=self.mesh,
+            key=key,
+            convert=quantized_leaf if stored == "int8" else None,
+        )
+        return configured(module, self.config), params
 
     def _adapters(
         self, path: str, module: Transformer, params: Params
     ) -> tuple[Params, LoraOptions]:
-        """Those to go on training, of the first network; fresh ones of any other."""
-        lora = self._config.lora
+        """Adapters from `lora.adapter` for the first network, new ones for others."""
+        lora = self.config.lora
         self._num_adapted += 1
         if self._options is None and lora.adapter is not None:
-            directory = local_directory(lora.adapter)
-            self._say_if_moved(directory, path)
-            trained, self._options = read_adapter(
-                directory, module, dropout=lora.dropout
-            )
-            if module.head == "lm" and "score" in trained:
-                raise ValueError(
-                    f"lora.adapter={lora.adapter!r}: adapts a sequence classifier; "
-                    "this stage trains a language model"
-                )
-            return trained_head(params) | trained, self._options
+            return self._read_adapters(lora.adapter, path, module, params)
         if self._options is None:
             self._options = lora_options(lora)
-        # None of the keys that the run splits off its seed.
+        # Different from the keys that the run derives from its seed.
         key = jax.random.fold_in(
-            jax.random.key(self._config.seed), 20 + self._num_adapted
+            jax.random.key(self.config.seed), 20 + self._num_adapted
         )
-        return init_adapters(key, params, self._options), self._options
+        options = self._options
+        init = partial(init_adapters, options=options)
+        return self.make(init, key, params), options
+
+    def _read_adapters(
+        self, adapter: str, path: str, module: Transformer, params: Params
+    ) -> tuple[Params, LoraOptions]:
+        """Adapters trained by another run, to continue training."""
+        directory = local_directory(adapter)  # its base is not needed
+        named = read_peft_config(directory).base
+        if named and named != path and Path(named).resolve() != Path(path).resolve():
+            heading(
+                f"{directory} was trained on {named}; continuing on {path}",
+                quiet=self.config.quiet,
+            )
+        dropout = self.config.lora.dropout
+        trained, self._options = read_adapter(directory, module, dropout=dropout)
+        if module.head == "lm" and "score" in trained:
+            raise ValueError(
+                f"lora.adapter={adapter!r}: adapts a sequence classifier; "
+                "this stage trains a language model"
+            )
+        return trained_head(params) | trained, self._options
 
 
-State = TypeVar("State")
-
-
-def fresh_network(
-    config: FreshModelConfig, *, vocab_size: int, key: Array
-) -> tuple[Transformer, Params]:
-    """A language model of the given shape with random weights."""
+def fresh_shape(config: FreshModelConfig, *, vocab_size: int) -> DecoderConfig:
+    """Shape of a model that is trained from scratch."""
     family = {"gpt2": gpt2_config, "llama": llama_config}[config.family]
-    shape: DecoderConfig = family(
+    return family(
         vocab_size=vocab_size,
         max_positions=config.max_positions,
         width=config.width,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
     )
-    module = Transformer(shape)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(module.init)(key, tokens, tokens == 0)["params"]
-    return module, params
-
-
-def trained_network(
-    path: str, config: RunConfig, *, head: Head, mesh: Mesh, key: Array | None = None
-) -> tuple[Transformer, Params]:
-    """A checkpoint to go on training: float32 parameters, activations as configured."""
-    module, params = load_model(path, head=head, mesh=mesh, key=key)
-    return configured(module, config), params
-
-
-def frozen_network(
-    path: str, config: RunConfig, *, head: Head, mesh: Mesh, key: Array | None = None
-) -> tuple[Transformer, Params]:
-    """A checkpoint that is only read: parameters and activations as configured."""
-    stored = config.lora.base_dtype or config.dtype
-    dtype = config.dtype if stored == "int8" else stored
-    module, params = load_model(
-        path,
-        head=head,
-        dtype=jnp.dtype(dtype),
-        mesh=mesh,
-        key=key,
-        convert=quantized_leaf if stored == "int8" else None,
-    )
-    return configured(module, config), params
 
 
 def read_network(
     path: str, *, head: Head, dtype: Dtype, mesh: Mesh | None = None
 ) -> tuple[Transformer, Params]:
-    """A checkpoint with parameters and activations of one dtype."""
+    """A checkpoint with parameters and activations in one dtype."""
     module, params = load_model(path, head=head, mesh=mesh, dtype=jnp.dtype(dtype))
     return module.clone(dtype=jnp.dtype(dtype)), params
 
 
 def configured(module: Transformer, config: RunConfig) -> Transformer:
-    """The module with the run's dtype, rematerialisation and layer loop."""
+    """The module with the run's dtype, remat and layer scan."""
     return module.clone(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
@@ -243,38 +264,48 @@ def configured(module: Transformer, config: RunConfig) -> Transformer:
     )
 
 
-def place_state(state: State, mesh: Mesh) -> tuple[State, State]:
-    """A state on its mesh, and the shardings that keep it there."""
-    sharding = parameter_sharding(mesh, state)
-    return jax.device_put(state, sharding), sharding
+def check_adapters(config: RunConfig, shape: DecoderConfig) -> None:
+    """Raises ValueError if adapters cannot be read, or name layers that are not there.
+
+    Reads no weights.
+    """
+    if config.lora.adapter is not None:
+        read_peft_config(local_directory(config.lora.adapter))
+    elif config.lora.is_on:
+        shapes = unflatten_dict(parameter_shapes(Transformer(shape)), sep="/")
+        target_layers(shapes, config.lora.targets)
 
 
 def check_fits(
-    module: Transformer, tokenization: Tokenization, *, needed: int, name: str, why: str
+    shape: DecoderConfig,
+    tokenization: Tokenization,
+    *,
+    needed: int,
+    name: str,
+    why: str,
 ) -> None:
-    """Raises ValueError where a model cannot read the tokens it will be given.
+    """Raises ValueError if token ids or sequence lengths exceed the model's tables.
 
-    Indexing past the end of a table is no error inside a compiled program: it reads
-    the last row.
+    Compiled programs do not check indices: beyond the end they read the last row.
 
     Args:
-        module: the model.
+        shape: shape of the model.
         tokenization: its tokenizer.
-        needed: length of the longest sequence.
-        name: what the model is called in the message.
-        why: where the length comes from.
+        needed: maximum sequence length.
+        name: the model's name in the message.
+        why: the source of the length.
     """
-    vocabulary, limit = module.config.vocab_size, module.config.max_positions
+    vocabulary, limit = shape.vocab_size, shape.max_positions
     tokens = tokenization.num_ordinary_tokens()
     if tokens > vocabulary:
         raise ValueError(
             f"{name}: its tokenizer has {tokens} tokens, but the model has embeddings "
-            f"for {vocabulary}; take the tokenizer it was trained with"
+            f"for {vocabulary}; use the tokenizer it was trained with"
         )
     if needed > limit:
         raise ValueError(
-            f"{why}: {needed} tokens, but {name} reads at most {limit} (its "
-            "max_positions); lower the limits or take a model with more positions"
+            f"{why}: {needed} tokens, but {name} supports at most {limit} (its "
+            "max_positions); lower the limits or use a model with more positions"
         )
 
 
@@ -285,10 +316,10 @@ def save_trained(
     tokenization: Tokenization,
     trained: Params,
 ) -> None:
-    """Writes what was trained: the model, or adapters and the model with them in it.
+    """Saves the trained model, or the adapters and the merged model.
 
-    They are merged into the base as its file has it, whatever the run stored it as,
-    layer by layer while it is written.
+    Adapters are merged into the base weights as in its file, whatever the run stored,
+    layer by layer during writing.
     """
     save = partial(
         save_pretrained,
@@ -308,18 +339,18 @@ def save_trained(
         base=network.path,
         tokenizer=tokenization.tokenizer,
     )
-    if not config.lora.merge:  # an older model of the run has other adapters in it
+    if not config.lora.merge:  # an older merged model of the run is outdated
         shutil.rmtree(run.model, ignore_errors=True)
         return
     base, adapters = network.frozen, trained
     assert base is not None
     if any(x.dtype != jnp.float32 for x in jax.tree.leaves(base)):
-        # On the host: beside the run its devices may have no room for another base.
+        # On the host: devices may lack memory for another copy of the base.
         adapters = jax.device_get(trained)
         with jax.default_device(jax.devices("cpu")[0]):
             _, base = load_model(
                 network.path,
                 head=network.module.head,
-                key=jax.random.key(0),  # the adapters bring the score vector
+                key=jax.random.key(0),  # the adapters include the score head
             )
     save(merged_when_read(base, adapters, network.lora))

@@ -11,7 +11,7 @@ from rlhf_jax.learner.train_state import ActorCritic
 
 
 def make_grpo_optimizers(config: GRPOConfig) -> tuple[ActorCritic, ActorCritic]:
-    """Optimizer and learning-rate schedule of the actor, beside those of no critic."""
+    """Optimizer and learning-rate schedule of the actor; None for the critic."""
     actor, schedule = optimizer_of(
         config.optimizer,
         total_steps=config.updates * config.epochs * config.minibatches,
@@ -22,10 +22,10 @@ def make_grpo_optimizers(config: GRPOConfig) -> tuple[ActorCritic, ActorCritic]:
     )
 
 
-def make_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
+def make_ppo_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
     """Optimizers and learning-rate schedules of actor and critic.
 
-    The actor's schedule begins when the critic's warm-up is over.
+    The actor's schedule starts after the critic's warm-up.
     """
     steps_per_update = config.epochs * config.minibatches
     actor, actor_rate = optimizer_of(
@@ -42,9 +42,9 @@ def make_optimizers(config: PPOConfig) -> tuple[ActorCritic, ActorCritic]:
 
 
 def learning_rates(schedules: ActorCritic, opt_state: ActorCritic) -> dict[str, float]:
-    """Rates of the next optimizer step; steps that were not taken do not count.
+    """Learning rates of the next optimizer step, counting only steps taken.
 
-    A schedule that is None is of a critic that there is not.
+    A schedule is None if there is no critic.
     """
     return {
         f"optim/{name}_learning_rate": float(schedule(_steps_taken(state)))
@@ -64,7 +64,7 @@ def _steps_taken(opt_state: optax.OptState) -> Array:
 def optimizer_of(
     config: OptimizerConfig, *, total_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer that a configuration describes, and its learning rate by step."""
+    """The optimizer of a configuration, and its learning-rate schedule."""
     schedule = make_schedule(
         config.schedule,
         learning_rate=config.learning_rate,

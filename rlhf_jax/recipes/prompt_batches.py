@@ -1,4 +1,4 @@
-"""Prompts of a run, with what reward functions are told of them."""
+"""Prompts of a run, with the columns for reward functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.algo.options import check
 from rlhf_jax.algo.types import Prompts
+from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.policy import PolicyConfig
-from rlhf_jax.config.run import Overlong
 from rlhf_jax.data.batches import Batches, pad_prompts
-from rlhf_jax.data.encoding import Encoded, encode_prompts
+from rlhf_jax.data.encoding import Encoded, Overlong, encode_prompts
 from rlhf_jax.data.text_data import Columns, PromptRow, TextRows, read_prompt_rows
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.recipes.splits import read_split
@@ -28,12 +29,12 @@ class PromptBatch:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts as the data has them."""
+        """The prompts as in the data."""
         return [row.prompt for row in self.rows]
 
     @property
     def columns(self) -> dict[str, list[Any]]:
-        """The other columns of the data, B values each."""
+        """The other columns of the data, with B values each."""
         names = self.rows[0].columns
         return {name: [row.columns[name] for row in self.rows] for name in names}
 
@@ -46,7 +47,7 @@ class PromptBatch:
         )
 
     def join(self, other: "PromptBatch") -> "PromptBatch":
-        """The prompts of both, one after the other."""
+        """The prompts of both, concatenated."""
         return PromptBatch(
             prompts=jax.tree.map(
                 lambda *x: np.concatenate(x), self.prompts, other.prompts
@@ -55,7 +56,7 @@ class PromptBatch:
         )
 
     def repeat(self, times: int) -> "PromptBatch":
-        """Every prompt so many times, one after the other."""
+        """Repeats each prompt this many times, contiguously."""
         return self.take(np.repeat(np.arange(len(self.rows)), times))
 
 
@@ -69,7 +70,7 @@ class PromptData:
     pad_id: int
 
     def batches(self, *, batch_size: int, seed: int, stream: int = 0) -> Batches:
-        """Training batches, by number; streams of a seed have orders of their own."""
+        """Training batches, by number; each stream of a seed has its own order."""
         return Batches(
             self.rows, self._collate, batch_size=batch_size, seed=seed, stream=stream
         )
@@ -100,7 +101,7 @@ def encode_rows(
     max_prompt_tokens: int,
     overlong: Overlong = "drop",
 ) -> tuple[Encoded, list[tuple[PromptRow, np.ndarray]]]:
-    """`encode_prompts`, and each row that is left with its tokens, for `collate`."""
+    """`encode_prompts`, with each remaining row and its tokens, for `collate`."""
     encoded = encode_prompts(
         [row.prompt for row in rows],
         tokenization.encoder,
@@ -114,7 +115,7 @@ def encode_rows(
 def prompt_reader(
     config: PolicyConfig, tokenization: Tokenization
 ) -> Callable[[str], TextRows[PromptRow]]:
-    """Reads the prompts of a file, and the columns that reward functions are told."""
+    """Reads the prompts of a file, and the columns for reward functions."""
     told = bool(config.reward or config.eval_reward)
     return partial(
         read_prompt_rows,
@@ -125,13 +126,11 @@ def prompt_reader(
     )
 
 
-def read_prompt_data(
-    config: PolicyConfig, tokenization: Tokenization, *, stage: str
-) -> PromptData:
-    """Reads and encodes the prompts of a run; says how many there are.
+def read_prompt_data(config: PolicyConfig, tokenization: Tokenization) -> PromptData:
+    """Reads and encodes the prompts of a run; prints their number.
 
     Raises:
-        ValueError: one line that names the file, the line and what is wrong.
+        ValueError: one line with the file, the line and the problem.
     """
     read = prompt_reader(config, tokenization)
     train, held_out = read_split(config, read, prompt_of=lambda row: row.prompt)
@@ -147,7 +146,7 @@ def read_prompt_data(
     encoded_held_out, held_out_rows = encode(held_out)
     width = max(encoded.width, encoded_held_out.width)
     heading(
-        f"{stage}: {len(train_rows)} training and {len(held_out_rows)} held-out "
+        f"{config.stage}: {len(train_rows)} training and {len(held_out_rows)} held-out "
         f"prompts of at most {width} tokens; too long: {encoded.dropped} dropped, "
         f"{encoded.truncated} truncated",
         quiet=config.quiet,
@@ -158,3 +157,33 @@ def read_prompt_data(
         width=width,
         pad_id=tokenization.pad_id,
     )
+
+
+def prompt_order(
+    config: GRPOConfig, data: PromptData
+) -> Callable[[int, int], PromptBatch]:
+    """`(step, round) -> PromptBatch`: the order of prompts.
+
+    Later rounds have a separate order, so the first rounds skip no prompt, and resuming
+    does not depend on how often prompts were resampled.
+
+    Raises:
+        ValueError: there are fewer prompts than in a batch.
+    """
+    number = config.batch_size // config.group_size
+    check(
+        number <= len(data.rows),
+        "batch-size",
+        config.batch_size,
+        f"requires {number} prompts with group-size={config.group_size}; there are "
+        f"{len(data.rows)} training prompts",
+    )
+    first = data.batches(batch_size=number, seed=config.seed)
+    further = data.batches(batch_size=number, seed=config.seed, stream=1)
+
+    def prompts_of(step: int, round_number: int) -> PromptBatch:
+        if round_number == 0:
+            return first[step - 1]
+        return further[(step - 1) * config.resample + round_number - 1]
+
+    return prompts_of

@@ -1,4 +1,7 @@
-"""Stage 2: a reward model learns from judgements which answers people like better."""
+"""Stage 2: train a reward model on human judgments of responses.
+
+Start with `train`, the training loop.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from rlhf_jax.algo.types import Array, Params, Preferences, Rankings
 from rlhf_jax.config.supervised import RewardConfig
 from rlhf_jax.data.annotation import read_annotation_file
 from rlhf_jax.data.batches import Batches, pad_pairs, pad_rankings
-from rlhf_jax.data.comparisons import Comparisons, RankedAnswers, compare
+from rlhf_jax.data.comparisons import Comparisons, RankedResponses, compare
 from rlhf_jax.data.encoding import Encoded, EncodedPair, encode_pairs, encode_rankings
 from rlhf_jax.data.judgements import read_judgements
 from rlhf_jax.data.row_forms import PreferencePair
@@ -32,31 +35,188 @@ from rlhf_jax.learner.preference import (
     preference_objective,
     ranking_objective,
 )
+from rlhf_jax.learner.train_state import ModelState
 from rlhf_jax.models.callables import reward_model
-from rlhf_jax.recipes.networks import Networks, check_fits
+from rlhf_jax.models.hf.checkpoint import open_checkpoint
+from rlhf_jax.recipes.networks import Networks, check_adapters, check_fits
 from rlhf_jax.recipes.splits import hold_out_groups, read_reported, read_split
-from rlhf_jax.recipes.supervised_loop import SupervisedStage, train
-from rlhf_jax.run.devices import make_mesh, map_batches
+from rlhf_jax.recipes.supervised_run import (
+    SupervisedRun,
+    SupervisedSetup,
+    supervised_setup,
+)
+from rlhf_jax.run.devices import make_mesh, map_batches, put_batch
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import check_start
+from rlhf_jax.run.stopwatch import Stopwatch
+
+SHOWN = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "held-out accuracy": "eval/accuracy",
+}
+
+
+def run(config: RewardConfig) -> RunDirectory:
+    """Trains and saves the model as a Hugging Face sequence classifier.
+
+    Raises:
+        ValueError: for invalid input, before anything is compiled.
+        Interrupted: after a checkpoint, when asked to stop.
+        NonFiniteError: if a loss or gradient is not finite.
+    """
+    # Validate all input before reading weights.
+    check_start(config)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    tokenization = Tokenization.load(config.model)
+    feedback = read_feedback(config, tokenization)
+    shape = open_checkpoint(config.model).config
+    check_adapters(config, shape)
+    check_fits(
+        shape,
+        tokenization,
+        needed=feedback.width,
+        name="the model",
+        why="max-tokens",
+    )
+
+    reward = setup(config, Networks(config, mesh))
+    with SupervisedRun(
+        config,
+        reward,
+        evaluate=make_evaluation(
+            reward_model(reward.network.module),
+            feedback.held_out,
+            batch_size=config.batch_size,
+            mesh=mesh,
+        ),
+        tokenization=tokenization,
+        tokens_per_step=feedback.num_answers * config.batch_size * feedback.width,
+        shown=SHOWN,
+    ) as reward_run:
+        state = train(reward, reward_run, feedback.batches, mesh)
+        reward_run.save(state)
+    reward_run.report()
+    return reward_run.directory
+
+
+def train(
+    reward: SupervisedSetup, run: SupervisedRun, batches: Batches, mesh: Mesh
+) -> ModelState:
+    """The training loop."""
+    state = run.restore(reward.state)
+    run.evaluate_start(state)
+
+    for step in run.steps():
+        clock = Stopwatch()
+
+        # Pairs of a chosen and a rejected response, or rankings. The loss is the
+        # negative log-likelihood of the judgments, given the scores.
+        batch = put_batch(mesh, batches[step - 1])
+
+        # One compiled program, to which the old state is donated.
+        state, metrics = reward.update(state, batch, reward.network.frozen)
+
+        run.finish(step, state, metrics, clock)
+    return state
+
+
+def setup(config: RewardConfig, networks: Networks) -> SupervisedSetup:
+    """Network, optimizer, state and compiled step of a run.
+
+    Args:
+        config: validated configuration.
+        networks: builds the network, or its shapes.
+    """
+    head_key, run_key = jax.random.split(jax.random.key(config.seed))
+    network, params = networks.trained(config.model, "reward", key=head_key)
+    objective, count = _objective(config, reward_model(network.module))
+    return supervised_setup(
+        config,
+        networks,
+        network,
+        params,
+        key=run_key,
+        objective=objective,
+        count=count,
+    )
+
+
+def _objective(
+    config: RewardConfig, score_fn: ScoreFn
+) -> tuple[Objective, Callable[[Any], Array]]:
+    """The objective to minimize, and its divisor."""
+    if config.loss == "bradley-terry":
+        objective = preference_objective(
+            score_fn,
+            label_smoothing=config.label_smoothing,
+            center_coef=config.center_coef,
+        )
+        return objective, count_pairs
+
+    def loss_fn(scores: Array, batch: Rankings) -> Array:
+        if config.loss == "plackett-luce":
+            return plackett_luce_loss(scores, mask=batch.mask)
+        return pairwise_ranking_loss(
+            scores,
+            batch.grades,
+            mask=batch.mask,
+            margin_step=config.margin_step,
+            label_smoothing=config.label_smoothing,
+        )
+
+    objective = ranking_objective(score_fn, loss_fn, center_coef=config.center_coef)
+    return objective, count_rankings
+
+
+def make_evaluation(
+    score_fn: ScoreFn, pairs: Preferences, *, batch_size: int, mesh: Mesh
+) -> Callable[[Params], dict[str, float]]:
+    """Loss and accuracy on held-out pairs, by parameters.
+
+    The loss is Bradley–Terry without margins or label smoothing, whatever the training
+    loss, so runs with different feedback and losses can be compared.
+    """
+    scores_of = jax.jit(
+        lambda params, pairs: (
+            score_fn(params, pairs.chosen.tokens, pairs.chosen.mask),
+            score_fn(params, pairs.rejected.tokens, pairs.rejected.mask),
+        )
+    )
+
+    def evaluate(params: Params) -> dict[str, float]:
+        chosen, rejected = map_batches(
+            lambda _, batch: scores_of(params, batch),
+            pairs,
+            batch_size=batch_size,
+            mesh=mesh,
+        )
+        return {
+            "eval/loss": float(np.mean(preference_loss(chosen, rejected))),
+            "eval/accuracy": float(np.mean(chosen > rejected)),
+            "eval/score_mean": float(np.mean(np.concatenate([chosen, rejected]))),
+            "eval/score_std": float(np.std(np.concatenate([chosen, rejected]))),
+        }
+
+    return evaluate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """What a reward model is trained and measured on."""
+    """Training and held-out data of a reward model."""
 
-    batches: Batches  # of `Preferences`; under losses of whole rankings, of `Rankings`
+    batches: Batches  # of `Preferences`, or of `Rankings` with ranking losses
     held_out: Preferences
     width: int  # of every sequence
-    num_answers: int  # in a row of a batch: 2 of a pair, K of a ranking
+    num_answers: int  # per row of a batch: 2 for a pair, K for a ranking
 
 
 def read_feedback(config: RewardConfig, tokenization: Tokenization) -> Feedback:
-    """Reads, splits by prompt and encodes; prints what was found and left out.
+    """Reads, splits by prompt and encodes; prints how many rows are used and dropped.
 
     Raises:
-        ValueError: one line, on bad input.
+        ValueError: one line, for invalid input.
     """
     pairs, rankings, held_out_pairs = _read(config, tokenization)
     held_out = encode_feedback(config, tokenization, held_out_pairs)
@@ -116,8 +276,8 @@ def encode_feedback(
 
 def _read(
     config: RewardConfig, tokenization: Tokenization
-) -> tuple[list[PreferencePair], list[RankedAnswers], list[PreferencePair]]:
-    """Training pairs, the rankings they come from, if any, and held-out pairs."""
+) -> tuple[list[PreferencePair], list[RankedResponses], list[PreferencePair]]:
+    """Training pairs, their rankings, if any, and held-out pairs."""
     if config.feedback == "pairs":
         read = pair_reader(config, tokenization)
         pairs, held_out = read_split(config, read, prompt_of=lambda pair: pair.prompt)
@@ -137,7 +297,7 @@ def _read(
 def _compared(
     path: str, config: RewardConfig, tokenization: Tokenization
 ) -> Comparisons:
-    """Pairs and rankings of a file; prints what is wrong with its judgements."""
+    """Pairs and rankings of a file; prints problems with its judgments."""
     if config.feedback == "judgements":
         read = partial(
             read_judgements,
@@ -157,138 +317,28 @@ def _compared(
     left = found.pairs if config.loss == "bradley-terry" else found.rankings
     if not left:
         raise ValueError(
-            f"{path}: no judgement is left that prefers one answer to another"
+            f"{path}: no remaining judgment prefers one response to another"
         )
     return found
 
 
-def _usable(rankings: list[RankedAnswers], config: RewardConfig) -> list[RankedAnswers]:
-    """Those that the loss can learn from; says how many are left out."""
+def _usable(
+    rankings: list[RankedResponses], config: RewardConfig
+) -> list[RankedResponses]:
+    """Rankings that the loss supports; prints how many are dropped."""
     if config.loss != "plackett-luce":
         return rankings
     strict = [ranking for ranking in rankings if not ranking.has_ties]
     if not strict:
         raise ValueError(
             f"loss={config.loss}: each of the {len(rankings)} training rankings has "
-            "ties, which it does not know; take loss=pairwise-ranking"
+            "ties, which it does not support; use loss=pairwise-ranking"
         )
     if len(strict) < len(rankings):
         heading(
             f"{config.data}: {len(rankings) - len(strict)} of {len(rankings)} training "
-            f"rankings left out: they have ties, which {config.loss} does not know and "
-            "pairwise-ranking does",
+            f"rankings dropped: they have ties, which {config.loss} does not support "
+            "and pairwise-ranking does",
             quiet=config.quiet,
         )
     return strict
-
-
-def run(config: RewardConfig) -> RunDirectory:
-    """Trains, and writes the model as a Hugging Face sequence classifier.
-
-    Raises:
-        ValueError: on bad input, before anything is compiled.
-        Interrupted: after a checkpoint, when asked to stop.
-        NonFiniteError: on a loss or gradient that is no number.
-    """
-    check_start(config, stage="reward")
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-
-    # ---- text ----
-    tokenization = Tokenization.load(config.model)
-    feedback = read_feedback(config, tokenization)
-
-    # ---- model ----
-    head_key, run_key = jax.random.split(jax.random.key(config.seed))
-    network, params = Networks(config, mesh).trained(
-        config.model, "reward", key=head_key
-    )
-    module = network.module
-    width = feedback.width
-    check_fits(module, tokenization, needed=width, name="the model", why="max-tokens")
-    score_fn = reward_model(module)
-
-    # ---- train ----
-    objective, count = _objective(config, score_fn)
-    stage = SupervisedStage(
-        name="reward",
-        objective=objective,
-        count=count,
-        evaluate=make_evaluation(
-            score_fn, feedback.held_out, batch_size=config.batch_size, mesh=mesh
-        ),
-        batches=feedback.batches,
-        tokens_per_step=feedback.num_answers * config.batch_size * width,
-        shown={
-            "loss": "train/loss",
-            "accuracy": "train/accuracy",
-            "held-out accuracy": "eval/accuracy",
-        },
-    )
-    return train(
-        config,
-        stage,
-        network,
-        params,
-        key=run_key,
-        tokenization=tokenization,
-        mesh=mesh,
-    )
-
-
-def make_evaluation(
-    score_fn: ScoreFn, pairs: Preferences, *, batch_size: int, mesh: Mesh
-) -> Callable[[Params], dict[str, float]]:
-    """Loss and accuracy on held-out pairs, by parameters.
-
-    The loss is that of Bradley and Terry without margins or label smoothing, whatever
-    is trained: so runs on other forms of feedback and other losses compare.
-    """
-    scores_of = jax.jit(
-        lambda params, pairs: (
-            score_fn(params, pairs.chosen.tokens, pairs.chosen.mask),
-            score_fn(params, pairs.rejected.tokens, pairs.rejected.mask),
-        )
-    )
-
-    def evaluate(params: Params) -> dict[str, float]:
-        chosen, rejected = map_batches(
-            lambda _, batch: scores_of(params, batch),
-            pairs,
-            batch_size=batch_size,
-            mesh=mesh,
-        )
-        return {
-            "eval/loss": float(np.mean(preference_loss(chosen, rejected))),
-            "eval/accuracy": float(np.mean(chosen > rejected)),
-            "eval/score_mean": float(np.mean(np.concatenate([chosen, rejected]))),
-            "eval/score_std": float(np.std(np.concatenate([chosen, rejected]))),
-        }
-
-    return evaluate
-
-
-def _objective(
-    config: RewardConfig, score_fn: ScoreFn
-) -> tuple[Objective, Callable[[Any], Array]]:
-    """What is minimised, and its divisor."""
-    if config.loss == "bradley-terry":
-        objective = preference_objective(
-            score_fn,
-            label_smoothing=config.label_smoothing,
-            center_coef=config.center_coef,
-        )
-        return objective, count_pairs
-
-    def loss_fn(scores: Array, batch: Rankings) -> Array:
-        if config.loss == "plackett-luce":
-            return plackett_luce_loss(scores, mask=batch.mask)
-        return pairwise_ranking_loss(
-            scores,
-            batch.grades,
-            mask=batch.mask,
-            margin_step=config.margin_step,
-            label_smoothing=config.label_smoothing,
-        )
-
-    objective = ranking_objective(score_fn, loss_fn, center_coef=config.center_coef)
-    return objective, count_rankings

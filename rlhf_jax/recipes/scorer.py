@@ -1,4 +1,4 @@
-"""The reward of an answer: reward models and reward functions, weighed and added."""
+"""Rewards of responses: a weighted sum of reward models and reward functions."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from rlhf_jax.algo.types import Array, Params, Rollout
 from rlhf_jax.config.policy import PolicyConfig, function_name
 from rlhf_jax.data.tokenization import Tokenization
-from rlhf_jax.recipes.answers import Answers
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
+from rlhf_jax.recipes.responses import Responses
 from rlhf_jax.rewards.functions import RewardScores, RewardWorkers
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.run.devices import put_batch
@@ -22,27 +22,27 @@ from rlhf_jax.run.progress import heading
 
 NUM_PROBED = 2
 
-ScoreRollout = Callable[[Params | None, Rollout], tuple[Array, Array]]
-"""`(reward, rollout)` → the reward model's scores `[B]`, and how far it read `[B]`."""
+RewardModelProgram = Callable[[Params | None, Rollout], tuple[Array, Array]]
+"""`(reward, rollout)` → the reward model's scores `[B]`, and the lengths read `[B]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """What B answers of a rollout earned."""
+    """Rewards of B responses of a rollout."""
 
     scores: Array  # [B] float32, on the devices
     metrics: dict[str, float]
 
 
-def score_program(
+def reward_model_program(
     models: PolicyModels, *, stop_ids: Sequence[int], cut: bool
-) -> ScoreRollout:
-    """The reward model over a rollout, compiled; scores of 0 where there is none.
+) -> RewardModelProgram:
+    """The reward model on a rollout, compiled; scores of 0 if there is none.
 
     Args:
-        models: for the reward model.
-        stop_ids: tokens that end an answer.
-        cut: whether answers end at them; if not, no more than that is read.
+        models: include the reward model.
+        stop_ids: stop tokens.
+        cut: whether responses end at them; if not, it reads only up to them.
     """
 
     def score(reward: Params | None, rollout: Rollout) -> tuple[Array, Array]:
@@ -61,23 +61,25 @@ def score_program(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOutRewards:
-    """What N held-out answers earned."""
+    """Rewards of N held-out responses."""
 
     scores: np.ndarray  # [N] float32, as in training
     by_function: dict[str, np.ndarray]  # [N] float32 each, those of `eval_reward` first
-    failures: int | None  # answers with a stated score, where there is one to state
+    failures: (
+        int | None
+    )  # responses with --reward-on-failure as their score, if it is set
 
 
 class RewardFunctions(contextlib.ExitStack):
-    """The reward functions of a run, as a context manager that holds their processes.
+    """The reward functions of a run, as a context manager that owns their processes.
 
-    Entering it imports and checks every function; enter it before any expensive work.
+    Entering it imports and checks every function; do so before any expensive work.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
 
     Raises:
-        RewardFunctionError: on entering, where a function cannot be used.
+        RewardFunctionError: on entering, if a function cannot be used.
     """
 
     def __init__(self, config: PolicyConfig):
@@ -90,26 +92,26 @@ class RewardFunctions(contextlib.ExitStack):
 
     def __enter__(self) -> "RewardFunctions":
         super().__enter__()
-        with contextlib.ExitStack() as entered:  # ends those before one that fails
+        with contextlib.ExitStack() as entered:  # closes earlier ones if one fails
             for workers in self._all():
                 entered.enter_context(workers)
             self.push(entered.pop_all())
         return self
 
     def probe(self, data: PromptData) -> None:
-        """Asks every function about empty answers to the first prompts of its files.
+        """Calls every function on empty responses to the first prompts of its files.
 
-        A function that needs a column which the data does not have says so here,
-        before anything is compiled; and a policy may well answer nothing.
+        A missing column raises here, before anything is compiled; and empty responses
+        do occur in training.
 
         Raises:
-            RewardFunctionError: where a function fails and no score is stated for that.
+            RewardFunctionError: if a function fails, without `reward_on_failure`.
         """
         number = min(NUM_PROBED, len(data.held_out.rows))
         held_out = data.held_out.take(range(number))
         for workers in self._all():
             probe(workers, held_out)
-        if self.train is not None:  # its columns may be others
+        if self.train is not None:  # its columns may differ
             probe(self.train, data.first(NUM_PROBED))
 
     def _all(self) -> list[RewardWorkers]:
@@ -117,24 +119,24 @@ class RewardFunctions(contextlib.ExitStack):
 
 
 def probe(workers: RewardWorkers, batch: PromptBatch) -> None:
-    """Asks functions about empty answers to some prompts.
+    """Calls functions on empty responses to some prompts.
 
     Raises:
-        RewardFunctionError: where a function fails and no score is stated for that.
+        RewardFunctionError: if a function fails, without `reward_on_failure`.
     """
     workers.score(batch.texts, [""] * len(batch.rows), batch.columns)
 
 
-class Judge:
-    """Rewards of answers, in training and on held-out prompts.
+class Scorer:
+    """Rewards of responses, in training and on held-out prompts.
 
     Args:
-        config: of the run.
-        models: for the reward model and its parameters.
-        functions: entered.
-        tokenization: to read answers with.
-        score: from `score_program`.
-        mesh: where scores go.
+        config: configuration of the run.
+        models: include the reward model and its parameters.
+        functions: entered reward functions.
+        tokenization: decodes responses.
+        score: from `reward_model_program`.
+        mesh: device mesh of the scores.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class Judge:
         models: PolicyModels,
         functions: RewardFunctions,
         tokenization: Tokenization,
-        score: ScoreRollout,
+        score: RewardModelProgram,
         mesh: Mesh,
     ):
         self._weight = config.reward_model_weight
@@ -157,10 +159,10 @@ class Judge:
         self._mesh = mesh
 
     def of_rollout(self, rollout: Rollout, batch: PromptBatch) -> Rewards:
-        """Rewards of B answers; `batch` has the prompt of each.
+        """Rewards of B responses; `batch` has the prompt of each.
 
         Raises:
-            RewardFunctionError: where a function fails and no score is stated for that.
+            RewardFunctionError: if a function fails, without `reward_on_failure`.
         """
         by_model, lengths = self._score(self._models.reward, rollout)
         scores = by_model if self._weight == 1.0 else self._weight * by_model
@@ -184,17 +186,17 @@ class Judge:
         )
 
     def of_answers(
-        self, answers: Answers, texts: Sequence[str], batch: PromptBatch
+        self, answers: Responses, texts: Sequence[str], batch: PromptBatch
     ) -> HeldOutRewards:
-        """Rewards of N held-out answers, and what every function says of them.
+        """Rewards of N held-out responses, in total and by function.
 
         Args:
-            answers: with the scores of the reward model, if there is one.
-            texts: the answers.
+            answers: responses, with the reward model's scores, if any.
+            texts: the responses as text.
             batch: the prompt of each.
 
         Raises:
-            RewardFunctionError: where a function fails and no score is stated for that.
+            RewardFunctionError: if a function fails, without `reward_on_failure`.
         """
         scores = np.zeros(len(texts), np.float32)
         if answers.scores is not None:
@@ -217,12 +219,12 @@ class Judge:
     def _ask(
         self, workers: RewardWorkers, texts: Sequence[str], batch: PromptBatch
     ) -> RewardScores:
-        """What functions say; the first failure of all is told."""
+        """Scores of functions; prints the first failure of the run."""
         found = workers.score(batch.texts, texts, batch.columns)
         if found.complaints and not self._has_complained:
             self._has_complained = True
             heading(
-                f"a reward function fails, and the row gets a stated score: "
+                f"a reward function failed; its row uses --reward-on-failure: "
                 f"{found.complaints[0]}",
                 quiet=self._quiet,
             )

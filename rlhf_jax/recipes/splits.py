@@ -1,10 +1,8 @@
-"""Training rows and held-out rows of a stage."""
+"""Training and held-out rows of a stage."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from rlhf_jax.config.policy import PolicyConfig
-from rlhf_jax.config.supervised import RewardConfig
 from rlhf_jax.data.batches import holdout
 from rlhf_jax.data.text_data import TextRows
 from rlhf_jax.run.progress import heading
@@ -12,26 +10,45 @@ from rlhf_jax.run.progress import heading
 Row = TypeVar("Row")
 
 
+class HasSplit(Protocol):
+    """Configurations of data that is split by prompt."""
+
+    @property
+    def data(self) -> str: ...  # noqa: D102
+
+    @property
+    def eval_data(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def eval_fraction(self) -> float: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+    @property
+    def quiet(self) -> bool: ...  # noqa: D102
+
+
 def read_reported(
     path: str, read: Callable[[str], TextRows[Row]], *, quiet: bool
 ) -> list[Row]:
-    """The rows of a file; says how many were left out, and why."""
+    """The rows of a file; prints how many were dropped, and why."""
     found = read(path)
     for reason, count in found.dropped.items():
-        heading(f"{path}: {count} rows left out: {reason}", quiet=quiet)
+        heading(f"{path}: {count} rows dropped: {reason}", quiet=quiet)
     return found.rows
 
 
 def read_split(
-    config: RewardConfig | PolicyConfig,
+    config: HasSplit,
     read: Callable[[str], TextRows[Row]],
     *,
     prompt_of: Callable[[Row], str],
 ) -> tuple[list[Row], list[Row]]:
     """Reads `data`, and `eval_data` or else holds out `eval_fraction` of the prompts.
 
-    All rows of a prompt are on one side: a held-out row of a known prompt would flatter
-    the model.
+    All rows of a prompt are on one side: held-out rows of training prompts would bias
+    the metrics upwards.
     """
     rows = read_reported(config.data, read, quiet=config.quiet)
     if config.eval_data is not None:
@@ -43,7 +60,7 @@ def read_split(
 def hold_out_groups(
     rows: Sequence[Row], groups: Sequence[Hashable], fraction: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; rows of an equal group stay on one side."""
+    """Training and held-out rows; all rows of a group are on one side."""
     _, held_out = holdout(list(dict.fromkeys(groups)), fraction, seed)
     apart = set(held_out)
     pairs = list(zip(rows, groups, strict=True))

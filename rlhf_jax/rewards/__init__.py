@@ -1,1 +1,1 @@
-"""Calling reward functions in processes of their own, and reward models."""
+"""Reward functions in worker processes, and reward models."""

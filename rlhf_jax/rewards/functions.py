@@ -1,7 +1,7 @@
-"""Rewards that are Python functions, called in processes of their own.
+"""Python reward functions, called in worker processes.
 
-A function of anybody's may raise, hang, print, or take the interpreter down with it; in
-a worker process it can do none of that to the run.
+A user's function may raise, hang, print or crash the interpreter; in a worker process
+it cannot affect the run.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ OnFailure = Literal["stop"] | float
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RewardScores:
-    """What F reward functions say of B responses."""
+    """The scores of B responses by F reward functions."""
 
     scores: np.ndarray  # [B] float32, Σ_f weight_f · by_function[f]
     by_function: np.ndarray  # [F, B] float32
-    failures: np.ndarray  # [F] int32, rows that got the stated value instead
-    complaints: tuple[str, ...]  # why: one line for each failure
+    failures: np.ndarray  # [F] int32, rows scored with `on_failure`
+    complaints: tuple[str, ...]  # one line per failure
 
 
 class RewardWorkers:
@@ -54,33 +54,32 @@ class RewardWorkers:
     Each function is called as `function(prompts, responses, columns)`, with lists of
     equal length (`columns` is a dictionary of them), and returns that many numbers in a
     list, a tuple or an array. True and False count as 1 and 0. None, text, NaN,
-    infinity and whatever else is no finite float32 are failures; so are an exception,
-    the wrong length, a call that takes longer than the limit and the process's end.
+    infinity and anything else that is not a finite float32 are failures; so are
+    exceptions, a wrong length, timeouts and crashes.
 
-    A function must score each row by itself, because it sees only part of a batch: the
-    batch is divided among the workers, and where a call fails as a whole, its rows are
-    scored again one at a time to find the one at fault. Only the rows that fail alone
-    are failures. A worker that hangs is killed, with every process it started, and its
-    successor imports the files again.
+    A function must score each row independently, because it sees only part of a batch:
+    the batch is split among the workers, and if a call fails as a whole, its rows are
+    scored again one at a time to find the cause. Only rows that fail on their own are
+    failures. A worker that hangs is killed, with all its child processes, and its
+    replacement imports the files again.
 
-    Workers leave the accelerators alone (`JAX_PLATFORMS=cpu`), get no Ctrl-C and end
-    with this process, however it ends. What they print goes where this process prints.
+    Workers do not use accelerators (`JAX_PLATFORMS=cpu`), do not receive Ctrl-C and
+    exit with this process, however it exits. They print to this process's output.
 
-    Entering the block starts the workers and has every function imported and checked:
-    enter it before any expensive work.
+    Entering the block starts the workers and imports and checks every function: enter
+    it before any expensive work.
 
     Args:
         specs: F functions, `path/to/file.py:function` or `package.module:function`;
-            modules are looked for where this process looks, and in the working
-            directory.
-        weights: of the functions in the sum; as it is, 1 each.
+            modules are searched on this process's path and in the working directory.
+        weights: of the functions in the sum; default 1 each.
         processes: number of workers.
-        time_limit: seconds for a call, on a worker's part of a batch or on one row.
+        time_limit: seconds per call, for a worker's part of a batch or one row.
         on_failure: "stop", or the score of a row that fails.
 
     Raises:
-        RewardFunctionError: on entering, where a function cannot be used.
-        ValueError: where an option is wrong.
+        RewardFunctionError: on entering, if a function cannot be used.
+        ValueError: for an invalid option.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class RewardWorkers:
         specs: Sequence[str],
         *,
         weights: Sequence[float] | None = None,
-        processes: int = 4,
+        processes: int = 2,
         time_limit: float = 5.0,
         on_failure: OnFailure = "stop",
     ):
@@ -133,16 +132,16 @@ class RewardWorkers:
             columns: the other columns of the rows, B values each.
 
         Raises:
-            RewardFunctionError: with `on_failure="stop"`, where a row fails: one line
-                with the function, the row (from 0) and the beginning of its response.
-            ValueError: where the lengths differ, or outside the `with` block.
+            RewardFunctionError: with `on_failure="stop"`, if a row fails: one line with
+                the function, the row (from 0) and the start of its response.
+            ValueError: if the lengths differ, or outside the `with` block.
         """
         if not self._workers:
             raise ValueError("RewardWorkers.score: call it inside the `with` block")
         named = [("prompts", prompts), ("responses", responses), *columns.items()]
         if len({len(column) for _, column in named}) > 1:
             counts = ", ".join(f"{len(column)} {name}" for name, column in named)
-            raise ValueError(f"a row has one of each, so {counts} do not fit together")
+            raise ValueError(f"{counts} do not match; give one of each per row")
         batch = _Batch(prompts, responses, columns)
         complaints: list[str] = []
         found, failures = [], []
@@ -161,14 +160,14 @@ class RewardWorkers:
     def _score_one(
         self, function: int, batch: "_Batch", complaints: list[str]
     ) -> list[float]:
-        """Every row's score by one function; a line for each failure is added."""
+        """Every row's score by one function; appends a line per failure."""
         parts = batch.parts(self.processes)
         outcomes = self._run([batch.job(function, part) for part in parts])
         scores = []
         for part, outcome in zip(parts, outcomes, strict=True):
             if isinstance(outcome, str):
                 outcome = self._score_again(function, batch, part, outcome)
-            # A run that is about to stop has not scored the part's last rows again.
+            # With "stop", the rows after a failure were not scored again.
             for row, score in zip(part, outcome, strict=False):
                 if isinstance(score, str):
                     response = shown(batch.responses[row])
@@ -186,7 +185,8 @@ class RewardWorkers:
     def _score_again(
         self, function: int, batch: "_Batch", part: range, complaint: str
     ) -> list[float | str]:
-        """One row at a time, because the call for all failed; up to one that stops."""
+        """Scores one row at a time after the whole call failed; until a row that
+        stops."""
         stopping = self.on_failure == "stop"
         jobs = [batch.job(function, range(row, row + 1)) for row in part]
         outcomes = self._run(jobs, until_failure=stopping)
@@ -196,7 +196,7 @@ class RewardWorkers:
         if stopping and not any(isinstance(score, str) for score in found):
             raise RewardFunctionError(
                 f"{self.specs[function]}, rows {part[0]} to {part[-1]} in one call: "
-                f"{complaint}; each of these rows alone is scored without trouble"
+                f"{complaint}; each of these rows is scored correctly on its own"
             )
         return found
 
@@ -241,7 +241,7 @@ class _Batch:
     columns: Mapping[str, Sequence]
 
     def parts(self, count: int) -> list[range]:
-        """The rows in at most `count` consecutive parts, none of them empty."""
+        """The rows in at most `count` consecutive nonempty parts."""
         total = len(self.responses)
         bounds = [total * part // count for part in range(count + 1)]
         pairs = itertools.pairwise(bounds)

@@ -1,8 +1,8 @@
-"""Processes that run reward functions, seen from the side that gives them work.
+"""Processes that run reward functions: the parent's side.
 
-They run `reward_worker` as a script rather than under `multiprocessing`: fork is unsafe
-in a process that holds jax, and spawn would import the main module of the run, and jax
-with it, in every one of them.
+They run `worker.py` as a script rather than with `multiprocessing`: fork is unsafe
+in a process that uses jax, and spawn would import the run's main module, and jax with
+it, in every worker.
 """
 
 import collections
@@ -19,14 +19,14 @@ from multiprocessing.connection import wait
 from rlhf_jax.rewards import worker as reward_worker
 from rlhf_jax.rewards.worker import Job, Outcome, RewardFunctionError, Setup
 
-_START_LIMIT = 120.0  # seconds; on a busy machine a large library takes many
+_START_LIMIT = 120.0  # seconds; large imports are slow on a busy machine
 
 
 class RewardProcess:
-    """A process that has imported some reward functions, one job at a time.
+    """A process that runs reward functions, one job at a time.
 
-    It starts at once; `wait_until_ready` must follow. Once it has ended, by itself or
-    by `kill`, the next `begin` starts another in its place.
+    It starts immediately; call `wait_until_ready` next. After it exits or is killed,
+    the next `begin` starts a replacement.
 
     Args:
         specs: the functions, see `load_reward_function`; a job names one by its index.
@@ -41,12 +41,12 @@ class RewardProcess:
         handle = theirs.fileno()
         with theirs:
             self._process = subprocess.Popen(
-                # -P: the modules beside the script must not pass for libraries.
+                # -P: modules next to the script must not shadow libraries.
                 [sys.executable, "-P", reward_worker.__file__, str(handle)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[handle],
-                start_new_session=True,  # no Ctrl-C, and its children end with it
-                # The accelerators' memory belongs to the run.
+                start_new_session=True,  # no Ctrl-C; its children are killed with it
+                # Accelerator memory is for the run.
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
             )
         self._send((self._specs, [*sys.path, os.getcwd()]))
@@ -55,7 +55,7 @@ class RewardProcess:
         """Returns once the functions are imported and checked.
 
         Raises:
-            RewardFunctionError: where one of them cannot be used.
+            RewardFunctionError: if one of them cannot be used.
         """
         names = ", ".join(self._specs)
         if not self.connection.poll(_START_LIMIT):
@@ -66,12 +66,12 @@ class RewardProcess:
         try:
             complaint = self.connection.recv()
         except (EOFError, OSError):
-            complaint = f"{names}: importing ended the process: {self._ending()}"
+            complaint = f"{names}: importing crashed the process: {self._ending()}"
         if complaint is not None:
             raise RewardFunctionError(complaint)
 
     def begin(self, job: Job) -> None:
-        """Sends a job; `connection` becomes readable when there is an answer."""
+        """Sends a job; `connection` becomes readable when the result is ready."""
         if self._process.poll() is not None:
             self.connection.close()
             self._start()
@@ -79,28 +79,28 @@ class RewardProcess:
         self._send(job)
 
     def answer(self) -> Outcome:
-        """The answer to the job; waits for it."""
+        """Waits for the result of the job."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
-            return f"ended its process: {self._ending()}"
+            return f"crashed its process: {self._ending()}"
 
     def kill(self) -> None:
-        """Ends the process and what it started."""
-        if self._process.returncode is None:  # else the number may be another's by now
-            # macOS refuses where all that is left of a group is its ended leader.
+        """Kills the process and its children."""
+        if self._process.returncode is None:  # otherwise the pid may have been reused
+            # macOS raises if only the exited leader of the group is left.
             with contextlib.suppress(PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self.connection.close()
 
     def _send(self, message: Setup | Job) -> None:
-        # If the process has just ended, reading its answer will show it.
+        # If the process has just exited, reading its result will show it.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(message)
 
     def _ending(self) -> str:
-        """How the process ended, after the same end for what it started."""
+        """How the process exited, after killing its children."""
         self.kill()
         code = self._process.returncode
         return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
@@ -113,17 +113,17 @@ def run_jobs(
     time_limit: float,
     until_failure: bool = False,
 ) -> list[Outcome]:
-    """What becomes of the jobs, in their order.
+    """Runs the jobs and returns their outcomes in order.
 
     Args:
-        processes: ready for work; one that exceeds the limit is killed.
-        jobs: each goes to the next process that is free.
-        time_limit: seconds for one job.
-        until_failure: begin no job once a row or a job has failed. Jobs are begun in
-            order, so that the list may be shorter then but has no gaps before its end.
+        processes: ready processes; one that exceeds the limit is killed.
+        jobs: each is sent to the next free process.
+        time_limit: seconds per job.
+        until_failure: start no more jobs once a row or a job has failed. Jobs are
+            started in order, so the list may then be shorter but has no gaps.
 
     Raises:
-        RewardFunctionError: where a process had to be replaced and could not be.
+        RewardFunctionError: if a replacement process cannot be started.
     """
     outcomes: dict[int, Outcome] = {}
     waiting = collections.deque(enumerate(jobs))
@@ -152,7 +152,7 @@ def run_jobs(
                 if until_failure and _has_failed(outcomes[index]):
                     waiting.clear()
     finally:
-        for process, _, _ in running:  # an interruption: nobody will read their answers
+        for process, _, _ in running:  # interrupted: nobody will read their results
             process.kill()
     return [outcomes[index] for index in sorted(outcomes)]
 

@@ -1,4 +1,4 @@
-"""Reward models as a reward function of texts: to measure by, not to train on."""
+"""Reward models as a reward function of texts, for evaluation only."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,25 +18,25 @@ from rlhf_jax.models.callables import reward_model
 from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.run.devices import make_mesh, map_batches
 
-MAX_TOKENS = 1 << 30  # nothing is cut: what the policy could write, it could read
+MAX_TOKENS = 1 << 30  # never truncates: the policy could handle this length
 
 
 class RewardJudge:
-    """K reward models of one shape and one tokenizer, called with texts.
+    """K reward models with the same architecture and tokenizer, called with texts.
 
-    As a reward function it lives in a file of its own,
+    To use it as a reward function, put it in a file,
 
         ensemble = RewardJudge(["runs/rm-1/model", "runs/rm-2/model"], how="worst")
 
-    and is named `judge.py:ensemble`. The models are read at the first call. Answers are
-    scored as whole texts with their EOS, also those that were cut off; a policy's
-    unusual tokens for usual text are forgiven.
+    and name it `judge.py:ensemble`. The models are loaded at the first call. Responses
+    are scored as full texts with EOS, even if truncated, and are re-tokenized, so
+    unusual tokenizations by the policy have no effect.
 
     Args:
         paths: Hugging Face directories of the reward models.
         how: see `combine_scores`.
         penalty: λ of mean-minus-std.
-        batch_size: answers at a time.
+        batch_size: responses per batch.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class RewardJudge:
         responses: Sequence[str],
         columns: Mapping[str, Any],
     ) -> list[float]:
-        """One score per answer; `columns` are not read."""
+        """One score per response; `columns` are ignored."""
         scores = jnp.asarray(self.scores(prompts, responses))
         combined = combine_scores(scores, how=self._how, penalty=self._penalty)
         return np.asarray(combined).tolist()
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """`[K, B]` float32, what each model says of each of B ≥ 1 answers."""
+        """`[K, B]` float32, the score of each model for each of B ≥ 1 responses."""
         if self._loaded is None:
             self._loaded = self._load()
         score_fn, models, tokenization = self._loaded
@@ -96,8 +96,8 @@ class RewardJudge:
             tokenization.check_same_as(Tokenization.load(str(path)), "paths", str(path))
             if other.config != module.config:
                 raise ValueError(
-                    f"paths={str(path)!r}: its shape differs from that of "
-                    f"{str(self._paths[0])!r}; the models run through one program"
+                    f"paths={str(path)!r}: its architecture differs from that of "
+                    f"{str(self._paths[0])!r}; give models of one architecture"
                 )
         score_fn = jax.jit(reward_model(module))
         return score_fn, [params for _, params in loaded], tokenization

@@ -1,10 +1,10 @@
-"""One worker process of `reward_functions`: loads reward functions and calls them.
+"""A worker process of `functions.py`: loads reward functions and calls them.
 
-Run as a script, and with the standard library alone: importing this package by name
-would load jax, a second of work for a process that may be replaced at any time.
+Runs as a script with only the standard library: importing this package by name would
+load jax, which takes a second in a process that may be replaced at any time.
 
-Messages are plain data over a socket. The worker gets a `Setup`, answers `None` or a
-complaint, and from then on gets a `Job` and answers an `Outcome`, until the socket
+Messages are plain data over a socket. The worker receives a `Setup`, returns `None` or
+an error message, and then receives a `Job` and returns an `Outcome`, until the socket
 closes.
 """
 
@@ -29,23 +29,23 @@ from typing import Any
 Setup = tuple[list[str], list[str]]  # specs of the functions, and `sys.path`
 Job = tuple[int, list[str], list[str], dict[str, list]]  # which function, and its batch
 Outcome = list[float | str] | str
-"""Per row the score, or what is wrong with it; or what is wrong with the whole call."""
+"""The score or error of each row, or the error of the whole call."""
 
 RewardFunction = Callable[[list[str], list[str], dict[str, list]], Any]
 
-_LARGEST_SCORE = 3.4e38  # float32 ends there
+_LARGEST_SCORE = 3.4e38  # limit of float32
 _PACKAGE = "rlhf_jax"
 
 
 class RewardFunctionError(ValueError):
-    """A reward function cannot be loaded, or did not give what a reward must give."""
+    """A reward function cannot be loaded, or returned invalid scores."""
 
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """The function that a spec names, found fit to be called with a batch.
+    """Loads and checks the function that a spec names.
 
-    Imports the file or module in this process. The folder of a file goes on
-    `sys.path`, as if the file were run, so that it can import its neighbours.
+    Imports the file or module in this process. The folder of a file is added to
+    `sys.path`, as if the file were run, so that it can import files next to it.
 
     Args:
         spec: `path/to/file.py:function` or `package.module:function`.
@@ -54,14 +54,14 @@ def load_reward_function(spec: str) -> RewardFunction:
         A callable of `(prompts, responses, columns)`.
 
     Raises:
-        RewardFunctionError: where there is no such file, module or function, where
-            importing it fails, or where it cannot be called with three arguments. One
-            line that begins with the spec.
+        RewardFunctionError: if there is no such file, module or function, importing it
+            fails, or it cannot be called with three arguments. One line that begins
+            with the spec.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
         raise RewardFunctionError(
-            f"{spec}: name a reward as file.py:function or package.module:function"
+            f"{spec}: give a reward as file.py:function or package.module:function"
         )
     is_file = place.endswith(".py")
     path = Path(place).expanduser().resolve()
@@ -69,7 +69,7 @@ def load_reward_function(spec: str) -> RewardFunction:
         raise RewardFunctionError(f"{spec}: no such file: {path}")
     try:
         module = _import_file(path) if is_file else importlib.import_module(place)
-    except BaseException as error:  # SystemExit too: a script without a main guard
+    except BaseException as error:  # includes SystemExit: a script without a main guard
         raise RewardFunctionError(
             f"{spec}: importing {place} failed: {_described(error)}"
         ) from None
@@ -81,14 +81,14 @@ def load_reward_function(spec: str) -> RewardFunction:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"reward_file_{path.stem}"  # no name that anything else imports
+    name = f"reward_file_{path.stem}"  # must not clash with other modules
     known = sys.modules.get(name)
     if known is not None and known.__file__ == str(path):
         return known
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:
@@ -109,14 +109,14 @@ def _no_such_name(module: ModuleType, place: str, name: str) -> str:
 def _check_callable(spec: str, function: Any) -> None:
     if not callable(function):
         kind = type(function).__name__
-        raise RewardFunctionError(f"{spec}: it is a value ({kind}), not a function")
+        raise RewardFunctionError(f"{spec}: not a function but a value ({kind})")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise RewardFunctionError(
-            f"{spec}: an async function or a generator; it must return a list"
+            f"{spec}: an async function or a generator; return a list instead"
         )
     try:
         signature = inspect.signature(function)
-    except ValueError:  # built in, and says nothing about its arguments
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind([], [], {})
@@ -128,7 +128,7 @@ def _check_callable(spec: str, function: Any) -> None:
 
 
 def _described(error: BaseException) -> str:
-    """Kind and first line of an exception, and the line of the user's file it left."""
+    """Type and first line of an exception, and the line in the user's file."""
     first_line = (str(error).splitlines() or [""])[0][:200]
     text = f"{type(error).__name__}: {first_line}".removesuffix(": ")
     frames = [
@@ -137,14 +137,14 @@ def _described(error: BaseException) -> str:
         if frame.filename not in (__file__, importlib.__file__)
         and not frame.filename.startswith("<frozen ")
     ]
-    # Deeper files are libraries, and their lines say little.
+    # Deeper frames are libraries, and not informative.
     lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
     where = f" ({Path(frames[0].filename).name}, line {lines[-1]})" if lines else ""
     return text + where
 
 
 def outcome(function: RewardFunction, job: Job) -> Outcome:
-    """Calls the function; whatever it does or returns becomes plain data."""
+    """Calls the function; converts any result or failure to plain data."""
     _, prompts, responses, columns = job
     try:
         result = function(prompts, responses, columns)
@@ -154,12 +154,12 @@ def outcome(function: RewardFunction, job: Job) -> Outcome:
         if len(rows) != len(responses):
             return f"returned {len(rows)} numbers for {len(responses)} responses"
         return [_score(row) for row in rows]
-    except BaseException as error:  # SystemExit too: the worker is to go on
+    except BaseException as error:  # includes SystemExit: the worker must continue
         return _described(error)
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as lists, and their elements as Python numbers."""
+    """Converts arrays to lists, and their elements to Python numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -182,10 +182,10 @@ def _shown(value: Any) -> str:
 
 
 def _defer_package_init() -> None:
-    """Makes the modules of this package importable without its `__init__`, and jax.
+    """Makes the modules of this package importable without its `__init__` and jax.
 
-    Reward files import `rlhf_jax.tasks.verifiable`. The `__init__` runs once somebody
-    asks the package itself for a name.
+    Reward files import `rlhf_jax.tasks.verifiable`. The `__init__` runs when a name of
+    the package itself is accessed.
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.loader is None:
@@ -204,11 +204,11 @@ def _defer_package_init() -> None:
 
 
 def _receive(connection: Connection, messages: queue.SimpleQueue) -> None:
-    """Passes messages on; at their end takes down the worker and what it started.
+    """Forwards messages; kills the worker and its children when the socket closes.
 
-    In a thread of its own, so that a worker whose parent is gone ends even if its
-    function never returns. The functions have the main thread: `signal.alarm`, with
-    which they may limit their own time, works nowhere else.
+    Runs in a separate thread, so that a worker whose parent is gone exits even if its
+    function never returns. Functions run in the main thread, because `signal.alarm`,
+    which they may use for timeouts, only works there.
     """
     try:
         while True:
@@ -218,7 +218,8 @@ def _receive(connection: Connection, messages: queue.SimpleQueue) -> None:
 
 
 def main(handle: int) -> None:
-    """Serves the socket of this file descriptor. The process must lead its session."""
+    """Serves the socket of this file descriptor. The process must be a session
+    leader."""
     os.set_inheritable(handle, False)
     connection = Connection(handle)
     messages = queue.SimpleQueue()
@@ -234,7 +235,7 @@ def main(handle: int) -> None:
         while True:
             job = messages.get()
             connection.send(outcome(functions[job[0]], job))
-    threading.Event().wait()  # until the parent has read the complaint and hangs up
+    threading.Event().wait()  # until the parent has read the error
 
 
 if __name__ == "__main__":

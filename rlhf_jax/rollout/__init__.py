@@ -1,4 +1,4 @@
-"""Prompts to experience: sampling, scoring, shaping. Callables in, arrays out."""
+"""From prompts to experience: sampling, scoring, reward shaping."""
 
 from rlhf_jax.rollout.decoding import generate
 from rlhf_jax.rollout.experience import make_experience

@@ -1,4 +1,4 @@
-"""Prompts to sampled answers: one prefill, then a decode loop."""
+"""Samples responses to prompts: one prefill, then a decode loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from rlhf_jax.interfaces import DecodeFn, PrefillFn
 
 @record
 class _Progress:
-    """What the decode loop carries."""
+    """The carry of the decode loop."""
 
-    step: Array  # [] int32, response tokens drawn so far
+    step: Array  # [] int32, response tokens sampled so far
     token: Array  # [B] int32, the newest
-    done: Array  # [B] bool, a stop token was drawn
+    done: Array  # [B] bool, a stop token was sampled
     responses: Array  # [B, T] int32
     logprobs: Array  # [B, T] float32
     lengths: Array  # [B] int32
@@ -39,40 +39,38 @@ def generate(
     min_p: float | None = None,
     pad_id: int = 0,
 ) -> Rollout:
-    """Samples one answer per prompt.
+    """Samples one response per prompt.
 
-    Stops as soon as every row has drawn a stop token. Noise depends on the key and the
-    column alone, so that one key gives one text whatever the devices; draw a new key
-    for every rollout.
+    Stops as soon as every row has a stop token. Noise depends only on the key and the
+    column, so a key gives the same text on any devices; use a new key for every
+    rollout.
 
     Args:
         key: typed PRNG key, consumed.
-        params: handed to `prefill` and `decode`.
+        params: passed to `prefill` and `decode`.
         prompts: `[B, P]`, left-padded, each of at least one token.
-        prefill: reads the prompts; see `rlhf_jax.interfaces`.
-        decode: reads one token per row.
+        prefill: processes the prompts; see `rlhf_jax.interfaces`.
+        decode: processes one token per row.
         max_new_tokens: T, at least 1.
-        stop_ids: tokens that end an answer; they belong to it. Empty: none does.
-        temperature: divides the logits; the number 0 (Python's or NumPy's) takes the
-            likeliest token.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the fewest tokens that hold this probability.
-        min_p: keep tokens at least this fraction as probable as the likeliest.
-        pad_id: written after the end of an answer.
+        stop_ids: tokens that end a response, and are included in it. Empty: none.
+        temperature: divides the logits; the number 0 (Python's or NumPy's) is greedy.
+        top_k: keep the k most likely tokens.
+        top_p: keep the smallest set of tokens with this probability.
+        min_p: keep tokens with at least this fraction of the largest probability.
+        pad_id: written after the end of a response.
 
     Returns:
-        Answers, their lengths, and the log-probability of each token under the
-        distribution it was drawn from (after temperature and truncation), 0 past
-        the end.
+        Responses, their lengths, and the log-probability of each token under the
+        sampling distribution (after temperature and truncation), 0 after the end.
 
     Raises:
-        ValueError: when `max_new_tokens` is less than 1, or an option of the sampling
-            that is given as a number is out of its range.
+        ValueError: if `max_new_tokens` is less than 1, or a sampling option given as a
+            number is out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    pad = jnp.asarray(pad_id, jnp.int32)  # NumPy's int64 would change the loop's carry
+    pad = jnp.asarray(pad_id, jnp.int32)  # NumPy int64 would change the loop carry
     stops = jnp.asarray(tuple(stop_ids), jnp.int32)
     batch, prompt_length = prompts.tokens.shape
 
@@ -87,7 +85,7 @@ def generate(
         )
 
     def write(progress: _Progress, logits: Array, cache: Any) -> _Progress:
-        """Draws the next token of every row that is not done."""
+        """Samples the next token of every unfinished row."""
         token, logprob = draw(progress.step, logits)
         token = jnp.where(progress.done, pad, token)
         logprob = jnp.where(progress.done, 0.0, logprob)
@@ -113,7 +111,7 @@ def generate(
         params,
         prompts.tokens,
         prompts.mask,
-        # The last token drawn is never read, so it needs no column.
+        # The last sampled token is never processed, so it needs no column.
         cache_length=prompt_length + max_new_tokens - 1,
     )
     start = _Progress(

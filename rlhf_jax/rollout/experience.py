@@ -1,4 +1,4 @@
-"""A scored rollout to experience: the PPO-RLHF recipe on arrays."""
+"""Makes experience from a scored rollout, for PPO."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from rlhf_jax.algo.advantages import gae, length_adaptive_lam, n_step_returns
 from rlhf_jax.algo.diagnostics import explained_variance
 from rlhf_jax.algo.masking import include_end_state, masked_mean, masked_whiten
-from rlhf_jax.algo.off_policy import sampler_ratio, sampler_weights
 from rlhf_jax.algo.options import (
     AdvantageOptions,
     KLOptions,
     PolicyLossOptions,
     ScoreOptions,
     check_bootstrap,
+    require_defaults,
 )
 from rlhf_jax.algo.rewards import shape_rewards
 from rlhf_jax.algo.scores import (
@@ -25,9 +25,10 @@ from rlhf_jax.algo.scores import (
     soft_overlong_penalty,
 )
 from rlhf_jax.algo.types import Array, Experience, Rollout, Scalar, ScoredRollout
+from rlhf_jax.rollout.sampler_mismatch import mismatch_weights, share_beyond_bounds
 
 AdvantageFn = Callable[[Array, Array, Array], tuple[Array, Array]]
-"""`(rewards, values, mask) -> (advantages, returns)`, all `[B, T]`; as `gae` is."""
+"""`(rewards, values, mask) -> (advantages, returns)`, all `[B, T]`; like `gae`."""
 
 
 def make_experience(
@@ -49,25 +50,25 @@ def make_experience(
 
     Args:
         scored: the rollout with log-probabilities, values and scores.
-        kl_coef: `[]`, β of this step; `kl.coef` is only where it starts.
-        kl: the penalty. With `place="loss"` the experience carries β to the loss.
-        scores: from score to rewards; `normalization` is what `score_moments` are of.
-        advantages: from rewards to advantages. With `whiten="minibatch"` they stay
-            raw here: `whiten_minibatch` is for the update.
-        policy_loss: read for `sampler_correction`.
-        score_moments: normalise scores by these; None: not.
-        advantage_fn: in place of GAE and the estimators that `advantages` names; of
-            those options only whitening is then read. It gets token rewards, values
-            and the mask of rewarded states, all 0 or False on padding.
+        kl_coef: `[]`, β of this step; `kl.coef` is only the initial value.
+        kl: KL options. With `place="loss"` the experience carries β to the loss.
+        scores: from scores to rewards; `normalization` must match `score_moments`.
+        advantages: from rewards to advantages. With `whiten="minibatch"` they are not
+            whitened here; use `whiten_minibatch` in the update.
+        policy_loss: used for `sampler_correction`.
+        score_moments: for score normalization; None: no normalization.
+        advantage_fn: instead of GAE and the other estimators in `advantages`; of those
+            options only whitening is then used. It gets token rewards, values and the
+            mask of rewarded states, all 0 or False on padding.
 
     Returns:
         The experience and scalar float32 metrics over the whole batch. `kl/sequence`
-        is the mean over sequences of Σ_t (log π − log π_ref), in nats, whatever the
-        estimator that shapes the rewards; it is left out without a reference.
+        is the mean over sequences of Σ_t (log π − log π_ref), in nats, for any
+        estimator used in the rewards; omitted without a reference.
 
     Raises:
-        ValueError: on options that contradict each other, or that need something which
-            `scored` or `score_moments` do not have.
+        ValueError: on contradictory options, or if they need something missing in
+            `scored` or `score_moments`.
     """
     for name, options in (
         ("kl", kl),
@@ -95,10 +96,10 @@ def make_experience(
             scored, values, rewards, states, valued, advantages
         )
     else:
-        why = "is not read beside advantage_fn"
-        advantages.require_defaults("advantages", *_OF_ESTIMATORS, why=why)
+        why = "has no effect with advantage_fn"
+        require_defaults(advantages, "advantages", *_OF_ESTIMATORS, why=why)
         raw, returns = advantage_fn(rewards, values, states)
-    used = used_answers(scored.rollout, scores)[:, None]
+    used = used_responses(scored.rollout, scores)[:, None]
     mask = learned = scored.rollout.mask & used
     if scores.end_value == "learned":
         learned = states & used
@@ -137,8 +138,8 @@ _OF_ESTIMATORS = (
 )
 
 
-def used_answers(rollout: Rollout, options: ScoreOptions) -> Array:
-    """`[B]` bool: the answers that are trained on."""
+def used_responses(rollout: Rollout, options: ScoreOptions) -> Array:
+    """`[B]` bool: the responses that are trained on."""
     if options.missing_eos == "mask":
         return ~rollout.truncated
     return jnp.ones_like(rollout.truncated)
@@ -153,15 +154,15 @@ def actor_experience(
     kl: KLOptions,
     policy_loss: PolicyLossOptions,
 ) -> Experience:
-    """What the actor learns from; without old values and returns.
+    """The actor's experience, without old values and returns.
 
     Args:
         scored: the rollout with log-probabilities.
         advantages: `[B, T]` float32.
         mask: `[B, T]` bool, the tokens that are trained on.
         kl_coef: `[]`, β; with `kl.place="loss"` the experience carries it.
-        kl: the penalty.
-        policy_loss: read for `sampler_correction`.
+        kl: KL options.
+        policy_loss: used for `sampler_correction`.
     """
     rollout = scored.rollout
     loss_kl_coef = None
@@ -184,13 +185,14 @@ def actor_experience(
         old_values=None,
         advantages=masked(advantages),
         returns=None,
-        weights=_sampler_weights(scored, mask, policy_loss),
+        weights=mismatch_weights(scored, mask, policy_loss),
         kl_coef=loss_kl_coef,
     )
 
 
 def rewarded_states(mask: Array, options: ScoreOptions) -> Array:
-    """`[B, T]` bool: the response tokens, and the state after them if it is paid."""
+    """`[B, T]` bool: the response tokens, and the state after them if it gets a
+    reward."""
     after_last = options.position == "after_last_token"
     return include_end_state(mask) if after_last else mask
 
@@ -206,9 +208,8 @@ def token_rewards(
 ) -> Array:
     """`[B, T]` float32: the score at the end, minus β·KL at every token, whitened.
 
-    With `bootstrap_truncated` an answer that was cut off gets no score: the critic's
-    value of its end, which the estimator of advantages adds, already is what the
-    answer could still have earned.
+    With `bootstrap_truncated` a truncated response gets no score: the advantage
+    estimator adds the critic's value at its end instead.
     """
     mask, ref_logprobs = scored.rollout.mask, scored.logprobs
     if kl.place == "reward":
@@ -221,7 +222,7 @@ def token_rewards(
     rewards, _ = shape_rewards(
         paid,
         scored.logprobs,
-        ref_logprobs,  # without a KL in the reward, the policy's own: a KL of 0
+        ref_logprobs,  # without a KL in the reward, the policy itself: a KL of 0
         mask,
         kl_coef=kl_coef,
         estimator=kl.estimator,
@@ -240,7 +241,8 @@ def final_scores(
     options: ScoreOptions,
     moments: ScoreMoments | None = None,
 ) -> Array:
-    """`[B]` float32 scores, normalised, clipped, penalised for no or a late stop."""
+    """`[B]` float32 scores, normalized, clipped, penalized for a missing or late
+    stop."""
     scores = scores.astype(jnp.float32)
     if (moments is None) != (options.normalization == "none"):
         raise ValueError(
@@ -268,7 +270,7 @@ def final_scores(
 
 
 def whiten_minibatch(experience: Experience, options: AdvantageOptions) -> Experience:
-    """The experience of one optimizer step, its advantages whitened by themselves."""
+    """The experience of one optimizer step, with its advantages whitened."""
     whitened = _whitened(experience.advantages, experience.mask, options)
     return dataclasses.replace(experience, advantages=whitened)
 
@@ -279,7 +281,7 @@ def _whitened(advantages: Array, mask: Array, options: AdvantageOptions) -> Arra
         mask,
         center=options.center,
         ddof=options.ddof,
-        shards=options.whiten_shards,  # 1, but for whiten="shard"
+        shards=options.whiten_shards,  # 1, except for whiten="shard"
     )
 
 
@@ -301,8 +303,8 @@ def _advantages_and_returns(
     target_values = end_values = None
     if (options.slow_critic_decay is None) != (scored.target_values is None):
         raise ValueError(
-            f"slow_critic_decay={options.slow_critic_decay}: goes with target_values, "
-            "that is with score_rollout(…, slow_critic=…), and those with it"
+            f"slow_critic_decay={options.slow_critic_decay}: give it together with "
+            "target_values, from score_rollout(…, slow_critic=…)"
         )
     if scored.target_values is not None:
         target_values = jnp.where(valued, scored.target_values, 0.0)
@@ -337,7 +339,7 @@ def _advantages_and_returns(
 def rollout_metrics(
     scored: ScoredRollout, rewards: Array, *, kl_coef: Scalar, kl: KLOptions
 ) -> dict[str, Array]:
-    """Scalar float32 metrics of answers, their scores and their KL."""
+    """Scalar float32 metrics of responses, their scores and their KL."""
     rollout, mask = scored.rollout, scored.rollout.mask
     metrics = {
         "reward/score_mean": jnp.mean(scored.scores),
@@ -353,51 +355,3 @@ def rollout_metrics(
     if kl.place != "none":
         metrics["kl/coef"] = jnp.asarray(kl_coef, jnp.float32)
     return metrics
-
-
-def sampler_gap(scored: ScoredRollout) -> dict[str, Array]:
-    """How far recomputed log-probabilities are from those of the sampler.
-
-    `sampler/log_ratio` is the mean over tokens of |log π_old − log π_sampler| in nats,
-    `sampler/log_ratio_max` the largest. Both are rounding: where they are not small,
-    see `sampler_weights`.
-    """
-    mask = scored.rollout.mask
-    gap = jnp.abs(jnp.where(mask, scored.logprobs - scored.rollout.logprobs, 0.0))
-    return {
-        "sampler/log_ratio": masked_mean(gap, mask),
-        "sampler/log_ratio_max": jnp.max(gap),
-    }
-
-
-def share_beyond_bounds(
-    scored: ScoredRollout, mask: Array, policy_loss: PolicyLossOptions
-) -> dict[str, Array]:
-    """The share of tokens whose weight the correction, if any, truncates or masks."""
-    weights = _sampler_weights(scored, mask, policy_loss)
-    if weights is None:
-        return {}
-    ratio = sampler_ratio(
-        scored.logprobs,
-        scored.rollout.logprobs,
-        mask,
-        level=policy_loss.sampler_level,
-    )
-    changed = (weights != ratio).astype(jnp.float32)
-    return {"sampler/beyond_bounds": masked_mean(changed, mask)}
-
-
-def _sampler_weights(
-    scored: ScoredRollout, mask: Array, policy_loss: PolicyLossOptions
-) -> Array | None:
-    if policy_loss.sampler_correction == "none":
-        return None
-    return sampler_weights(
-        scored.logprobs,
-        scored.rollout.logprobs,
-        mask,
-        bound=policy_loss.sampler_bound,
-        lower_bound=policy_loss.sampler_lower_bound,
-        level=policy_loss.sampler_level,
-        mode=policy_loss.sampler_correction,
-    )

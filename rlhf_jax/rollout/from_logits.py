@@ -1,7 +1,7 @@
-"""A model given as one function of whole sequences, as callables of `interfaces`.
+"""Builds the callables of `interfaces` from one function of full sequences.
 
-For a model written in plain JAX, NNX or another library. The models of this package
-bring their own callables, with a key/value cache and without `[B, T, V]` logits.
+For models in plain JAX, NNX or another library. The models of this package have their
+own callables, with a key/value cache and without `[B, T, V]` logits.
 """
 
 import jax
@@ -55,7 +55,7 @@ def values_from_sequence(values_fn: SequenceValuesFn) -> ValuesFn:
 
 @record
 class _Text:
-    """All that a model without a cache needs to go on: the text so far."""
+    """The state of decoding without a cache: the text so far."""
 
     tokens: Array  # [B, C] int32
     mask: Array  # [B, C] bool
@@ -63,10 +63,10 @@ class _Text:
 
 
 def uncached_decoding(logits_fn: LogitsFn) -> tuple[PrefillFn, DecodeFn]:
-    """Prefill and decode that read the whole text again for every token.
+    """Prefill and decode that recompute the full text for every token.
 
-    Costs a full forward pass of `cache_length` columns per token: right for any causal
-    model, and fast enough for small ones.
+    Costs a full forward pass of `cache_length` columns per token: correct for any
+    causal model, and fast enough for small ones.
     """
 
     def prefill(

@@ -1,4 +1,4 @@
-"""A scored rollout to experience without a critic: GRPO and its relatives on arrays."""
+"""Makes experience from a scored rollout, for GRPO and other critic-free methods."""
 
 from collections.abc import Callable
 
@@ -27,10 +27,10 @@ from rlhf_jax.rollout.experience import (
     actor_experience,
     final_scores,
     rollout_metrics,
-    share_beyond_bounds,
     token_rewards,
-    used_answers,
+    used_responses,
 )
+from rlhf_jax.rollout.sampler_mismatch import share_beyond_bounds
 
 GroupAdvantageFn = Callable[[Array, Array, int], Array]
 """`(rewards [B, T], mask [B, T], group_size) -> [B, T]`: advantages of each token."""
@@ -48,36 +48,36 @@ def make_group_experience(
     greedy: tuple[Rollout, Array] | None = None,
     advantage_fn: GroupAdvantageFn | None = None,
 ) -> tuple[Experience, dict[str, Array]]:
-    """Advantages of answers against each other, or against the likeliest answer.
+    """Experience with advantages relative to other responses or the greedy response.
 
     Order: scores (`final_scores`); score at the end minus β·KL at every token, where
-    the KL is in the reward; advantages by `token_advantages`. An answer that is left
-    out of the loss (`scores.missing_eos="mask"`) still counts in its group.
+    the KL is in the reward; advantages by `token_advantages`. A response masked from
+    the loss (`scores.missing_eos="mask"`) still counts in its group.
 
     Args:
-        scored: the rollout with log-probabilities and scores; no values are read. Rows
-            g·G … g·G + G − 1 are the answers to one prompt.
+        scored: the rollout with log-probabilities and scores; values are not used. Rows
+            g·G … g·G + G − 1 are the responses to one prompt.
         group_size: G.
-        kl_coef: `[]`, β of this step; `kl.coef` is only where it starts.
+        kl_coef: `[]`, β of this step; `kl.coef` is only the initial value.
         kl: the penalty. With `place="loss"` the experience carries β to the loss.
-        scores: what happens to scores before they are compared.
+        scores: score options, applied before the comparison.
         groups: from scores to advantages.
-        policy_loss: read for `sampler_correction`.
-        greedy: for `groups.baseline="greedy"`: the likeliest answer to the prompt of
+        policy_loss: used for `sampler_correction`.
+        greedy: for `groups.baseline="greedy"`: the greedy response to the prompt of
             each row, and its `[B]` score.
-        advantage_fn: in place of `token_advantages` and all options in `groups`. It
-            gets token rewards, the mask, and the group size; the rewards of a row sum
-            to what its answer earned.
+        advantage_fn: instead of `token_advantages` and all options in `groups`. It gets
+            token rewards, the mask, and the group size; the rewards of a row sum to its
+            return.
 
     Returns:
         The experience, without old values and returns, and scalar float32 metrics over
         the batch. `group/score_std` is the mean over groups of the standard deviation
-        of raw scores inside them, where answers are compared.
+        of raw scores in them, if responses are compared.
 
     Raises:
-        ValueError: on options that contradict each other, a group size that does not
-            divide B where answers are compared, or greedy answers without their
-            baseline and the other way round.
+        ValueError: on contradictory options, a group size that does not divide B if
+            responses are compared, or if only one of greedy responses and the greedy
+            baseline is given.
     """
     scores.validate_without_critic("scores")
     for name, options in (
@@ -88,12 +88,12 @@ def make_group_experience(
         options.validate(name)
     if (groups.baseline == "greedy") != (greedy is not None):
         raise ValueError(
-            f"groups.baseline={groups.baseline!r}: greedy answers go with the baseline "
-            "'greedy', and it with them"
+            f"groups.baseline={groups.baseline!r}: give greedy responses with the "
+            "baseline 'greedy', and only with it"
         )
     rollout = scored.rollout
     rewards = token_rewards(scored, kl_coef=kl_coef, kl=kl, scores=scores)
-    trained = rollout.mask & used_answers(rollout, scores)[:, None]
+    trained = rollout.mask & used_responses(rollout, scores)[:, None]
     if advantage_fn is None:
         advantages = token_advantages(
             rewards,
@@ -104,7 +104,7 @@ def make_group_experience(
             greedy_scores=None if greedy is None else final_scores(*greedy, scores),
         )
     elif groups != GroupOptions():
-        raise ValueError(f"groups={groups}: is not read beside advantage_fn")
+        raise ValueError(f"groups={groups}: has no effect with advantage_fn")
     else:
         advantages = advantage_fn(rewards, rollout.mask, group_size)
         if advantages.shape != rewards.shape:
@@ -137,19 +137,19 @@ def token_advantages(
     trained: Array | None = None,
     greedy_scores: Array | None = None,
 ) -> Array:
-    """Advantages of each token, from what it and the tokens after it earned.
+    """Token advantages from token rewards.
 
-    Where answers are compared with each other, an answer is worth the sum of its
+    If responses are compared to each other, the return of a response is the sum of its
     rewards, and every token gets the same advantage. With the baselines `"greedy"` and
-    `"none"` a token gets the rewards from it on, minus the baseline.
+    `"none"` a token gets its rewards-to-go, minus the baseline.
 
     Args:
         rewards: `[B, T]` float32, from `token_rewards`.
         mask: `[B, T]` bool, True on response tokens.
-        group_size: G; rows g·G … g·G + G − 1 are the answers to one prompt.
+        group_size: G; rows g·G … g·G + G − 1 are the responses to one prompt.
         options: baseline and scale.
-        trained: `[B, T]` bool, those of answers that are not left out of the loss, over
-            which the scale `"tokens"` is; `mask` by default.
+        trained: `[B, T]` bool, tokens of responses not masked from the loss, for the
+            scale `"tokens"`; `mask` by default.
         greedy_scores: `[B]` float32, for the baseline `"greedy"`.
 
     Returns:
@@ -177,7 +177,7 @@ def token_advantages(
 def _group_advantages(
     worth: Array, mask: Array, group_size: int, options: GroupOptions
 ) -> Array:
-    """`[B]`: each answer against its group."""
+    """`[B]`: each response relative to its group."""
     scale = "none" if options.scale in ("tokens", "signal") else options.scale
     match options.baseline:
         case "length-weighted":
@@ -190,10 +190,9 @@ def _group_advantages(
             )
         case "mean" if options.scale == "signal":
             return gpg_advantages(worth, group_size)
-        case "mean":
-            baseline = "mean"
-        case _:
-            baseline = "leave-one-out"
-    return group_advantages(
-        worth, group_size, scale=scale, baseline=baseline, ddof=options.ddof
-    )
+        case "greedy" | "none":
+            raise ValueError(f"groups.baseline={options.baseline!r} has no groups")
+        case baseline:
+            return group_advantages(
+                worth, group_size, scale=scale, baseline=baseline, ddof=options.ddof
+            )

@@ -1,4 +1,4 @@
-"""A rollout, and what actor, critic and reference say of it beside its scores."""
+"""Adds log-probabilities, values and scores to a rollout."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,28 +24,28 @@ def score_rollout(
     slow_critic: Params | None = None,
     with_end_values: bool = False,
 ) -> ScoredRollout:
-    """Old and reference log-probabilities and values of one rollout, with its scores.
+    """Computes old and reference log-probabilities and values of a rollout.
 
     Args:
-        actor: parameters to recompute the old log-probabilities with; None keeps the
-            sampler's. They agree within rounding when sampler and trainer run in
-            float32 and the sampler only divided by the temperature.
-        critic: parameters of `values_fn`; None where there is no critic.
-        reference: parameters of `token_logprobs_fn`, frozen; None: there is none.
-        scores: `[B]` float, one number per answer, of a reward model that reads prompt
-            and answer through the first stop token, or of anything else.
-        rollout: answers sampled at `temperature`.
+        actor: parameters to recompute the old log-probabilities; None keeps the
+            sampler's. They agree up to rounding if sampler and trainer run in float32
+            and the sampler only applies the temperature.
+        critic: parameters of `values_fn`; None: no critic.
+        reference: parameters of `token_logprobs_fn`, frozen; None: no reference.
+        scores: `[B]` float, one per response, from a reward model on prompt and
+            response up to and including the first stop token, or from any other source.
+        rollout: responses sampled at `temperature`.
         token_logprobs_fn: of actor and reference.
-        values_fn: of the critic; None: there is none.
-        temperature: the sampler's; the same for actor and reference, or the KL
-            between two equal models is not zero.
+        values_fn: of the critic; None: no critic.
+        temperature: the sampler's; the same for actor and reference, otherwise the KL
+            between equal models is not zero.
         slow_critic: parameters of `values_fn` for `target_values`.
-        with_end_values: also ask the critic (the slow one, where there is one) for the
-            value of the state after column T, at the price of one column more.
+        with_end_values: also compute the critic's value (the slow critic's, if used) of
+            the state after column T, which takes one more column.
 
     Returns:
-        The record, without gradient. Entries past the end of an answer are whatever
-        the models said of padding.
+        The record, without gradient. Entries after the end of a response are the
+        models' outputs on padding.
     """
     response_length = rollout.responses.shape[1]
     tokens, mask = rollout.tokens, rollout.sequence_mask
@@ -59,7 +59,7 @@ def score_rollout(
             temperature=temperature,
         )[0]
 
-    # V(s_t) is read before token t: a column of padding makes room for V(s_T).
+    # V(s_t) is the value before token t: a column of padding adds V(s_T).
     extra = 1 if with_end_values else 0
     widen = ((0, 0), (0, extra))
 
@@ -94,18 +94,19 @@ def score_rollout(
 
 
 def mark_stops(rollout: Rollout, stop_ids: Sequence[int]) -> tuple[Rollout, Array]:
-    """A rollout that was sampled to its limit, as one whose answers stop inside it.
+    """Marks where responses stop in a rollout that was sampled to its limit.
 
-    All its tokens stay real and are trained on; what tells where an answer ended is
-    the mask. That is how lm-human-preferences treats answers of fixed length.
+    All its tokens stay real and are trained on; the mask marks where a response ended.
+    This is how lm-human-preferences treats responses of fixed length.
 
     Args:
         rollout: sampled with no stop tokens.
-        stop_ids: tokens that would have ended an answer.
+        stop_ids: tokens that would have ended a response.
 
     Returns:
-        The rollout with `truncated` True where none of them came, and the `[B, T]`
-        bool mask of tokens through the first that did: what the reward model reads.
+        The rollout with `truncated` True for rows without one, and the `[B, T]` bool
+        mask of tokens up to and including the first stop token: the reward model's
+        input.
     """
     mask = response_mask(rollout.responses, stop_ids=stop_ids)
     stops = jnp.asarray(tuple(stop_ids), rollout.responses.dtype)[None, None, :]

@@ -14,15 +14,15 @@ if TYPE_CHECKING:  # Matplotlib is slow to import, and only a report needs it
 
 Series = tuple[np.ndarray, np.ndarray]  # steps [N] int64, values [N] float64
 
-SMOOTHED_FROM = 60  # points; below that every point is worth seeing
+SMOOTHED_FROM = 60  # points; shorter curves are not smoothed
 
 
 def draw(chart: Chart, series: Mapping[str, Series]) -> str:
-    """The chart as an `<svg>` element without title and legend; empty if no number is.
+    """The chart as an `<svg>` element without title and legend; empty without numbers.
 
     Args:
-        chart: what to draw.
-        series: metric → steps and values; values that are not finite leave gaps.
+        chart: chart to draw.
+        series: metric → steps and values; non-finite values leave gaps.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -62,17 +62,17 @@ def draw(chart: Chart, series: Mapping[str, Series]) -> str:
 
 
 def line_colors(chart: Chart) -> list[str]:
-    """The colour of each line, in the order of `chart.lines`."""
+    """The color of each line, in the order of `chart.lines`."""
     return [COLORS[i % len(COLORS)] for i in range(len(chart.lines))]
 
 
 def smoothing_window(num_points: int) -> int:
-    """Points averaged for the bold line of a curve; 1: the curve is drawn as it is."""
+    """Points averaged for the bold line of a curve; 1: no smoothing."""
     return 1 if num_points < SMOOTHED_FROM else num_points // 30
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window - 1` before it, as far as there are any."""
+    """Mean of each value and up to `window - 1` before it."""
     # Sums of differences: those of a constant are exactly zero, without rounding.
     sums = np.cumsum(np.concatenate([np.zeros(1), values - values[0]]))
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""Which metrics share a chart, and the colours of their lines."""
+"""The charts of a report, and their metrics and colors."""
 
 import dataclasses
 import re
@@ -18,16 +18,16 @@ COLORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Metrics that are drawn over each other, because they share a unit.
+    """Metrics with the same unit, drawn in one chart.
 
-    A `*` at the end of a metric stands for a name that the run chose, or a number; one
-    in a title or a legend repeats it. A title without `*` gathers all of them in one
-    chart, a title with `*` gives each a chart of its own.
+    A `*` at the end of a metric matches a name chosen by the run, or a number; a `*` in
+    the title or legend repeats it. A title without `*` puts all matches in one chart, a
+    title with `*` gives each its own.
 
     Attributes:
-        title: what is shown.
-        unit: of the vertical axis.
-        lines: metric → its name in the legend.
+        title: title of the chart.
+        unit: unit of the vertical axis.
+        lines: metric → name in the legend.
         band: metric with the standard deviation around the first line.
     """
 
@@ -43,8 +43,8 @@ class Section:
 
     Attributes:
         title: the heading.
-        groups: first parts of metric names; those without a chart appear here too.
-        charts: in the order of the page.
+        groups: first parts of metric names, also of metrics without a chart.
+        charts: charts in the order of the page.
     """
 
     title: str
@@ -64,7 +64,7 @@ SECTIONS = (
             ),
             Chart(
                 "Accuracy",
-                "share of 1",
+                "fraction",
                 {"train/accuracy": "training data", "eval/accuracy": "held-out data"},
             ),
             Chart("Perplexity", "held-out data", {"eval/perplexity": "per token"}),
@@ -83,13 +83,13 @@ SECTIONS = (
             ),
             Chart(
                 "Score",
-                "per answer",
-                {"reward/score_mean": "mean", "reward/greedy_mean": "greedy answers"},
+                "per response",
+                {"reward/score_mean": "mean", "reward/greedy_mean": "greedy responses"},
                 band="reward/score_std",
             ),
             Chart(
-                "Score on held-out data",
-                "per answer",
+                "Held-out score",
+                "per response",
                 {"eval/score_mean": "mean"},
                 band="eval/score_std",
             ),
@@ -99,10 +99,10 @@ SECTIONS = (
                 "score minus KL penalty",
                 {"reward/shaped_mean": "mean"},
             ),
-            Chart("Reward model", "mean per answer", {"reward/model": "mean"}),
+            Chart("Reward model", "mean per response", {"reward/model": "mean"}),
             Chart(
                 "*",
-                "mean per answer",
+                "mean per response",
                 {"reward/*": "training data", "eval/reward/*": "held-out data"},
             ),
             Chart(
@@ -111,35 +111,35 @@ SECTIONS = (
                 {"reward/normalization_mean": "mean"},
                 band="reward/normalization_std",
             ),
-            Chart("Failed rewards", "answers", {"reward/failures": "failures"}),
+            Chart("Reward failures", "responses", {"reward/failures": "failures"}),
         ),
     ),
     Section(
-        "Groups of answers to one prompt",
+        "Groups",
         ("group",),
         (
             Chart(
-                "Reward spread",
-                "standard deviation inside a group, mean",
+                "Score standard deviation",
+                "within groups, mean",
                 {"group/score_std": "mean"},
             ),
             Chart(
-                "Groups without signal",
-                "share with equal rewards only",
+                "Zero-variance groups",
+                "share of groups",
                 {"group/no_signal": "share"},
             ),
             Chart(
-                "What became of them",
+                "Resampling",
                 "groups",
                 {
-                    "group/resampled": "sampled again",
-                    "group/kept_without_signal": "kept",
+                    "group/resampled": "resampled",
+                    "group/kept_without_signal": "kept with zero variance",
                 },
             ),
         ),
     ),
     Section(
-        "Answers",
+        "Responses",
         ("response",),
         (
             Chart(
@@ -152,7 +152,7 @@ SECTIONS = (
             ),
             Chart(
                 "Stop rate",
-                "share of answers that end by themselves",
+                "share of responses with a stop token",
                 {
                     "response/stop_rate": "training data",
                     "eval/stop_rate": "held-out data",
@@ -161,11 +161,11 @@ SECTIONS = (
         ),
     ),
     Section(
-        "Distance from the reference",
+        "KL to the reference",
         ("kl",),
         (
             Chart(
-                "KL per answer",
+                "KL per response",
                 "nats",
                 {"kl/sequence": "training data", "eval/kl_sequence": "held-out data"},
             ),
@@ -180,7 +180,7 @@ SECTIONS = (
             Chart("Policy loss", "clipped surrogate", {"policy/loss": "loss"}),
             Chart("Entropy", "nats per token", {"policy/entropy": "mean"}),
             Chart(
-                "KL of one update",
+                "KL per update",
                 "nats per token",
                 {"policy/approx_kl": "mean"},
             ),
@@ -194,7 +194,7 @@ SECTIONS = (
             ),
             Chart(
                 "First step of an update",
-                "zero while on policy",
+                "0 if on-policy",
                 {
                     "policy/first_approx_kl": "KL",
                     "policy/first_clip_fraction": "clip fraction",
@@ -251,7 +251,7 @@ SECTIONS = (
                 "Time per step",
                 "seconds",
                 {
-                    "time/step_seconds": "whole step",
+                    "time/step_seconds": "total",
                     "time/rollout_seconds": "rollout",
                     "time/reward_seconds": "rewards",
                 },
@@ -259,7 +259,7 @@ SECTIONS = (
             Chart("Throughput", "tokens per second", {"time/tokens_per_second": "all"}),
             Chart(
                 "Response tokens",
-                "sampled so far",
+                "total",
                 {"rollout/tokens": "sampled"},
             ),
         ),
@@ -276,10 +276,10 @@ DECLARED = frozenset(
 
 
 def arrange(metrics: Sequence[str]) -> list[Section]:
-    """The charts that these metrics fill; each metric is in exactly one.
+    """Charts of these metrics; each metric is in exactly one.
 
-    A metric that no chart of `SECTIONS` expects gets one of its own, in the section of
-    its group; a group without a section gets one.
+    A metric without a chart in `SECTIONS` gets its own, in the section of its group; a
+    group without a section gets one.
     """
     sections = [
         Section(
@@ -311,10 +311,10 @@ def arrange(metrics: Sequence[str]) -> list[Section]:
 
 
 def matches(pattern: str, metrics: Sequence[str]) -> dict[str, str]:
-    """The metrics that a pattern names, each with what its `*` stands for there.
+    """Metrics that match a pattern, each with the text matched by its `*`.
 
-    A `*` stands for one name without "/". It takes no metric that a chart names in
-    full. Numbers come in their order, other names in the order of `metrics`.
+    A `*` matches one name without "/", but no metric that a chart names in full.
+    Numbers are sorted; other names are in the order of `metrics`.
     """
     if not pattern.endswith("*"):
         return {pattern: ""} if pattern in metrics else {}
@@ -329,7 +329,7 @@ def matches(pattern: str, metrics: Sequence[str]) -> dict[str, str]:
 
 
 def _filled(chart: Chart, metrics: Sequence[str]) -> list[Chart]:
-    """The chart with the lines that are there, or one for each name of its title."""
+    """The chart with its available lines, or one chart per name in its title."""
     charts: dict[str, dict[str, str]] = {}
     for pattern, label in chart.lines.items():
         for name, meant in matches(pattern, metrics).items():

@@ -1,4 +1,4 @@
-"""Devices as a mesh, and batches spread over it."""
+"""Device meshes, and batches sharded over them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +13,12 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """The first `data · fsdp · tensor` devices, with axes of those names.
+    """A mesh of the first `data · fsdp · tensor` devices, with these axis names.
 
     Axes are `Auto`: shardings propagate through any model without annotations.
 
     Raises:
-        ValueError: when there are fewer devices.
+        ValueError: there are fewer devices.
     """
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     needed = data * fsdp * tensor
@@ -37,24 +37,24 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def put_batch(mesh: Mesh, batch: Tree) -> Tree:
-    """Host arrays with a common leading axis, split over the mesh's batch axes."""
+    """Shards host arrays with a common leading axis over the mesh's batch axes."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
 def map_batches(
     fn: Callable[[int, Any], Any], rows: Any, *, batch_size: int, mesh: Mesh
 ) -> Any:
-    """Applies `fn` to batches of rows and joins what comes back.
+    """Applies `fn` to batches of rows and concatenates the results.
 
-    The last batch is filled up with its last row, so that nothing is compiled twice;
-    what is computed for the filling is cut off.
+    The last batch is padded with its last row to avoid recompilation; results for the
+    padding are removed.
 
     Args:
         fn: maps the number of a batch and a pytree with leading axis `batch_size` to a
             pytree with that leading axis.
         rows: pytree of host arrays with a common leading axis N, at least 1.
         batch_size: a multiple of the mesh's batch shards.
-        mesh: where to compute.
+        mesh: device mesh.
 
     Returns:
         Host arrays with leading axis N.

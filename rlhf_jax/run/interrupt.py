@@ -1,4 +1,4 @@
-"""Stopping a run without losing its last step."""
+"""Stops a run between steps without losing the last one."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTICE = b"\nStopping after this step; interrupt again to stop at once.\n"
+_NOTICE = b"\nStopping after this step; interrupt again to stop immediately.\n"
 
 
 class Interruptible:
@@ -19,14 +19,14 @@ class Interruptible:
             for step in …:
                 …
                 if interrupt.requested:
-                    break  # save a checkpoint, say how to go on
+                    break  # save a checkpoint, print how to resume
 
-    A second signal raises KeyboardInterrupt wherever the program is. Leaving the block
-    restores the handlers that were there. Python delivers signals to the main thread
-    only, so in another thread the block handles none.
+    A second signal raises KeyboardInterrupt immediately. Leaving the block restores the
+    previous handlers. Python delivers signals only to the main thread, so the block has
+    no effect in other threads.
 
     Attributes:
-        requested: this process was asked to stop.
+        requested: whether this process was asked to stop.
     """
 
     def __init__(self):
@@ -34,10 +34,10 @@ class Interruptible:
         self._previous = {}
 
     def requested_anywhere(self) -> bool:
-        """Whether any process was asked to stop: the same answer on all of them.
+        """Whether any process was asked to stop; the same result on all of them.
 
-        With several processes use this between steps, in each of them: one that stops
-        alone leaves the others waiting for it for ever.
+        With several processes, call this between steps in each of them: if one stops
+        alone, the others wait forever.
         """
         if jax.process_count() == 1:
             return self.requested
@@ -59,7 +59,7 @@ class Interruptible:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python.
+            # None: a handler that was not installed from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
@@ -67,5 +67,5 @@ class Interruptible:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not `print`: the signal may have come in the middle of one.
+        # Not `print`: the signal may have interrupted one.
         os.write(2, _NOTICE)

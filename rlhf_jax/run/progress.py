@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar in a terminal, plain lines in a log."""
+"""Progress of a run: a bar in a terminal, plain lines in a log."""
 
 import contextlib
 import sys
@@ -21,13 +21,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class StepProgress:
-    """Reports how far a loop is; made by `progress`."""
+    """Reports the progress of a loop; created by `progress`."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Shows that `step` steps are done, and the few numbers that matter most.
+        """Shows that `step` steps are done, and a few metrics.
 
         Args:
-            step: steps done since the run began, those before a resume included.
+            step: steps done, including those before a resume.
             metrics: short name → number, for example `{"score": 1.2, "KL": 0.3}`.
         """
 
@@ -42,7 +42,7 @@ class _Bar(StepProgress):
 
 
 class _Lines(StepProgress):
-    """The first step, the last one, and between them one line per ten seconds."""
+    """One line for the first and last step, and every ten seconds between."""
 
     def __init__(self, console: Console, total: int, description: str, start: int):
         self._console = console
@@ -81,9 +81,9 @@ def progress(
     Args:
         total: steps of the whole run.
         description: the stage, for example `"ppo"`.
-        start: steps already done, when the run is resumed.
-        quiet: show nothing. Processes other than 0 never do.
-        console: where to write; standard output by default.
+        start: steps already done, if the run is resumed.
+        quiet: show nothing; processes other than 0 never do.
+        console: output; standard output by default.
     """
     console = console or Console()
     if quiet or jax.process_index() != 0:
@@ -105,14 +105,14 @@ def progress(
 
 
 def heading(text: str, *, quiet: bool = False, console: Console | None = None) -> None:
-    """Prints a heading for the next part of the work."""
+    """Prints a heading."""
     if quiet or jax.process_index() != 0:
         return
     _print(console or Console(), text, style="bold")
 
 
 def warn(text: str) -> None:
-    """Prints one line on standard error, above a bar where one is shown; quiet or not.
+    """Prints one line on stderr, above a progress bar if there is one, even if quiet.
 
     Processes other than 0 print nothing.
     """
@@ -121,7 +121,7 @@ def warn(text: str) -> None:
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
-    # Text is shown as it is: no markup, no colours of numbers, no line breaks.
+    # Plain text: no markup, no highlighting of numbers, no line breaks.
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""What to do about a run whose loss or gradient is no longer a number."""
+"""Suggests how to recover from a loss or gradient that is not finite."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf_jax.learner.finite import NonFiniteError
 
 RATE_SHARE = 0.1
-"""what is left of a learning rate under which a run went astray"""
+"""factor for a learning rate at which a run diverged"""
 
 
 def remedy(
@@ -19,53 +19,52 @@ def remedy(
     saved: Sequence[int],
     rates: Mapping[str, float],
 ) -> str:
-    """The error in one line, and the command that goes on where one can.
+    """The error in one line, and the command to resume, if possible.
 
-    The checkpoint right before a step that failed at once is of no use: the same
-    weights would meet the same batch. A step that failed at a later optimizer step has
-    taken some at the rate that can be changed.
+    If a step failed in its first optimizer step, resuming from the checkpoint right
+    before it fails again: same weights, same batch. If it failed in a later one, a
+    lower learning rate changes the steps before.
 
     Args:
-        error: what was found.
-        step: the step that failed.
-        stage: the command.
-        run_dir: of the run.
+        error: error that occurred.
+        step: step that failed.
+        stage: command of the run.
+        run_dir: run directory.
         saved: steps of its checkpoints, all before `step`.
         rates: learning rates by flag, without the dashes.
     """
     at_once = error.optimizer_step == 0
     if step == 1 and at_once:
         return (
-            f"{error}. It is the first optimizer step of the run, so no learning rate "
-            "has done that: look at the data, and at the weights that the run starts "
-            "from"
+            f"{error}. It is the first optimizer step of the run, so the learning rate "
+            "is not the cause: check the data and the initial weights"
         )
     command = f"rlhf-jax {stage} --config {shlex.quote(str(run_dir / 'config.yaml'))}"
     lower = [f"--{name} {rate * RATE_SHARE:.6g}" for name, rate in rates.items()]
     useful = sorted(number for number in saved if number < step - 1 or not at_once)
     if not useful:
-        found = "none has been saved"
+        found = "none was saved"
         if saved:
-            found = f"from that of step {saved[-1]} it would fail again"
+            found = f"that of step {saved[-1]} would fail again"
         suffix = "-2" if str(run_dir).endswith("-lower-rate") else "-lower-rate"
         anew = f"--run-dir {shlex.quote(f'{run_dir}{suffix}')}"
         return (
-            f"{error}. There is no checkpoint to go on from: {found}. Start again with "
+            f"{error}. There is no checkpoint to resume from: {found}. Restart with "
             f"a lower learning rate: {' '.join([command, anew, *lower])}"
         )
     *earlier, newest = useful
     resume = f"--resume --resume-step {newest}"
     return (
-        f"{error}. {_if_that_fails(earlier)}Go on from the checkpoint of step {newest} "
+        f"{error}. {_if_that_fails(earlier)}Resume from checkpoint {newest} "
         f"with a lower learning rate: {' '.join([command, resume, *lower])}"
     )
 
 
 def _if_that_fails(earlier: Sequence[int]) -> str:
-    then = "start again in a new --run-dir"
+    then = "restart in a new --run-dir"
     if earlier:
-        then = f"take an earlier --resume-step (there are: {_listed(earlier)})"
-    return f"If what follows fails again, the weights were ruined before: {then}. "
+        then = f"use an earlier --resume-step (there are: {_listed(earlier)})"
+    return f"If the next command fails too, earlier weights were corrupted: {then}. "
 
 
 def _listed(steps: Sequence[int]) -> str:

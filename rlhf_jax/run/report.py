@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file without outside resources."""
+"""The report of a run: one self-contained HTML file."""
 
 import importlib.resources
 import math
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.run import chart_svg, charts
-from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.run_directory import RunDirectory, write_atomic
 
 KEY_NUMBERS = {
@@ -22,16 +22,16 @@ KEY_NUMBERS = {
     "eval/accuracy": "Held-out accuracy",
     "eval/loss": "Held-out loss",
     "train/loss": "Training loss",
-    "kl/sequence": "KL per answer",
-    "group/no_signal": "Groups without signal",
-    "group/score_std": "Reward spread in groups",
+    "kl/sequence": "KL per response",
+    "group/no_signal": "Zero-variance groups",
+    "group/score_std": "Score std within groups",
     "policy/entropy": "Entropy",
     "value/explained_variance": "Explained variance",
-    "response/length_mean": "Answer length",
+    "response/length_mean": "Response length",
     "response/stop_rate": "Stop rate",
     "time/tokens_per_second": "Tokens per second",
 }
-"""Metrics of the first screen, the most telling first; `*` as in `charts.Chart`."""
+"""Key metrics, the most informative first; `*` as in `charts.Chart`."""
 
 SAMPLES_OPEN = 6
 SAMPLES_MAX = 200
@@ -47,20 +47,20 @@ def write_report(
 ) -> Path:
     """Writes `report.html` from the files of a run, finished or not.
 
-    Shows whatever there is: every logged metric has a place in a chart, and the answers
-    of `samples.jsonl` to one prompt stand side by side, from the first to the last.
+    Every logged metric is in a chart. Responses of `samples.jsonl` to the same prompt
+    are shown side by side, in the order of steps.
 
     Args:
         run_dir: the run directory.
-        title: heading of the page; the stage and the directory's name by default.
-        table: rows of a comparison shown on top; their keys are the columns.
-        notes: paragraphs shown above it.
+        title: title of the page; default: the stage and the directory's name.
+        table: rows of a comparison table at the top; their keys are the columns.
+        notes: paragraphs above it.
 
     Returns:
         The path of the report. Only process 0 writes it.
 
     Raises:
-        ValueError: if `run_dir` is no directory or one of its files is broken.
+        ValueError: if `run_dir` is not a directory or one of its files is malformed.
     """
     run = RunDirectory(Path(run_dir))
     if jax.process_index() != 0:
@@ -102,19 +102,18 @@ def write_report(
 
 
 def compare_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The answers to each prompt at several steps.
+    """The responses to each prompt at several steps.
 
-    Several answers to one prompt in one step are told apart by their order: the second
-    ones of all steps are compared with each other.
+    Several responses to one prompt in one step are distinguished by their order: the
+    second ones of all steps are shown together.
 
     Args:
         samples: rows of `samples.jsonl`, in the order of the file.
 
     Returns:
-        Per prompt `{"prompt": …, "order": 1, "answers": […]}`, with the order that the
-        answers have among those of a step. There are at most `STEPS_SHOWN` of them: the
-        first, the last, and others evenly between. An answer has `step`, `response`,
-        `numbers`.
+        Per prompt `{"prompt": …, "order": 1, "answers": […]}`, with the order of the
+        responses within a step. There are at most `STEPS_SHOWN` of them: the first, the
+        last, and others evenly spaced between. Each has `step`, `response`, `numbers`.
     """
     answers: dict[tuple[str, int], list[dict[str, Any]]] = {}
     seen: dict[tuple[str, int], int] = {}
@@ -141,7 +140,7 @@ def _spread(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_number(value: Any) -> str:
-    """A number as people read it; anything else as text."""
+    """A number in readable form; anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or not math.isfinite(value):
@@ -187,7 +186,7 @@ def _facts(
         facts["Steps"] = len({row["step"] for row in rows})
     seconds = [row["time/step_seconds"] for row in rows if "time/step_seconds" in row]
     if seconds:
-        facts["Time in steps"] = format_seconds(math.fsum(seconds))
+        facts["Total step time"] = format_seconds(math.fsum(seconds))
     if "seed" in config:
         facts["Seed"] = config["seed"]
     if launches:
@@ -208,7 +207,7 @@ def _totals(series: Mapping[str, chart_svg.Series]) -> dict[str, Any]:
     if "rollout/tokens" in series:
         totals["Response tokens"] = float(series["rollout/tokens"][1][-1])
     if "reward/failures" in series:
-        totals["Failed rewards"] = float(series["reward/failures"][1].sum())
+        totals["Reward failures"] = float(series["reward/failures"][1].sum())
     return {name: round(total) for name, total in totals.items() if total > 0}
 
 

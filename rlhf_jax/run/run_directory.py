@@ -1,13 +1,13 @@
-"""The files of one run: where they lie, and who may write into them.
+"""The files of one run.
 
-config.yaml     the resolved configuration; goes back in through `--config`
+config.yaml     the resolved configuration, for `--config`
 launches.jsonl  per start of the run: time, command line, versions, devices
-metrics.jsonl   one line of numbers per step
-samples.jsonl   prompts with answers, where the stage generates
-checkpoints/    what `--resume` and `--resume-step` go on from
-model/          the result, as a Hugging Face directory
-adapter/        of a run with low-rank adapters: these alone, in PEFT's format
-report.html     all of it on one page
+metrics.jsonl   one line of metrics per step
+samples.jsonl   prompts with responses, if the stage samples
+checkpoints/    for `--resume` and `--resume-step`
+model/          the trained model, as a Hugging Face directory
+adapter/        of a LoRA run: only the adapters, in PEFT's format
+report.html     report with all charts and samples
 """
 
 import dataclasses
@@ -26,17 +26,7 @@ from typing import Any
 import jax
 import yaml
 
-MAY_DIFFER = (
-    "run_dir",
-    "resume",
-    "quiet",
-    "tensorboard",
-    "wandb",
-    "checkpoint_every",
-    "eval_every",
-    "mesh",
-)
-"""Fields that change nothing about what is learnt, so a resumed run may change them."""
+from rlhf_jax.config.run import FREE_ON_RESUME
 
 _PACKAGES = (
     "rlhf-jax",
@@ -52,7 +42,7 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """The paths inside a run directory."""
+    """Paths in a run directory."""
 
     path: Path
 
@@ -73,7 +63,7 @@ class RunDirectory:
 
     @property
     def samples(self) -> Path:
-        """One JSON line per prompt and answer."""
+        """One JSON line per prompt and response."""
         return self.path / "samples.jsonl"
 
     @property
@@ -97,13 +87,13 @@ class RunDirectory:
         return self.path / "report.html"
 
     def read_config(self) -> dict[str, Any]:
-        """The stored configuration; empty where there is none."""
+        """The stored configuration; empty if there is none."""
         if not self.config.exists():
             return {}
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def read_launches(self) -> list[dict[str, Any]]:
-        """Every start of the run so far, the first one first."""
+        """All starts of the run, in order."""
         if not self.launches.exists():
             return []
         lines = self.launches.read_text(encoding="utf-8").splitlines()
@@ -116,15 +106,15 @@ def check_run(
     *,
     stage: str,
     resume: bool = False,
-    may_differ: Sequence[str] = MAY_DIFFER,
+    free_on_resume: Sequence[str] = FREE_ON_RESUME,
     weights: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises what `open_run` would raise, and writes nothing; arguments as there."""
+    """Raises what `open_run` would raise, but writes nothing; same arguments."""
     if jax.process_index() != 0:
         return
     run, plain = RunDirectory(Path(path)), _plain(config, "")
     if resume:
-        _check_resumable(run, plain, stage, may_differ)
+        _check_resumable(run, plain, stage, free_on_resume)
         _check_weights(run, weights or {})
     else:
         _check_unused(run)
@@ -136,46 +126,46 @@ def open_run(
     *,
     stage: str,
     resume: bool = False,
-    may_differ: Sequence[str] = MAY_DIFFER,
+    free_on_resume: Sequence[str] = FREE_ON_RESUME,
     weights: Mapping[str, str] | None = None,
 ) -> RunDirectory:
-    """Makes the directory of a new run, or enters that of a run to go on with.
+    """Creates the directory of a new run, or opens that of a run to resume.
 
-    Only process 0 looks and writes. A run that was stopped before its first checkpoint
-    can be resumed too: it begins anew.
+    Only process 0 checks and writes. A run that was stopped before its first checkpoint
+    can be resumed too: it starts over.
 
     Args:
-        path: the run directory, made when needed.
+        path: the run directory, created when needed.
         config: the resolved configuration, nested; plain values and paths.
-        stage: the command that trains, for example `"ppo"`.
-        resume: go on with the run in `path`, instead of starting one.
-        may_differ: fields (dotted; a section stands for all inside it) whose stored
-            value a resumed run may replace.
-        weights: fingerprints of the models that the run reads and its checkpoints do
-            not hold, by option; a resumed run must find the same.
+        stage: the training command, for example `"ppo"`.
+        resume: resume the run in `path` instead of starting one.
+        free_on_resume: fields (dotted; a section includes all its fields) that may
+            change on resume.
+        weights: fingerprints, by option, of models that the run reads but does not save
+            in checkpoints; they must be unchanged on resume.
 
     Raises:
-        ValueError: if `path` holds a run already and `resume` is not set; if it is set
-            and there is no run, or one of another configuration or stage; or if a
-            value of `config` is no plain one.
+        ValueError: if `path` already contains a run and `resume` is not set; if it is
+            set and there is no run, or one with another configuration or stage; or if a
+            value of `config` is not a plain one.
     """
     run = RunDirectory(Path(path))
     if jax.process_index() != 0:
         return run
-    options: dict[str, Any] = {"resume": resume, "may_differ": may_differ}
+    options: dict[str, Any] = {"resume": resume, "free_on_resume": free_on_resume}
     check_run(path, config, stage=stage, weights=weights, **options)
     plain = _plain(config, "")
     run.path.mkdir(parents=True, exist_ok=True)
     launch = _launch(stage) | {"weights": dict(weights or {})}
     launches = [*run.read_launches(), launch]
     write_atomic(run.launches, "".join(json.dumps(row) + "\n" for row in launches))
-    # Last, because a directory with a configuration counts as a run.
+    # Last, because a directory with a configuration is considered a run.
     write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     return run
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file so that readers, and a crash, see the old text or the new one."""
+    """Writes a file atomically: after a crash it has the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -189,14 +179,14 @@ def write_atomic(path: Path, text: str) -> None:
 
 def _check_unused(run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
-        raise ValueError(f"--run-dir {run.path} is a file; name a directory")
+        raise ValueError(f"--run-dir {run.path} is a file; give a directory")
     traces = (run.config, run.metrics, run.samples, run.checkpoints, run.model)
     traces += (run.adapter,)
     found = [trace.name for trace in traces if trace.exists()]
     if found:
         raise ValueError(
-            f"--run-dir {run.path} already holds a run ({', '.join(found)}); choose "
-            "another --run-dir, or pass --resume to go on with it"
+            f"--run-dir {run.path} already contains a run ({', '.join(found)}); choose "
+            "another --run-dir, or pass --resume to continue it"
         )
 
 
@@ -205,14 +195,14 @@ def _check_weights(run: RunDirectory, weights: Mapping[str, str]) -> None:
     for name, found in weights.items():
         if first.get("weights", {}).get(name, found) != found:
             raise ValueError(
-                f"cannot resume --run-dir {run.path}: the weights that {name} names "
-                "are no longer those that the run began with, and its checkpoints do "
-                "not hold them; put those back, or start again"
+                f"cannot resume --run-dir {run.path}: the weights of {name} have "
+                "changed since the run started, and its checkpoints do not include "
+                "them; restore them, or start a new run"
             )
 
 
 def _check_resumable(
-    run: RunDirectory, config: dict[str, Any], stage: str, may_differ: Sequence[str]
+    run: RunDirectory, config: dict[str, Any], stage: str, free_on_resume: Sequence[str]
 ) -> None:
     if not run.config.exists():
         raise ValueError(
@@ -222,7 +212,7 @@ def _check_resumable(
     launches = run.read_launches()
     if launches and launches[0]["stage"] != stage:
         raise ValueError(
-            f"cannot resume --run-dir {run.path} as {stage}: it holds a run of "
+            f"cannot resume --run-dir {run.path} as {stage}: it contains a run of "
             f"{launches[0]['stage']}"
         )
     stored, given = _flat(run.read_config()), _flat(config)
@@ -230,17 +220,19 @@ def _check_resumable(
         f"{name} was {_shown(stored, name)} and is now {_shown(given, name)}"
         for name in dict.fromkeys([*stored, *given])
         if _shown(stored, name) != _shown(given, name)
-        and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+        and not any(
+            name == free or name.startswith(f"{free}.") for free in free_on_resume
+        )
     ]
     if unequal:
         raise ValueError(
-            f"cannot resume --run-dir {run.path}: {'; '.join(unequal)}; give the "
-            "stored values, or choose another --run-dir"
+            f"cannot resume --run-dir {run.path}: {'; '.join(unequal)}; use the stored "
+            "values, or choose another --run-dir"
         )
 
 
 def _plain(value: Any, name: str) -> Any:
-    """The value as YAML reads it back, so that stored and given ones compare."""
+    """The value as YAML reads it back, for comparison with stored values."""
     if isinstance(value, Mapping):
         return {
             str(key): _plain(inner, f"{name}.{key}" if name else str(key))
@@ -253,7 +245,7 @@ def _plain(value: Any, name: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise ValueError(
-        f"{name}={value!r}: a configuration holds text, numbers, lists and sections, "
+        f"{name}={value!r}: a configuration has text, numbers, lists and sections, "
         f"not {type(value).__name__}"
     )
 
@@ -298,10 +290,10 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of the safetensors files of a directory; empty where there are none.
+    """A digest of the safetensors files of a directory; empty if there are none.
 
-    Of the name and size of each file, and of blocks spread evenly over it: any training
-    step changes them, and reading them takes no time whatever the size of the model.
+    Hashes the name and size of each file and evenly spaced blocks of it, which any
+    training step changes. It is fast for models of any size.
     """
     digest = hashlib.sha256()
     files = sorted(directory.glob("*.safetensors"))

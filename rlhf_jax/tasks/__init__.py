@@ -1,1 +1,1 @@
-"""Embedded tasks: their text, their simulated preferences and their true reward."""
+"""Embedded tasks: text, simulated preferences and true rewards."""

@@ -7,8 +7,8 @@ Both operands of a sum or a difference have the same number of digits, and diffe
 are not negative; a product has one factor of one digit, 2 to 9. The steps go through
 the columns from the right, with what was carried or borrowed.
 
-Rewards are `verifiable.exact_answer` and `verifiable.reasoning_format`. How many
-problems there are: `count_problems`, and the table in the docstring of `make_problems`.
+Rewards are `verifiable.exact_answer` and `verifiable.reasoning_format`. The number of
+problems: `count_problems`, and the table in the docstring of `make_problems`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _PROMPT = re.compile(rf"{_NATURAL}([-+*]){_NATURAL}=")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A task to set, its answer, and how hard it is."""
+    """A problem, its answer, and its difficulty."""
 
     prompt: str  # "12+39="
     answer: str  # "51"
@@ -54,12 +54,12 @@ def make_problems(
     operations: str = "+-",
     carries: int | None = None,
 ) -> list[Problem]:
-    """`number` different problems in random order, all that fit equally likely.
+    """`number` different problems in random order, uniform over all that match.
 
-    `12+39=` and `39+12=` are two problems, but always of one split. The split "harder"
-    has the problems with as many carries as there can be, where that is two or more:
-    two of two digits and three of three, and for differences two of three. The other
-    splits have none of these. There are, in "train", "heldout" and "harder":
+    `12+39=` and `39+12=` are two problems, but always in the same split. The split
+    "harder" has the problems with the maximum number of carries, if that is two or
+    more: two with two digits and three with three, and for differences two with three.
+    The other splits have none of these. Counts in "train", "heldout" and "harder":
 
         digits            +                        -                        *
         1          76       24        0      43      12       0      64   16      0
@@ -67,7 +67,7 @@ def make_problems(
         3     542,098  136,727  131,175 253,289  63,061  89,100   2,729  688  3,783
 
     Args:
-        seed: an integer, or a generator, which moves on.
+        seed: an integer, or a generator, which is advanced.
         number: how many.
         split: "train", "heldout" or "harder".
         digits: of each operand, or of the first factor of a product: 1 to 3.
@@ -97,21 +97,21 @@ def make_demonstrations(
     carries: int | None = None,
     slips: float = 0.0,
 ) -> list[Demonstration]:
-    """The same problems as of `make_problems`, with completions to imitate.
+    """The same problems as `make_problems`, with demonstrations.
 
-    Slips make the demonstrations those of a careless pupil, who goes on with what came
-    out: `2+9=12;1+3+1=5` and 52. `answer` stays right. Who imitates them is right about
-    as often as they are, and can find out which answer is right by trying.
+    Slips add errors to the demonstrations, and later steps use the wrong results:
+    `2+9=12;1+3+1=5` and 52. `answer` is still correct. A model that imitates them is
+    correct about as often as they are, and RL can find out which answers are correct.
 
     Args:
-        seed: as there, like all the others.
+        seed: as there, like the other arguments.
         number: how many.
         split: "train", "heldout" or "harder".
         reasoning: whether completions show the steps before the answer.
         digits: of each operand, or of the first factor of a product.
         operations: one or several of `+-*`.
         carries: columns that carry or borrow; None for any number of them.
-        slips: share of columns that come out one too many or too few, in [0, 1].
+        slips: share of columns whose result is off by one, in [0, 1].
 
     Raises:
         ValueError: for options out of range, or more problems than there are.
@@ -138,7 +138,7 @@ def count_problems(
     operations: str = "+-",
     carries: int | None = None,
 ) -> int:
-    """How many different problems `make_problems` can give for these options.
+    """The number of different problems of `make_problems` for these options.
 
     Raises:
         ValueError: for options out of range.
@@ -147,7 +147,7 @@ def count_problems(
 
 
 def steps(prompt: str) -> str:
-    """The columns of a problem, worked out from the right: `2+9=11;1+3+1=5`.
+    """The columns of a problem, solved from the right: `2+9=11;1+3+1=5`.
 
     Raises:
         ValueError: for a prompt that is no such problem.
@@ -156,10 +156,10 @@ def steps(prompt: str) -> str:
 
 
 def is_correct(prompt: str, response: str) -> bool:
-    """Whether a response is the answer of a problem, worked out anew.
+    """Whether a response is the correct answer of a problem, recomputed.
 
     Stricter than `exact_answer`: the response, or its last `<answer>…</answer>`, must
-    be the number as the task writes it and nothing more, white space around it apart.
+    be exactly the number as the task writes it, except for surrounding white space.
 
     Raises:
         ValueError: for a prompt that is no such problem.
@@ -170,7 +170,7 @@ def is_correct(prompt: str, response: str) -> bool:
 
 @functools.cache
 def _every_problem(digits: int) -> np.ndarray:
-    """All problems of a number of digits, whatever their split.
+    """All problems with a number of digits, in any split.
 
     Returns:
         `[N, 4]` int64: index into OPERATIONS, left operand, right operand, carries.
@@ -238,7 +238,7 @@ def _result(operation: str, left: int, right: int) -> int:
 
 
 def _demonstrate(problem: Problem, errors: list[int], reasoning: bool) -> Demonstration:
-    """How somebody solves a problem who errs so much in each column."""
+    """The demonstration of a problem with the given error in each column."""
     columns = _columns(*_parse(problem.prompt), errors)
     *lower, last = [result for _, result in columns]
     given = str(last) + "".join(str(result % 10) for result in reversed(lower))
@@ -250,10 +250,10 @@ def _demonstrate(problem: Problem, errors: list[int], reasoning: bool) -> Demons
 def _columns(
     operation: str, left: int, right: int, errors: Sequence[int] = ()
 ) -> list[tuple[str, int]]:
-    """One equation per column, and its result; the last one's is written out whole.
+    """One equation per column, and its result; the last result is written in full.
 
-    An error is added to its column's result, or taken from it where it would be
-    negative or, in a difference, no digit.
+    An error is added to its column's result, or subtracted if the result would be
+    negative or, in a difference, not a digit.
     """
     columns, carry = [], 0
     for i, top in enumerate(_digits(left)):

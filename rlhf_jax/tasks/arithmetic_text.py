@@ -1,16 +1,16 @@
-"""Plain text with arithmetic in it, for a base model that nobody taught to reason.
+"""Plain text with arithmetic, for a base model without reasoning demonstrations.
 
     90+21=111                                                      a fact
     90+21=0+1=1;9+2=11;111                                         worked out
     <is></is><war></war>17+41=<is>7+1=8;1+4=5</is><war>58</war>    a form, kept
     <ten></ten><ha></ha>61+11=72                                   a form, ignored
 
-One document in ten each is a fact or is worked out. All others begin with a form: two
-tags of two to six random letters. Three in ten of them keep it. From this a model
-learns that forms can be kept, as real base models do from all they read. The tags that
-`ask_to_reason` names, `<think>` and `<answer>`, do not occur. How often a model uses
-them is what it makes of the rest, and reinforcement learning has to find out that it
-pays: the setting of R1-Zero (DeepSeek-AI, 2025, arXiv:2501.12948).
+One document in ten is a fact, one in ten is worked out. All others begin with a form:
+two tags of two to six random letters. Three in ten of these follow it. From this a
+model learns that forms can be followed, as real base models do from pretraining. The
+tags of `ask_to_reason`, `<think>` and `<answer>`, do not occur. How often a model uses
+them depends on generalization, and RL must discover that they are rewarded: the R1-Zero
+setting (DeepSeek-AI, 2025, arXiv:2501.12948).
 """
 
 import numpy as np
@@ -22,11 +22,11 @@ SHARE_WITHOUT_FORM = 0.2
 SHARE_KEPT = 0.3  # of the forms
 
 _NEVER = ("think", "answer")
-_LETTERS = sorted(set("".join(_NEVER)))  # few letters are read sooner than many
+_LETTERS = sorted(set("".join(_NEVER)))  # fewer letters are learned faster
 
 
 def ask_to_reason(prompt: str) -> str:
-    """A problem after the form that its answer should have, which nothing explains."""
+    """A problem after the form that its response should have, without explanation."""
     return _form("think", "answer") + prompt
 
 
@@ -39,15 +39,15 @@ def make_text(
     operations: str = "+-",
     slips: float = 0.0,
 ) -> list[str]:
-    """Documents about different problems; the same arguments give the same text.
+    """Documents about different problems, deterministic.
 
     Args:
-        seed: as of `arithmetic.make_problems`, like all the others.
+        seed: as in `arithmetic.make_problems`, like the other arguments.
         number: how many.
         split: "train", "heldout" or "harder".
         digits: of each operand, or of the first factor of a product.
         operations: one or several of `+-*`.
-        slips: as of `arithmetic.make_demonstrations`.
+        slips: as in `arithmetic.make_demonstrations`.
 
     Raises:
         ValueError: for options out of range, or more problems than there are.

@@ -1,21 +1,21 @@
-"""A language small enough to write down whole, and what is known exactly about it.
+"""A language small enough to enumerate, with exact results.
 
-A response is drawn token by token until the stop token or a limit of T tokens. With a
-handful of tokens and up to four steps every response y can be listed and scored, so
-that a training run, or an estimator of its gradient, has a right answer to be compared
-with. The objective is that of RLHF, with β = `kl_coef`:
+A response is sampled token by token until the stop token or a limit of T tokens. With a
+few tokens and up to four steps every response y can be listed and scored, so that a
+training run, or a gradient estimator, can be compared to the exact result. The
+objective is that of RLHF, with β = `kl_coef`:
 
     J(π) = E_π[r(y)] − β · KL(π ‖ π_ref)
     π*(y) = π_ref(y) · exp(r(y) / β) / Z,    Z = Σ_y π_ref(y) · exp(r(y) / β)
     J(π*) = β · log Z
 
-and, seen as a game of single tokens a in states s (the prefixes of responses),
+and, as a token-level MDP with actions a in states s (the prefixes of responses),
 
     r(s, a) = [s·a is a whole response] · r(s·a) − β · log(π(a|s) / π_ref(a|s))
     Q(s, a) = r(s, a) + V(s·a),    V(s) = Σ_a π(a|s) · Q(s, a),    J(π) = V(empty)
 
-A policy is a table of finite logits `[N, V]`, one row per prefix; everything is
-computed in float64. N prefixes, K responses, V tokens.
+A policy is a table of finite logits `[N, V]`, one row per prefix; all computations are
+in float64. N prefixes, K responses, V tokens.
 
 References:
     Ziegler et al., 2019, arXiv:1909.08593, eq. 2; the optimum: Korbak et al., 2022,
@@ -40,7 +40,7 @@ class Responses:
 
     @property
     def mask(self) -> np.ndarray:
-        """`[K, T]` bool, True on tokens through the stop token."""
+        """`[K, T]` bool, True on tokens up to and including the stop token."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
@@ -53,8 +53,8 @@ class EnumerableTask:
     """
 
     vocabulary_size: int  # V
-    max_steps: int  # T, most tokens in a response
-    stop_token: int  # ends a response and belongs to it
+    max_steps: int  # T, maximum response length
+    stop_token: int  # ends a response and is included in it
     ref_logits: np.ndarray  # [N, V] float64, the reference policy
     scores: np.ndarray  # [K] float64, r(y) in the order of `responses`
 
@@ -78,7 +78,7 @@ class EnumerableTask:
 
     @functools.cached_property
     def transitions(self) -> np.ndarray:
-        """`[N + 1, V]` int32: the state after a token; N, once the response is over."""
+        """`[N + 1, V]` int32: the state after a token; N after the end."""
         end = len(self.prefixes)
         index = {prefix: i for i, prefix in enumerate(self.prefixes)}
         rows = [
@@ -187,7 +187,7 @@ def objective(task: EnumerableTask, logits: np.ndarray, *, kl_coef: float) -> fl
 
 
 def optimal_objective(task: EnumerableTask, *, kl_coef: float) -> float:
-    """J* = β · log Σ_y π_ref(y) · exp(r(y) / β), the largest J of any policy.
+    """J* = β · log Σ_y π_ref(y) · exp(r(y) / β), the maximum of J over policies.
 
     Raises:
         ValueError: when `kl_coef` is not positive.
@@ -205,7 +205,7 @@ def optimal_response_logprobs(task: EnumerableTask, *, kl_coef: float) -> np.nda
 
 
 def optimal_policy(task: EnumerableTask, *, kl_coef: float) -> np.ndarray:
-    """`[N, V]`: π* token by token, as log-probabilities, which are logits too.
+    """`[N, V]`: π* per token, as log-probabilities, which are also logits.
 
         Q*(s, a) = [s·a is whole] · r(s·a) + V*(s·a)
         V*(s) = β · log Σ_a π_ref(a|s) · exp(Q*(s, a) / β)

@@ -1,9 +1,9 @@
-"""What tasks with a right answer share: their splits, their draw, their demonstrations.
+"""Splits, sampling and demonstrations shared by tasks with a correct answer.
 
-Splits of a task have no problem in common, whatever the seeds:
+Splits of a task are disjoint for all seeds:
 
-- "train" and "heldout" are equally hard; a fixed rule holds out one problem of five
-- "harder" has the problems of a difficulty that neither of the others shows
+- "train" and "heldout" are equally hard; a fixed rule holds out one problem in five
+- "harder" has problems of a difficulty that is in neither of the others
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 Seed = int | np.random.Generator
 Split = Literal["train", "heldout", "harder"]
 
-# No digit stands next to another. A tokenizer learned from this text alone (with
+# No two digits are adjacent. A tokenizer trained only on this text (with
 # `min_frequency=1`) has few tokens for the tags, and one for each digit.
 TAGS_TEXT = "<think>0</think><answer>0</answer>"
 
@@ -23,7 +23,7 @@ _HELDOUT_EVERY = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A completion to imitate. `dataclasses.asdict` makes it a row of a file."""
+    """A demonstration. `dataclasses.asdict` makes it a row of a file."""
 
     prompt: str
     completion: str
@@ -31,7 +31,7 @@ class Demonstration:
 
 
 def demonstrate(prompt: str, answer: str, steps: str | None = None) -> Demonstration:
-    """The answer alone, or in the form of DeepSeek-R1 where there are steps to show."""
+    """Only the answer, or the DeepSeek-R1 format if there are steps."""
     if steps is None:
         return Demonstration(prompt=prompt, completion=answer, answer=answer)
     completion = f"<think>{steps}</think><answer>{answer}</answer>"
@@ -39,18 +39,18 @@ def demonstrate(prompt: str, answer: str, steps: str | None = None) -> Demonstra
 
 
 def in_split(split: Split, keys: np.ndarray, harder: np.ndarray) -> np.ndarray:
-    """Which problems belong to a split.
+    """The problems of a split.
 
     Args:
         split: the split.
-        keys: `[N]`, integers of 0 or more; problems of one key share their split.
+        keys: `[N]`, integers ≥ 0; problems with the same key are in the same split.
         harder: `[N]` bool, of the difficulty that is held out.
 
     Returns:
         `[N]` bool.
 
     Raises:
-        ValueError: for a split that does not exist.
+        ValueError: for an unknown split.
     """
     if split not in ("train", "heldout", "harder"):
         raise ValueError(
@@ -66,18 +66,18 @@ def draw_distinct(seed: Seed, number: int, available: int, what: str) -> list[in
     """`number` different indices below `available`, in random order.
 
     Raises:
-        ValueError: for a negative number, or more than there are.
+        ValueError: if `number` is negative or more than `available`.
     """
     if not 0 <= number <= available:
         raise ValueError(
-            f"number={number}: expected 0 to {available}, for there are {available} "
-            f"different {what}"
+            f"number={number}: expected 0 to {available}, the number of different "
+            f"{what}"
         )
     return np.random.default_rng(seed).permutation(available)[:number].tolist()
 
 
 def _scramble(keys: np.ndarray) -> np.ndarray:
-    """`[N]` uint64 without the pattern of the keys, the same on every machine.
+    """`[N]` uint64 hashes of the keys, the same on every machine.
 
     References:
         Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators":

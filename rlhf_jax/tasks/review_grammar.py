@@ -1,4 +1,4 @@
-"""A recogniser of review sentences: what a sentence judges, how, and how cleanly.
+"""A parser of review sentences: what a sentence judges, how, and its mistakes.
 
     sentence  = [lead-in ","] ( clause [(", but" | "and") clause] | verdict ) "."
     clause    = "the" aspect ("was" | "were" | "seemed" | "felt") opinion
@@ -9,7 +9,7 @@
     opinion   = ["not" | "never"] [intensifier] adjective
 
 A verdict without a verb ("a superb film") needs a closing lead-in ("Overall, …"). The
-language is regular, so regular expressions recognise it.
+language is regular, so regular expressions parse it.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ class Claim:
     """One judgement."""
 
     about: str  # an aspect, a kind, or "" for a verdict that says "it"
-    verdict: bool  # judges the whole thing
+    verdict: bool  # judges the product as a whole
     value: float  # -3.9 … 3.9, negation and intensifier included
     word: str  # the opinion word that carries it, "" if none does
-    theme: str  # what that word suits, "any" if everything
+    theme: str  # the theme that the word fits, "any" if all
 
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """What the recogniser found in a sentence."""
+    """The parse of a sentence."""
 
     claims: tuple[Claim, ...]  # one or two
-    slips: tuple[str, ...]  # small mistakes that leave the sense clear
+    slips: tuple[str, ...]  # small mistakes that keep the meaning clear
 
 
 def _any_of(words) -> str:
@@ -87,9 +87,10 @@ _FEELING_OF_BARE = {bare: past for past, (bare, _) in FEELINGS.items()}
 def opinion_value(denial: str | None, intensifier: str | None, grade: int) -> float:
     """The value of `[denial] [intensifier] adjective`, within ±3.9.
 
-    An intensifier multiplies the grade g. A denial turns the sign and leaves little:
-    v becomes -sign(v)·(1.25 - |v|/4), times 1.5 for "never". So "not bad" is mild
-    praise (0.75), and "not superb" (-0.5) denies less than "not good" (-0.75) does.
+    An intensifier multiplies the grade g. A denial flips the sign and shrinks the
+    value: v becomes -sign(v)·(1.25 - |v|/4), times 1.5 for "never". So "not bad" is
+    mild praise (0.75), and "not superb" (-0.5) denies less than "not good" (-0.75)
+    does.
     """
     value = grade * (INTENSIFIERS[intensifier].factor if intensifier else 1.0)
     if not denial or not value:
@@ -98,7 +99,8 @@ def opinion_value(denial: str | None, intensifier: str | None, grade: int) -> fl
 
 
 def idiomatic(denial: str | None, intensifier: str | None, grade: int) -> bool:
-    """Whether these go together: "very good" and "not very good", not "very superb"."""
+    """Whether the combination is idiomatic: "very good" and "not very good", not "very
+    superb"."""
     if intensifier is None:
         return True
     if denial and intensifier not in DENIABLE_INTENSIFIERS:
@@ -107,10 +109,10 @@ def idiomatic(denial: str | None, intensifier: str | None, grade: int) -> bool:
 
 
 def parse_sentence(text: str) -> Sentence | None:
-    """Claims and slips of one sentence without its full stop; None if it is none.
+    """Claims and slips of a sentence without its period; None if it does not parse.
 
     Slips are a wrong capital, "was" for "were", "a" for "an", an intensifier that does
-    not go with its adjective, and "and" or "but" against the sense.
+    not fit its adjective, and a wrong "and" or "but".
     """
     words = " ".join(text.split())
     slips = [] if words == write_out(words) else ["capital letter"]
@@ -135,7 +137,7 @@ def parse_sentence(text: str) -> Sentence | None:
 
 
 def write_out(words: str) -> str:
-    """The sentence with its capitals: the first letter, and the word "I"."""
+    """Capitalizes a sentence: the first letter, and the word "I"."""
     words = re.sub(r"\bi\b", "I", words.lower())
     return words[:1].upper() + words[1:]
 

@@ -1,8 +1,7 @@
 """The true reward of reviews as a reward function, for `--eval-reward`.
 
-`rlhf_jax.tasks.review_judge:true_reward` is the only thing to look at in the end: to
-measure what a reward model is worth, or to stop a run in time. Training on it would
-leave nothing to learn from the reward model.
+Use `rlhf_jax.tasks.review_judge:true_reward` to evaluate a reward model or for early
+stopping. Training on it would make the reward model unnecessary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,12 @@ from rlhf_jax.tasks.review_reward import true_rewards
 def true_reward(
     prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Any]
 ) -> list[float]:
-    """`review_reward.true_reward` of each answer.
+    """`review_reward.true_reward` of each response.
 
     Args:
         prompts: B review prompts.
-        responses: B answers.
-        columns: of the rows; not read.
+        responses: B responses.
+        columns: of the rows; unused.
 
     Returns:
         B numbers from -5 to 3.9.

@@ -1,4 +1,4 @@
-"""The true reward of a review: what a careful reader would say of it, as a number."""
+"""The true reward of a review: the score of a careful reader."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from rlhf_jax.tasks.review_grammar import Claim, parse_sentence
 from rlhf_jax.tasks.review_words import ASPECTS, KINDS, PROMPT_OPENINGS
 
 LOWEST_REWARD = -5.0
-HIGHEST_REWARD = 3.9  # every claim an "absolutely superb", and no fault
+HIGHEST_REWARD = 3.9  # every claim is "absolutely superb", no fault
 
 _MIN_SENTENCES, _MAX_SENTENCES = 2, 4
 _PROMPT = re.compile(
@@ -21,7 +21,7 @@ _PROMPT = re.compile(
 
 
 class Fault(enum.Enum):
-    """What a reader minds, and what it costs each time."""
+    """Faults of a review, and the cost of each."""
 
     UNREADABLE = ("sentence that is none", 1.5)
     UNFINISHED = ("unfinished sentence", 1.5)
@@ -43,10 +43,10 @@ class Fault(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Appraisal:
-    """A reward and where it comes from."""
+    """A reward and its parts."""
 
-    judgements: tuple[tuple[str, float], ...]  # what was judged, and its value
-    faults: tuple[tuple[Fault, str], ...]  # each with the words it was found in
+    judgements: tuple[tuple[str, float], ...]  # subject and value
+    faults: tuple[tuple[Fault, str], ...]  # each with its location in the text
 
     @property
     def sentiment(self) -> float:
@@ -62,24 +62,25 @@ class Appraisal:
 
 
 def true_reward(prompt: str, response: str) -> float:
-    """How good a review is, from -5 (a heap of words) to 3.9 (high, well-put praise).
+    """The quality of a review, from -5 (a list of words) to 3.9 (well-written praise).
 
         reward = max(mean value of the judgements - Σ cost of the faults, -5)
 
     The response is parsed sentence by sentence with the grammar of `review_grammar`.
-    Each aspect judged, and the verdict, is one judgement, worth the grade of its
-    opinion word (-3 … 3) times its intensifier; a denial turns the sign and leaves
-    little. What cannot count (no sentence, cut off, not part of this kind of thing,
-    judged before) is a judgement of value 0, so that nonsense dilutes praise besides
-    its cost. `Fault` lists the costs.
+    Each judged aspect, and the verdict, is one judgement, with the grade of its opinion
+    word (-3 … 3) times its intensifier; a denial flips the sign and shrinks the value.
+    Anything invalid (not a sentence, cut off, not part of this kind of product, judged
+    before) is a judgement of value 0, so nonsense dilutes praise in addition to its
+    cost. `Fault` lists the costs.
 
-    So the best review praises in two to four sound sentences about different parts of
-    this thing, in different words, and closes with a verdict that agrees. A sound pan
-    gets about -2 to -3.9, an honest mixed review about 0, "superb superb superb" -4.75.
+    So the best review has two to four correct positive sentences about different parts
+    of the product, in different words, and ends with a consistent verdict. A correct
+    negative review gets about -2 to -3.9, a mixed review about 0, "superb superb
+    superb" -4.75.
 
     Args:
-        prompt: the prompt, as written by `make_prompts`; it names the kind of thing.
-        response: the review. White space around it does not matter.
+        prompt: the prompt, from `make_prompts`; it names the kind of product.
+        response: the review. Surrounding white space is ignored.
 
     Raises:
         ValueError: if the prompt is not a review prompt.
@@ -96,7 +97,7 @@ def true_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
     if len(prompts) != len(responses):
         raise ValueError(
             f"{len(prompts)} prompts but {len(responses)} responses; "
-            "give one response for each prompt"
+            "give one response per prompt"
         )
     return np.array(
         [true_reward(*pair) for pair in zip(prompts, responses, strict=True)],
@@ -105,7 +106,7 @@ def true_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
 
 
 def explain_reward(prompt: str, response: str) -> str:
-    """The reward with its parts, one per line, for people to check."""
+    """The reward and its parts, one per line, for inspection."""
     appraisal = appraise(prompt, response)
     lines = [f"{response.strip()!r}"]
     lines += [f"  {value:+6.2f}  {what}" for what, value in appraisal.judgements]
@@ -119,7 +120,7 @@ def explain_reward(prompt: str, response: str) -> str:
 
 
 def prompt_kind(prompt: str) -> str:
-    """The kind of thing that a prompt asks a review of.
+    """The kind of product in a prompt.
 
     Raises:
         ValueError: if the prompt is not a review prompt.
@@ -169,7 +170,7 @@ _VERDICT = "verdict"
 def _judge(
     claim: Claim, kind: str, subjects: set[str], faults: list[tuple[Fault, str]]
 ) -> tuple[str, float]:
-    """The judgement a claim counts as; adds what is wrong with it to `faults`."""
+    """The judgement for a claim; adds its faults to `faults`."""
     subject = _VERDICT if claim.verdict else claim.about
     if claim.about not in ("", kind, *KINDS[kind].aspects):
         faults.append((Fault.FOREIGN, claim.about))
@@ -198,7 +199,7 @@ def _faults_of_form(
 def _contradiction(
     judgements: Sequence[tuple[str, float]],
 ) -> Iterable[tuple[Fault, str]]:
-    """A fault if verdict and aspects disagree and neither is lukewarm."""
+    """A fault if verdict and aspects disagree and neither is near 0."""
     verdicts = [value for what, value in judgements if what == _VERDICT]
     aspects = [value for what, value in judgements if what in ASPECTS]
     if verdicts and aspects:

@@ -1,4 +1,4 @@
-"""Spoils reviews in the ways a model under training does, so that scorers see it."""
+"""Corrupts reviews the way a policy in training does, so that reward models see it."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from rlhf_jax.tasks.review_words import (
 )
 from rlhf_jax.tasks.review_writer import write_review
 
-# (rng, kind, review) → the review damaged, or other text in its place
+# (rng, kind, review) → the corrupted review, or other text
 _Damage = Callable[[np.random.Generator, str, str], str]
 
 _PRAISE = tuple(word for word, opinion in OPINIONS.items() if opinion.grade >= 2)
@@ -22,19 +22,19 @@ _WORDS = (*ASPECTS, *OPINIONS, *INTENSIFIERS, *NAME_NOUNS, "the", "was", "i", "i
 
 
 def spoil(rng: np.random.Generator, kind: str, review: str) -> str:
-    """The review with one thing gone wrong, of fourteen that can.
+    """Applies one of fourteen corruptions to a review.
 
-    Words shuffled, dropped, doubled or replaced; a heap of praise instead of it or at
-    its end; cut off; no verdict, or nothing else; a sentence twice, of another kind of
-    thing, or cut and joined with the next; one opinion word throughout; no end.
+    Words shuffled, dropped, doubled or replaced; praise words instead of it or at its
+    end; truncated; no verdict, or only a verdict; a sentence twice, about another kind
+    of product, or spliced with the next; one opinion word throughout; no end.
 
     Args:
-        rng: where the randomness comes from; it is advanced.
-        kind: what the review is of, a key of `KINDS`.
-        review: sentences after a leading space, as `write_review` gives them.
+        rng: random generator; it is advanced.
+        kind: the kind of product, a key of `KINDS`.
+        review: sentences after a leading space, as from `write_review`.
 
     Returns:
-        Text after a leading space. Most often, but not always, of lower true reward.
+        Text after a leading space. Usually, but not always, with lower true reward.
     """
     return _DAMAGES[rng.integers(len(_DAMAGES))](rng, kind, review)
 
@@ -45,7 +45,7 @@ def _sentences(review: str) -> list[str]:
 
 
 def _heap(rng: np.random.Generator) -> str:
-    """Praise words without a sentence around them."""
+    """Praise words without a sentence."""
     length = rng.integers(3, 8)
     if rng.random() < 0.5:
         words = [rng.choice(_PRAISE)] * length
@@ -119,7 +119,7 @@ def _opinion_words(review: str) -> list[str]:
 
 
 def _map_words(review: str, change: Callable[[str], str]) -> str:
-    """The review with each word changed; stops and commas stay where they are."""
+    """Applies a change to each word; punctuation stays in place."""
     words = []
     for token in review.split():
         word = token.rstrip(".,")
@@ -130,7 +130,7 @@ def _map_words(review: str, change: Callable[[str], str]) -> str:
 def _edit_words(
     edit: Callable[[np.random.Generator, list[str]], None],
 ) -> _Damage:
-    """Makes a damage of an edit to the list of words of the review."""
+    """Makes a corruption from an edit to the list of words."""
 
     def damage(rng, kind, review):
         words = review.split()

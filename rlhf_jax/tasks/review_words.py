@@ -1,4 +1,4 @@
-"""The words of the review task: what is reviewed, what is said of it, how strongly."""
+"""The vocabulary of the review task: products, aspects, opinions, intensifiers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """What an adjective says."""
+    """The meaning of an adjective."""
 
     grade: int  # -3 (terrible) … 3 (superb)
     theme: str  # "any", or the one theme it suits: soup is tasty, acting is not
@@ -18,7 +18,7 @@ class Opinion:
 
 @dataclasses.dataclass(frozen=True)
 class Aspect:
-    """A part of a thing that a review may judge."""
+    """A part of a product that a review can judge."""
 
     theme: str
     plural: bool
@@ -26,10 +26,10 @@ class Aspect:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of thing that is reviewed."""
+    """A kind of product."""
 
-    theme: str  # of the adjectives that suit the thing as a whole
-    again: str  # what somebody does who comes back: I would … again
+    theme: str  # of the adjectives that fit the product as a whole
+    again: str  # the verb in "I would … again"
     aspects: tuple[str, ...]
 
 
@@ -137,7 +137,7 @@ INTENSIFIERS: Mapping[str, Intensifier] = _frozen(
 )
 DENIABLE_INTENSIFIERS = ("very", "really")  # "not very good", "never really bad"
 
-# How firmly an opinion is denied: the soup was not cold, the service was never rude.
+# Strength of a denial: the soup was not cold, the service was never rude.
 DENIALS: Mapping[str, float] = _frozen({"not": 1.0, "never": 1.5})
 
 COPULAS: Mapping[str, bool | None] = _frozen(  # True: goes with a plural, None: either

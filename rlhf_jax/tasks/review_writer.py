@@ -1,4 +1,4 @@
-"""Writes sound reviews of every mood."""
+"""Writes correct reviews of any sentiment."""
 
 import dataclasses
 import functools
@@ -29,13 +29,13 @@ from rlhf_jax.tasks.review_words import (
 _T = TypeVar("_T")
 
 _LARGEST_MOOD = 3.2
-_MOOD_SPREAD = 0.8  # of one judgement around the mood of its review
-_STEP = 0.25  # moods are met to this grid,
-_REACH = 0.5  # by phrases at most this far from it;
+_MOOD_SPREAD = 0.8  # std of a judgement around the mood of its review
+_STEP = 0.25  # grid size of moods,
+_REACH = 0.5  # maximum distance of a phrase from it;
 _LAST_STEP = 14  # at 3.5 both "superb" and "absolutely superb" are in reach
-_PLAIN, _INTENSIFIED, _DENIED = 0.55, 0.3, 0.15  # how often, where all are possible
+_PLAIN, _INTENSIFIED, _DENIED = 0.55, 0.3, 0.15  # probabilities, if all are possible
 
-_THEME_WEIGHT = 4  # what suits soup best is said of soup
+_THEME_WEIGHT = 4  # prefers theme-specific words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Phrase:
 
 @dataclasses.dataclass
 class _Draft:
-    """A review in the making."""
+    """A partial review."""
 
     rng: np.random.Generator
     kind: str
@@ -65,12 +65,12 @@ class _Draft:
 def write_review(
     rng: np.random.Generator, kind: str, *, mood: float | None = None
 ) -> str:
-    """A sound review of a thing: one to three judgements, then a verdict that agrees.
+    """A correct review: one to three judgements, then a consistent verdict.
 
     Args:
-        rng: where the randomness comes from; it is advanced.
-        kind: what is reviewed, a key of `KINDS`.
-        mood: the value that judgements scatter around; uniform over ±3.2 by default.
+        rng: random generator; it is advanced.
+        kind: the kind of product, a key of `KINDS`.
+        mood: the mean value of the judgements; uniform over ±3.2 by default.
 
     Returns:
         Two or three sentences after a leading space, so that the review continues its
@@ -139,7 +139,7 @@ def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
 
 
 def _choose(draft: _Draft, phrases: "_Phrasebook", target: float) -> _Phrase:
-    """A phrase of about the target value whose opinion word is new to the review."""
+    """A phrase near the target value whose opinion word is new in the review."""
     while True:
         phrase = phrases.draw(draft.rng, target)
         if phrase.word not in draft.words:
@@ -153,7 +153,7 @@ def _choose(draft: _Draft, phrases: "_Phrasebook", target: float) -> _Phrase:
 
 
 class _Phrasebook:
-    """Phrases to draw from by their value."""
+    """Phrases, sampled by their value."""
 
     def __init__(self, phrases: Sequence[_Phrase]):
         self._near = {}  # step → phrases of about that value, cumulative probabilities
@@ -170,13 +170,13 @@ class _Phrasebook:
 
 @functools.cache
 def _opinions(theme: str, with_denials: bool) -> _Phrasebook:
-    """Idiomatic opinions on something of a theme, each with its weight."""
+    """Idiomatic opinions for a theme, with weights."""
     phrases = []
     for word, opinion in OPINIONS.items():
         if opinion.theme not in ("any", theme):
             continue
         weight = 1 if opinion.theme == "any" else _THEME_WEIGHT
-        # Readers understand "not superb", but few write it.
+        # "not superb" is understandable but rare.
         deniable = with_denials and abs(opinion.grade) in (1, 2)
         families = (
             (_PLAIN, (None,), (None,)),
@@ -199,7 +199,7 @@ def _opinions(theme: str, with_denials: bool) -> _Phrasebook:
 
 @functools.cache
 def _attitudes(kind: str) -> _Phrasebook:
-    """What one can feel about a thing of this kind, or would do."""
+    """Feelings and intentions about a product of this kind."""
     phrases = []
     for past, (bare, grade) in FEELINGS.items():
         phrases.append(_Phrase(f"i {past} it", grade, bare, 1.0))

@@ -1,10 +1,10 @@
 """The review task: prompts, demonstrations, and preferences of a simulated annotator.
 
-A prompt names a thing, as in `Review of the film The Silent Harbour:`, and the answer
-reviews it in two or three short sentences. Demonstrations are sound reviews of every
-mood, from rage to delight. The annotator prefers by the true reward, with noise; so
-the best accuracy that any reward model can reach on its pairs is known. Prompts of the
-two splits never share a name.
+A prompt names a product, as in `Review of the film The Silent Harbour:`, and the
+response is a review of two or three short sentences. Demonstrations are correct reviews
+of all sentiments. The annotator prefers by the true reward, with noise, so the best
+possible accuracy of a reward model on its pairs is known. Prompts of the two splits
+never share a name.
 """
 
 import dataclasses
@@ -46,19 +46,19 @@ __all__ = [
 Seed = int | np.random.Generator
 Split = Literal["train", "heldout"]
 
-ANNOTATOR_TEMPERATURE = 0.7  # reward difference at which odds are e to 1
+ANNOTATOR_TEMPERATURE = 0.7  # reward difference at which the odds are e to 1
 
-_HELDOUT_EVERY = 5  # one name of five is held out; each of its words occurs in training
+_HELDOUT_EVERY = 5  # one name in five is held out; its words occur in training
 _REWORKED = 0.1  # of the pairs set a review against the same review, spoiled;
 _SPOILED = 0.08  # of the responses in the other pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A review to imitate. `prompt + response` is the whole text."""
+    """A demonstration. `prompt + response` is the full text."""
 
     prompt: str
-    response: str  # with its leading space
+    response: str  # with a leading space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +68,20 @@ class Preference:
     prompt: str
     chosen: str
     rejected: str
-    probability: float  # with which the annotator prefers `chosen`: may be below 1/2
+    probability: float  # that the annotator prefers `chosen`: may be below 1/2
 
 
 def make_prompts(seed: Seed, n: int, split: Split = "train") -> list[str]:
-    """`n` prompts in random order, all different as long as the split lasts.
+    """`n` prompts in random order, all different until the split is exhausted.
 
-    A split holds every kind of thing and every opening under its own names: 6,400
+    A split has every kind of product and every opening with its own names: 6,400
     prompts under 320 names to train on, 1,600 under 80 other names held out.
 
     Raises:
         ValueError: if `split` is neither "train" nor "heldout", or `n` is negative.
     """
     if n < 0:
-        raise ValueError(f"n={n} prompts asked for; expected 0 or more")
+        raise ValueError(f"n={n} prompts requested; expected 0 or more")
     rng = np.random.default_rng(seed)
     space = list(itertools.product(PROMPT_OPENINGS, KINDS, _names(split)))
     rounds = [rng.permutation(len(space)) for _ in range(-(-n // len(space)))]
@@ -92,7 +92,8 @@ def make_prompts(seed: Seed, n: int, split: Split = "train") -> list[str]:
 def make_demonstrations(
     seed: Seed, n: int, split: Split = "train"
 ) -> list[Demonstration]:
-    """`n` prompts with a sound review each; moods are uniform, so rewards average 0."""
+    """`n` prompts with a correct review each; moods are uniform, so rewards average
+    0."""
     rng = np.random.default_rng(seed)
     return [
         Demonstration(prompt, write_review(rng, prompt_kind(prompt)))
@@ -109,9 +110,9 @@ def make_preferences(
 ) -> list[Preference]:
     """`n` prompts with two different responses each, labelled by the annotator.
 
-    A tenth of the pairs set a sound review against a spoiled copy of itself; in the
-    others one response of twelve is. A policy under training strays from the
-    grammar, and a reward model that never saw such text would not know its worth.
+    In a tenth of the pairs one response is a corrupted copy of the other; in the rest
+    one response in twelve is corrupted. A policy in training leaves the grammar, and
+    the reward model must have seen such text to score it.
     """
     rng = np.random.default_rng(seed)
     prompts = make_prompts(rng, n, split)
@@ -132,7 +133,8 @@ def label_pairs(
 
         P(first preferred) = 1 / (1 + exp(-(r_first - r_second) / temperature))
 
-    with r the true reward: Bradley and Terry, 1952. Equal responses are a coin toss.
+    with r the true reward: Bradley and Terry, 1952. Equal responses have probability
+    1/2.
 
     Raises:
         ValueError: if the three lists differ in length, a prompt is not a review
@@ -153,10 +155,10 @@ def label_pairs(
 
 
 def bayes_accuracy(preferences: Sequence[Preference]) -> float:
-    """The share of these pairs that the best possible scorer is expected to get right.
+    """The expected accuracy of the best possible scorer on these pairs.
 
-    It knows the true reward and sides with the likelier winner of each pair; the
-    annotator's noise is the rest.
+    It knows the true reward and picks the likelier winner of each pair; the rest is
+    annotator noise.
 
     Raises:
         ValueError: if there are no pairs.

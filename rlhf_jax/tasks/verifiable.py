@@ -1,12 +1,12 @@
-"""Rewards that need no model: an answer is right, a form is kept.
+"""Rewards that need no model: correct answers, response formats.
 
 A reward takes a batch and returns one number per row:
 
     reward(prompts: list[str], responses: list[str], columns: dict[str, list]) -> list
 
-`columns` holds the other columns of the rows, such as the right answers. Each reward
-here judges every row by itself. Every rule takes time linear in the text, whatever the
-text: a policy in training writes anything.
+`columns` holds the other columns of the rows, such as the correct answers. Each reward
+here scores rows independently. Every rule takes linear time for any text: a policy in
+training can write anything.
 """
 
 import re
@@ -20,12 +20,12 @@ _UNSIGNED = (
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
 )
 _NUMBER = re.compile(
-    # In "7-3" the hyphen is no sign.
+    # In "7-3" the hyphen is not a sign.
     rf"(?:(?<![\w)\]}}])[-+]{_CURRENCY}?|{_CURRENCY}[-+]?)?"
     rf"(?:{_UNSIGNED})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?"
     rf"(?:/(?:{_UNSIGNED}))?"
 )
-_LONGEST_NUMBER = 400  # characters; Python refuses to read integers of 4300 digits
+_LONGEST_NUMBER = 400  # characters; Python cannot parse integers of 4300 digits
 
 _LATEX = {"−": "-", r"\$": "$", r"\%": "%", "{,}": ",", r"\,": "", r"\!": ""}
 _LATEX_SIGN = re.compile("|".join(map(re.escape, _LATEX)))
@@ -38,12 +38,12 @@ _REASONING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that the whole text is, exactly; None where it is no single number.
+    """Parses the whole text as an exact number; None if it is not a single number.
 
-    Reads signs, thousands separated by commas, decimals, `1.5e-3` and the fractions
-    `1/2` and `\\frac{1}{2}`; passes over a currency sign, a percent sign (`20%` is 20)
-    and a full stop at the end. What is longer than 400 characters, or has an exponent
-    of more than three digits, is no number.
+    Accepts signs, thousands separated by commas, decimals, `1.5e-3` and the fractions
+    `1/2` and `\\frac{1}{2}`; ignores a currency sign, a percent sign (`20%` is 20) and
+    a final period. Text longer than 400 characters, or with an exponent of more than
+    three digits, is not a number.
     """
     plain = _without_latex(text).strip().rstrip(".").rstrip("%$€£¥ ")
     if len(plain) > _LONGEST_NUMBER or not _NUMBER.fullmatch(plain):
@@ -56,25 +56,25 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number written in the text, None without one.
+    """The last number in the text, or None.
 
-    In `16 - 3 = 13 eggs` it is `13`; of `3-5` it is `5`. For `parse_number`, which may
-    still find that it is none: `1/0`.
+    In `16 - 3 = 13 eggs` it is `13`; in `3-5` it is `5`. `parse_number` may still
+    reject it: `1/0`.
     """
     numbers = _numbers(text)
     return numbers[-1] if numbers else None
 
 
 def final_answer(text: str) -> str | None:
-    """What a text gives as its answer, by the first of these rules that finds one.
+    """The final answer of a text, by the first of these rules that matches.
 
-    1. what follows the last `####` on its line (GSM8K), even if that is a heading
+    1. the text after the last `####` on its line (GSM8K), even if that is a heading
     2. the last complete `\\boxed{…}`, braces inside it matched (MATH)
     3. the last `<answer>…</answer>` (DeepSeek-R1)
     4. the last number
 
     Returns:
-        The text found, without white space around it; None without any number either.
+        The answer, without surrounding white space; None if no rule matches.
     """
     marked = _marked_answer(text)
     return last_number(text) if marked is None else marked
@@ -83,17 +83,17 @@ def final_answer(text: str) -> str | None:
 def exact_answer(
     prompts: list[str], responses: list[str], columns: dict[str, list]
 ) -> list[float]:
-    """1.0 where a response gives the right answer, and 0.0 where it does not.
+    """1.0 if a response gives the correct answer, else 0.0.
 
-    The right answer is `columns["answer"]`: a number, or a text that may be a whole
-    solution, of which rules 1 to 3 of `final_answer` find the answer. Is it a number,
-    then `final_answer` of the response must hold that number and no other, so that
-    `18 dollars` is right and `18 or 19` is wrong; numbers are compared as numbers,
-    exactly: `$1,000.00` is 1000. Any other answer is compared as text, white space and
-    a full stop at the end apart, with what rules 1 to 3 find, or the whole response.
+    The correct answer is `columns["answer"]`: a number, or a text that may be a full
+    solution, whose answer is found by rules 1 to 3 of `final_answer`. If it is a
+    number, `final_answer` of the response must contain that number and no other, so `18
+    dollars` is correct and `18 or 19` is wrong; numbers are compared exactly:
+    `$1,000.00` is 1000. Any other answer is compared as text, ignoring white space and
+    a final period, to the result of rules 1 to 3, or the whole response.
 
     Raises:
-        ValueError: where the rows have no column `answer`, or a row's is missing.
+        ValueError: if there is no column `answer`, or a row's answer is missing.
     """
     if "answer" not in columns:
         names = ", ".join(sorted(columns)) or "no others"
@@ -105,11 +105,11 @@ def exact_answer(
 def reasoning_format(
     prompts: list[str], responses: list[str], columns: dict[str, list]
 ) -> list[float]:
-    """1.0 for `<think>…</think><answer>…</answer>`, and 0.0 for anything else.
+    """1.0 for `<think>…</think><answer>…</answer>`, else 0.0.
 
-    Each tag must stand there once, something between each pair, and nothing but white
-    space around the two. A prompt that ends in `<think>` has written that tag for the
-    response. Nothing is given for half of the form; a sum of `matches` rewards would.
+    Each tag must occur once, with text inside each pair and only white space around
+    them. If the prompt ends in `<think>`, the response omits that tag. There is no
+    partial credit; use a sum of `matches` rewards for that.
 
     References:
         DeepSeek-AI, 2025, arXiv:2501.12948, section 2.2.2 and table 1.
@@ -119,19 +119,19 @@ def reasoning_format(
 
 
 def matches(pattern: str) -> Reward:
-    """A reward: 1.0 where the regular expression is found in the response, else 0.0.
+    """A reward: 1.0 if the regular expression matches in the response, else 0.0.
 
     Args:
-        pattern: as in the module `re`; flags are written into it, as in `(?is)`.
+        pattern: as in the module `re`; flags are inline, as in `(?is)`.
 
     Raises:
-        ValueError: where the pattern is no regular expression.
+        ValueError: if the pattern is not a regular expression.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"pattern {pattern!r}: no regular expression: {error}"
+            f"pattern {pattern!r}: not a regular expression: {error}"
         ) from None
 
     def matches_pattern(prompts, responses, columns):
@@ -143,14 +143,14 @@ def matches(pattern: str) -> Reward:
 def length_reward(
     *, target: int, spread: int, measure: Callable[[str], int] = len
 ) -> Reward:
-    """A reward for responses of about a given length.
+    """A reward for responses near a target length.
 
     max(0, 1 − |length − target| / spread)
 
     Args:
         target: the length that gets 1.0.
         spread: the distance from it at which the reward reaches 0, at least 1.
-        measure: gives the length of a response; as it is, in characters.
+        measure: gives the length of a response; default: characters.
 
     Raises:
         ValueError: for a spread below 1.
@@ -170,7 +170,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def _without_latex(text: str) -> str:
-    """Signs and fractions as they are written without LaTeX, and the minus as `-`."""
+    """Converts LaTeX signs and fractions to plain text, and the minus to `-`."""
     plain = _LATEX_SIGN.sub(lambda found: _LATEX[found[0]], text)
     return _LATEX_FRACTION.sub(r"\1/\2", plain)
 
@@ -189,8 +189,8 @@ def _marked_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the complete `\\boxed{…}` that begins last holds."""
-    open_braces: list[tuple[bool, int]] = []  # whether a box, where its inside begins
+    """The content of the complete `\\boxed{…}` that starts last."""
+    open_braces: list[tuple[bool, int]] = []  # whether a box, start of its content
     last = (-1, -1)
     for brace in _BRACE.finditer(text):
         if brace[0].endswith("{") and brace[0] != r"\{":
@@ -214,7 +214,7 @@ def _is_right(response: str, answer: object) -> bool:
 
 
 def _number_in(answer: str) -> Fraction | None:
-    """The number that an answer is, or the only one in it."""
+    """The answer as a number, or the only number in it."""
     number = parse_number(answer)
     if number is None:
         numbers = _numbers(answer)

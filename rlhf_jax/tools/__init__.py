@@ -1,1 +1,1 @@
-"""A file per command that trains nothing: generate, evaluate, inspect, and others."""
+"""Commands that do not train: generate, evaluate, inspect, and others."""

@@ -1,4 +1,4 @@
-"""Samples of a policy go out to people who judge them, and judgements come back."""
+"""Annotation: writes samples of a policy for people to judge, and reads judgments."""
 
 import json
 from collections import defaultdict
@@ -23,10 +23,10 @@ from rlhf_jax.tools.generate import answer
 
 
 def write(config: AnnotateWriteConfig) -> int:
-    """Samples answers and writes the file; returns how many prompts it has.
+    """Samples responses and writes the file; returns its number of prompts.
 
     Raises:
-        ValueError: on bad input, before anything is compiled.
+        ValueError: for invalid input, before anything is compiled.
     """
     config.validate()
     check_new_file(config.output)
@@ -47,15 +47,15 @@ def write(config: AnnotateWriteConfig) -> int:
         f"{key_path(config.output)}"
     )
     if count < len(responses):
-        heading(f"{len(responses) - count} prompts left out: their answers are equal")
+        heading(f"{len(responses) - count} prompts dropped: their responses are equal")
     return count
 
 
 def read(config: AnnotateReadConfig) -> Comparisons:
-    """Reports what the files say, and writes it as judgements.
+    """Reports on the files, and writes their judgments.
 
     Raises:
-        ValueError: one line, on bad input; nothing is written then.
+        ValueError: one line, for invalid input; nothing is written then.
     """
     config.validate()
     key = _common_key(config)
@@ -68,7 +68,7 @@ def read(config: AnnotateReadConfig) -> Comparisons:
     found = compare(judgements, on_contradiction="keep")
     prompts = len({judgement.prompt for judgement in judgements})
     heading(
-        f"{len(judgements)} judgements of {prompts} prompts: {len(found.pairs)} pairs"
+        f"{len(judgements)} judgments of {prompts} prompts: {len(found.pairs)} pairs"
     )
     for line in found.report():
         heading(line)
@@ -78,7 +78,7 @@ def read(config: AnnotateReadConfig) -> Comparisons:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.output), "".join(lines))
-        heading(f"{len(rows)} judgements written to {config.output}")
+        heading(f"{len(rows)} judgments written to {config.output}")
     return found
 
 
@@ -88,7 +88,7 @@ def _common_key(config: AnnotateReadConfig) -> AnnotationKey:
     for file, key in zip(config.files, keys, strict=True):
         if (key.kind, key.scale) != (keys[0].kind, keys[0].scale):
             raise ValueError(
-                f"{file}: asked for another kind or scale of judgement than "
-                f"{config.files[0]}; read the two apart"
+                f"{file}: has another kind or rating scale than "
+                f"{config.files[0]}; read the two separately"
             )
     return keys[0]

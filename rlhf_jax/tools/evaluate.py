@@ -1,4 +1,4 @@
-"""Held-out figures: loss of a language model, accuracy of a reward model, reward of a
+"""Held-out metrics: loss of a language model, accuracy of a reward model, reward of a
 policy."""
 
 import json
@@ -20,11 +20,11 @@ from rlhf_jax.learner.imitation import imitation_losses
 from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.recipes import sft as sft_stage
-from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.held_out import pass_rates
 from rlhf_jax.recipes.networks import check_fits, read_network
-from rlhf_jax.recipes.policy_models import PolicyModels, check_tokenization
+from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, collate, encode_rows
+from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.recipes.scorer import probe
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
@@ -34,11 +34,11 @@ from rlhf_jax.run.run_directory import write_atomic
 
 
 def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
-    """Answers the prompts of a file and measures the answers.
+    """Samples responses to the prompts of a file and returns metrics.
 
     Raises:
-        ValueError: on bad input, before anything is compiled.
-        RewardFunctionError: where a reward function fails.
+        ValueError: for invalid input, before anything is compiled.
+        RewardFunctionError: if a reward function fails.
     """
     assert config.model is not None  # validated
     tokenization = Tokenization.load(config.model)
@@ -53,13 +53,13 @@ def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, f
 
 
 def report_dropped(path: str, count: int) -> None:
-    """Says how many rows were too long."""
+    """Prints how many rows were too long."""
     if count:
-        heading(f"{path}: {count} rows longer than max-tokens left out")
+        heading(f"{path}: {count} rows longer than max-tokens dropped")
 
 
 def _read(config: EvaluateConfig, path: str, tokenization: Tokenization) -> PromptBatch:
-    """Every prompt, as many times as it is answered."""
+    """Every prompt, repeated once per response."""
     read = partial(
         read_prompt_rows,
         columns=Columns(prompt=config.prompt_column),
@@ -84,7 +84,7 @@ def _measure(
 ) -> dict[str, float]:
     width = batch.prompts.tokens.shape[1]
     models, params = _load(config, tokenization, prompt_width=width)
-    examiner = Examiner(
+    evaluator = ResponseEvaluator(
         make_sampler(
             models.policy,
             max_new_tokens=config.max_new_tokens,
@@ -98,7 +98,7 @@ def _measure(
         batch_size=min(config.batch_size, len(batch.rows)),
         mesh=mesh,
     )
-    answers = examiner.answers(
+    answers = evaluator.answers(
         jax.random.key(config.seed),
         params,
         batch.prompts,
@@ -120,30 +120,36 @@ def _measure(
 def _load(
     config: EvaluateConfig, tokenization: Tokenization, *, prompt_width: int
 ) -> tuple[PolicyModels, Params]:
-    """The policy, and the reference and reward model where there are some."""
+    """The policy, and the reference and reward model, if any."""
     assert config.model is not None  # validated
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
     needed = prompt_width + config.max_new_tokens
     why = "prompt + max-new-tokens"
-    check_fits(module, tokenization, needed=needed, name="model", why=why)
+    check_fits(module.config, tokenization, needed=needed, name="model", why=why)
     reference = reward = score_fn = None
     if config.reference is not None:
-        check_tokenization(tokenization, "reference", config.reference)
+        other = Tokenization.load(config.reference)
+        tokenization.check_same_as(other, "reference", config.reference)
         reference_module, reference = read_network(
             config.reference, head="lm", dtype=config.dtype
         )
         if reference_module.config != module.config:
             raise ValueError(
                 f"reference={config.reference!r}: its shape differs from that of "
-                f"model={config.model!r}; the two run through one program"
+                f"model={config.model!r}; both run in one program"
             )
     if config.reward_model is not None:
-        check_tokenization(tokenization, "reward-model", config.reward_model)
+        other = Tokenization.load(config.reward_model)
+        tokenization.check_same_as(other, "reward-model", config.reward_model)
         reward_module, reward = read_network(
             config.reward_model, head="reward", dtype=config.dtype
         )
         check_fits(
-            reward_module, tokenization, needed=needed, name="reward-model", why=why
+            reward_module.config,
+            tokenization,
+            needed=needed,
+            name="reward-model",
+            why=why,
         )
         score_fn = reward_model(reward_module)
     models = PolicyModels(
@@ -157,10 +163,10 @@ def _load(
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:
-    """Measures what there is data for; prints the figures and returns them.
+    """Evaluates on the given data; prints and returns the metrics.
 
     Raises:
-        ValueError: on bad input, before anything is compiled.
+        ValueError: for invalid input, before anything is compiled.
     """
     config.validate()
     if config.output is not None:
@@ -194,7 +200,11 @@ def _texts(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
     report_dropped(path, encoded.dropped)
     module, params = read_network(config.model, head="lm", dtype=config.dtype)
     check_fits(
-        module, tokenization, needed=encoded.width, name="model", why="max-tokens"
+        module.config,
+        tokenization,
+        needed=encoded.width,
+        name="model",
+        why="max-tokens",
     )
     evaluate = sft_stage.make_evaluation(
         jax.jit(imitation_losses(policy(module).token_logprobs)),
@@ -223,7 +233,7 @@ def _pairs(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
         config.reward_model, head="reward", dtype=config.dtype
     )
     check_fits(
-        module,
+        module.config,
         tokenization,
         needed=encoded.width,
         name="reward-model",

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, on the screen or in a file."""
+"""Responses of a model to prompts, printed or written to a file."""
 
 import json
 from pathlib import Path
@@ -13,18 +13,18 @@ from rlhf_jax.data.encoding import encode_prompts
 from rlhf_jax.data.text_data import Columns, read_prompts
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models.callables import policy
-from rlhf_jax.recipes.answers import Examiner, make_sampler
 from rlhf_jax.recipes.networks import check_fits, read_network
+from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import write_atomic
 
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
-    """Answers every prompt `config.samples` times; returns the rows it writes.
+    """Samples `config.samples` responses per prompt; returns the rows it writes.
 
     Raises:
-        ValueError: on bad input, before anything is compiled.
+        ValueError: for invalid input, before anything is compiled.
     """
     config.validate()
     if config.output is not None:
@@ -35,12 +35,12 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
 
 
 def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, Any]]:
-    """A row for each answer, with `prompt`, `response` and its number, `sample`.
+    """A row per response, with `prompt`, `response` and its number, `sample`.
 
-    With `distinct`, a prompt that the data has several times is answered as if once.
+    With `distinct`, repeated prompts of the data are used once.
 
     Raises:
-        ValueError: on bad input, before anything is compiled.
+        ValueError: for invalid input, before anything is compiled.
     """
     mesh = make_mesh()
     tokenization = Tokenization.load(config.model)
@@ -52,7 +52,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
     longest = module.config.max_positions - config.max_new_tokens
     if longest < 1:
         raise ValueError(
-            f"max-new-tokens={config.max_new_tokens}: the model reads at most "
+            f"max-new-tokens={config.max_new_tokens}: the model supports at most "
             f"{module.config.max_positions} tokens, which leaves no room for a prompt"
         )
     encoded = encode_prompts(
@@ -62,7 +62,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
         overlong="fail",
     )
     check_fits(
-        module,
+        module.config,
         tokenization,
         needed=max(len(row) for row in encoded.rows) + config.max_new_tokens,
         name="the model",
@@ -70,7 +70,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
     )
     batch_size = min(config.batch_size, len(texts))
     callables = policy(module)
-    examiner = Examiner(
+    evaluator = ResponseEvaluator(
         make_sampler(
             callables,
             max_new_tokens=config.max_new_tokens,
@@ -94,7 +94,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
     key = jax.random.key(config.seed)
     rows = []
     for number in range(config.samples):
-        answers = examiner.answers(jax.random.fold_in(key, number), params, prompts)
+        answers = evaluator.answers(jax.random.fold_in(key, number), params, prompts)
         pairs = zip(asked, answers.texts(tokenization), strict=True)
         rows += [{"prompt": p, "response": r, "sample": number} for p, r in pairs]
     return rows
@@ -109,7 +109,7 @@ def _prompts(config: GenerateConfig, tokenization: Tokenization) -> list[str]:
 
 
 def _in_chat(config: GenerateConfig, prompt: str, tokenization: Tokenization) -> str:
-    """What the model reads: the prompt, or a conversation that ends with it."""
+    """The model's input: the prompt, or a conversation that ends with it."""
     if not config.chat:
         return prompt
     messages = [{"role": "user", "content": prompt}]
@@ -125,7 +125,7 @@ def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
     if config.output is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_atomic(Path(config.output), "".join(lines))
-        heading(f"{len(rows)} answers written to {config.output}")
+        heading(f"{len(rows)} responses written to {config.output}")
         return
     for row in rows:
         heading(row["prompt"])

@@ -1,4 +1,4 @@
-"""`rlhf-jax inspect`: what a model is, and the memory that each stage would take."""
+"""`rlhf-jax inspect`: describes a model and the memory that each stage needs."""
 
 import dataclasses
 import json
@@ -16,9 +16,7 @@ from rlhf_jax.config.inspection import InspectConfig
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import SCORE, Family, read_config
-from rlhf_jax.models.hf.hub import local_directory
-from rlhf_jax.models.hf.peft_config import is_adapter
-from rlhf_jax.models.hf.peft_loading import base_of
+from rlhf_jax.models.hf.checkpoint import open_checkpoint
 from rlhf_jax.models.hf.safetensors_files import open_tensors
 from rlhf_jax.models.hf.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
@@ -35,19 +33,19 @@ EXAMPLE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """A model as its files describe it.
+    """A model as described by its files.
 
     Attributes:
-        directory: where they are.
-        adapter: a directory of adapters on that model, if that is what was named.
-        config: the shape.
+        directory: directory of the files.
+        adapter: directory of adapters on that model, if one was given.
+        config: shape of the model.
         head: `"lm"`, or `"reward"` for a sequence classifier.
-        num_parameters: of trunk and head.
-        stored: parameters in the files by dtype, in safetensors' words; empty where
+        num_parameters: parameters of trunk and head.
+        stored: parameters in the files by dtype, as named by safetensors; empty if
             there are no weights.
-        num_files: safetensors files.
+        num_files: number of safetensors files.
         tokenization: the tokenizer, or None.
-        missing: why there is no weight or no tokenizer, a line each.
+        missing: why there are no weights or no tokenizer, one line each.
     """
 
     directory: Path
@@ -62,17 +60,17 @@ class ModelFacts:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
+        """Stop tokens."""
         return () if self.tokenization is None else self.tokenization.stop_ids(())
 
     @property
     def pad_id(self) -> int:
-        """Fills up rows; 0 where there is no tokenizer."""
+        """Padding token; 0 without a tokenizer."""
         return 0 if self.tokenization is None else self.tokenization.pad_id
 
     @property
     def special_tokens(self) -> dict[str, tuple[str, int]]:
-        """Name → text and id, of the special tokens that there are."""
+        """Name → text and id of the special tokens."""
         if self.tokenization is None:
             return {}
         tokenizer = self.tokenization.tokenizer
@@ -86,7 +84,7 @@ class ModelFacts:
 
     @property
     def rendered(self) -> str | None:
-        """A short conversation by the chat template, or None without one."""
+        """A short conversation in the chat template, or None without one."""
         if (
             self.tokenization is None
             or self.tokenization.tokenizer.chat_template is None
@@ -129,33 +127,30 @@ def read_facts(path: str) -> ModelFacts:
     """Reads configuration, headers and tokenizer; weights or tokenizer may be missing.
 
     Args:
-        path: directory, or name on the Hub.
+        path: directory, or Hub name.
 
     Raises:
         ValueError: there is no `config.json` of a supported family.
     """
-    directory, adapter = local_directory(path, weights=False), None
-    if is_adapter(directory):
-        adapter = directory
-        directory = base_of(adapter)
-    family, config = read_config(directory)
+    checkpoint = open_checkpoint(path, weights=False)
+    family, config = read_config(checkpoint.directory)
     missing = []
     stored: Counter[str] = Counter()
     files, head = 0, "lm"
     try:
-        stored, files, head = _read_headers(directory, family, config)
+        stored, files, head = _read_headers(checkpoint.directory, family, config)
     except ValueError as error:
         missing.append(f"weights: {error}")
     tokenization = None
     try:
-        tokenization = Tokenization.load(directory)
+        tokenization = Tokenization.load(checkpoint.directory)
     except ValueError as error:
         missing.append(f"tokenizer: {error}")
     module = Transformer(config, head="reward" if head == "reward" else "lm")
     shapes = parameter_shapes(module)
     return ModelFacts(
-        directory=directory,
-        adapter=adapter,
+        directory=checkpoint.directory,
+        adapter=checkpoint.adapter,
         config=config,
         head=head,
         num_parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),
@@ -184,7 +179,7 @@ def run(config: InspectConfig) -> None:
     """Prints both, or JSON.
 
     Raises:
-        ValueError: on a directory that cannot be read, or sizes that cannot work.
+        ValueError: the directory cannot be read, or sizes are invalid.
     """
     config.validate()
     facts = read_facts(config.model)
@@ -195,7 +190,6 @@ def run(config: InspectConfig) -> None:
         print("\n".join(describe(facts)), flush=True)
     stages = [
         stage_memory(
-            stage,
             config.of_stage(stage),
             facts.config,
             mesh,
@@ -219,13 +213,13 @@ def run(config: InspectConfig) -> None:
     for stage in stages:
         print("\n" + "\n".join(table(stage)))
     if config.compile:
-        print("\nOther kinds of devices and other versions of XLA plan differently.")
+        print("\nPlans depend on the device and the XLA version.")
 
 
 def simulated_mesh(data: int, fsdp: int) -> tuple[Mesh, bool]:
-    """A mesh of this machine's devices, or, where they are too few, of CPU devices.
+    """A mesh of local devices, or of simulated CPU devices if there are too few.
 
-    Starts JAX anew in that case: nothing on the devices survives it.
+    In that case, JAX is restarted, and all arrays on devices are lost.
     """
     if data * fsdp <= len(jax.devices()):
         return make_mesh(data=data, fsdp=fsdp), False
@@ -304,7 +298,7 @@ def to_dict(stage: StageMemory) -> dict[str, Any]:
 
 
 def show(size: int | None) -> str:
-    """Bytes, readable: decimal units."""
+    """Bytes in decimal units."""
     assert size is not None
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
@@ -313,7 +307,7 @@ def show(size: int | None) -> str:
 
 
 def _check_lengths(config: InspectConfig, facts: ModelFacts) -> None:
-    """Raises ValueError where the model cannot read sequences of these lengths."""
+    """Raises ValueError if the model does not support sequences of these lengths."""
     for stage in config.stages:
         options = vars(config.of_stage(stage))
         why, needed = "max-tokens", options.get("max_tokens")
@@ -323,6 +317,6 @@ def _check_lengths(config: InspectConfig, facts: ModelFacts) -> None:
         limit = facts.config.max_positions
         if needed > limit:
             raise ValueError(
-                f"{why} of {stage}: {needed} tokens, but the model reads at most "
+                f"{why} of {stage}: {needed} tokens, but the model supports at most "
                 f"{limit} (its max_positions); lower the limits"
             )

@@ -1,4 +1,4 @@
-"""The memory of each stage on each device: counted, and as the compiler plans it."""
+"""The memory of each stage per device: counted, and as planned by the compiler."""
 
 import dataclasses
 import time
@@ -11,39 +11,23 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Demonstrations, Preferences, Prompts, Sequences
 from rlhf_jax.config.grpo import GRPOConfig
-from rlhf_jax.config.inspection import StageConfig
 from rlhf_jax.config.ppo import PPOConfig
+from rlhf_jax.config.run import RunConfig
 from rlhf_jax.config.supervised import RewardConfig, SFTConfig
-from rlhf_jax.learner.imitation import count_targets, imitation_objective
-from rlhf_jax.learner.preference import count_pairs, preference_objective
-from rlhf_jax.learner.supervised_step import make_supervised_step
-from rlhf_jax.learner.train_state import (
-    ActorCritic,
-    TrainState,
-    init_model_state,
-    init_train_state,
-    step_keys,
-)
-from rlhf_jax.models.callables import policy, reward_model
+from rlhf_jax.learner.train_state import TrainState, behavior_policy, step_keys
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.recipes.group_sampling import GRPOPrograms, Judged
-from rlhf_jax.recipes.grpo import make_grpo_programs
-from rlhf_jax.recipes.networks import assembling
-from rlhf_jax.recipes.optimizers import (
-    make_grpo_optimizers,
-    make_optimizers,
-    optimizer_of,
-)
+from rlhf_jax.recipes import grpo, ppo, reward_model, sft
+from rlhf_jax.recipes.group_sampling import ScoredResponses
+from rlhf_jax.recipes.grpo import GRPOSetup
 from rlhf_jax.recipes.policy_models import PolicyModels
-from rlhf_jax.recipes.ppo import Programs, make_programs
+from rlhf_jax.recipes.ppo import PPOSetup
+from rlhf_jax.recipes.supervised_run import SupervisedSetup
 from rlhf_jax.tools.abstract_run import (
     AbstractNetworks,
     bytes_per_device,
     cache_bytes,
     flags,
-    four_models,
     place,
-    policy_models,
     spread,
     tokens,
     with_shardings,
@@ -54,15 +38,15 @@ Report = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramMemory:
-    """What one program takes on top of what is always there, in bytes per device.
+    """Memory of one program besides resident memory, in bytes per device.
 
     Attributes:
-        name: of the program.
-        batch: arguments that are not always there.
+        name: name of the program.
+        batch: arguments that are not resident.
         parts: counted parts of `temporary`, by name.
-        temporary: all that the program needs while it runs.
-        results: outputs that take the place of no argument.
-        seconds: of tracing and compiling.
+        temporary: temporary memory of the program.
+        results: outputs that do not alias an argument.
+        seconds: time of tracing and compiling.
     """
 
     name: str
@@ -74,7 +58,7 @@ class ProgramMemory:
 
     @property
     def rest(self) -> int:
-        """Temporary arrays that are none of the parts: mostly activations."""
+        """Other temporary arrays, mostly activations."""
         return max(0, self.temporary - sum(self.parts.values()))
 
     @property
@@ -89,10 +73,10 @@ class StageMemory:
 
     Attributes:
         stage: the command.
-        resident: what is there from the start to the end, by name.
-        gradients: of what is trained; part of what the update takes.
-        cache: keys and values of a whole rollout; part of what that takes.
-        programs: as compiled; empty where nothing was.
+        resident: memory held throughout the run, by name.
+        gradients: gradients of trainable parameters; part of the update's memory.
+        cache: KV cache of a rollout; part of the rollout's memory.
+        programs: compiled programs; empty without compilation.
     """
 
     stage: str
@@ -103,18 +87,18 @@ class StageMemory:
 
     @property
     def always(self) -> int:
-        """The sum of what is resident."""
+        """Total resident memory."""
         return sum(self.resident.values())
 
     @property
     def peak(self) -> int:
-        """The most that is held at once; without programs, a lower bound."""
+        """Peak memory; without programs, a lower bound."""
         counted = max(self.gradients, self.cache)
         return self.always + max([p.total for p in self.programs], default=counted)
 
 
 class _Compiler:
-    """Compiles programs of placed shapes one after the other, and adds up."""
+    """Compiles programs of sharded shapes in sequence, and adds up their memory."""
 
     def __init__(self, stage: str, report: Report, resident: Any, *, is_on: bool):
         self.programs: list[ProgramMemory] = []
@@ -124,12 +108,12 @@ class _Compiler:
         self.is_on = is_on
 
     def run(self, name: str, program: Any, *arguments: Any, **parts: int) -> Any:
-        """What the program gives back, as placed shapes.
+        """The program's results, as sharded shapes.
 
         Args:
-            name: of the program.
+            name: name of the program.
             program: a jitted function.
-            *arguments: of it; leaves that are resident are not counted again.
+            *arguments: its arguments; resident leaves are not counted again.
             **parts: counted parts of its temporary memory.
         """
         self._report(f"{self._stage}: compiling {name} …")
@@ -155,8 +139,7 @@ class _Compiler:
 
 
 def stage_memory(
-    stage: str,
-    config: StageConfig,
+    config: RunConfig,
     shape: DecoderConfig,
     mesh: Mesh,
     *,
@@ -165,68 +148,52 @@ def stage_memory(
     compile_programs: bool,
     report: Report,
 ) -> StageMemory:
-    """Memory of a stage as its own command would take it.
+    """Memory of a stage, as used by its own command.
 
     Args:
-        stage: the command.
-        config: of the run, checked.
-        shape: of all of its models.
-        mesh: of this machine's devices, or of simulated ones.
-        stop_ids: tokens that end an answer.
-        pad_id: fills up rows.
-        compile_programs: whether to ask the compiler.
-        report: is told what is being compiled.
+        config: validated configuration.
+        shape: shape of all models.
+        mesh: mesh of local or simulated devices.
+        stop_ids: stop tokens.
+        pad_id: padding token.
+        compile_programs: whether to include the compiler's plan.
+        report: called with a line before each compilation.
     """
     networks = AbstractNetworks(config, shape, mesh)
-    compiler = partial(_Compiler, stage, report, is_on=compile_programs)
-    if isinstance(config, SFTConfig | RewardConfig):
-        return _supervised(config, networks, mesh, stage, compiler)
-    ids = {"stop_ids": stop_ids, "pad_id": pad_id}
-    if isinstance(config, PPOConfig):
-        return _ppo(config, networks, mesh, compiler, **ids)
-    return _grpo(config, networks, mesh, compiler, **ids)
+    compiler = partial(_Compiler, config.stage, report, is_on=compile_programs)
+    ids: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": pad_id}
+    match config:
+        case SFTConfig():
+            return _supervised(config, sft.setup(config, networks, shape), compiler)
+        case RewardConfig():
+            return _supervised(config, reward_model.setup(config, networks), compiler)
+        case PPOConfig():
+            return _policy_stage(ppo.setup(config, networks, **ids), mesh, compiler)
+        case GRPOConfig():
+            return _policy_stage(grpo.setup(config, networks, **ids), mesh, compiler)
+    raise TypeError(f"{type(config).__name__} is not the configuration of a stage")
 
 
 def _supervised(
     config: SFTConfig | RewardConfig,
-    networks: AbstractNetworks,
-    mesh: Mesh,
-    stage: str,
+    setup: SupervisedSetup,
     compiler: Callable[..., _Compiler],
 ) -> StageMemory:
     rows = (config.batch_size, config.max_tokens)
     sequences = Sequences(tokens=tokens(*rows), mask=flags(*rows))
     if isinstance(config, SFTConfig):
-        network, trained = networks.trained("lm")
-        objective = imitation_objective(policy(network.module).token_logprobs)
-        count: Callable = count_targets
         batch: Any = Demonstrations(**vars(sequences), target_mask=flags(*rows))
     else:
-        network, trained = networks.trained("reward")
-        objective = preference_objective(
-            reward_model(network.module),
-            label_smoothing=config.label_smoothing,
-            center_coef=config.center_coef,
-        )
-        count, batch = count_pairs, Preferences(chosen=sequences, rejected=sequences)
-    optimizer, _ = optimizer_of(config.optimizer, total_steps=config.steps)
-    init = partial(init_model_state, optimizer=optimizer)
-    state = place(jax.eval_shape(init, jax.random.key(0), trained), mesh)
-    step = make_supervised_step(
-        objective,
-        optimizer,
-        count=count,
-        num_microbatches=config.microbatches,
-        assemble=None if network.lora is None else assembling(network.lora),
-        state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state),
-    )
+        batch = Preferences(chosen=sequences, rejected=sequences)
+    state, network = setup.state, setup.network
     gradients = bytes_per_device(state.params)
     compiled = compiler((state, network.frozen))
     if compiled.is_on:
+        mesh = jax.tree.leaves(state)[0].sharding.mesh
         arguments = (state, spread(batch, mesh), network.frozen)
-        compiled.run("update", step, *arguments, gradients=gradients)
+        compiled.run("update", setup.update, *arguments, gradients=gradients)
     return StageMemory(
-        stage=stage,
+        stage=config.stage,
         resident=_resident(state, {"frozen model": network.frozen}),
         gradients=gradients,
         cache=0,
@@ -234,61 +201,11 @@ def _supervised(
     )
 
 
-def _ppo(
-    config: PPOConfig,
-    networks: AbstractNetworks,
-    mesh: Mesh,
-    compiler: Callable[..., _Compiler],
-    **ids: Any,
-) -> StageMemory:
-    models, params = four_models(config, networks)
-    optimizers, _ = make_optimizers(config)
-    init = partial(
-        init_train_state,
-        optimizers=optimizers,
-        kl_coef=config.kl.coef,
-        slow_critic=config.advantages.slow_critic_decay is not None,
-    )
-    state = place(jax.eval_shape(init, jax.random.key(0), params), mesh)
-    sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
-    programs = make_programs(config, models, optimizers, state_sharding=sharding, **ids)
-    return _policy_stage("ppo", config, models, state, programs, mesh, compiler)
-
-
-def _grpo(
-    config: GRPOConfig,
-    networks: AbstractNetworks,
-    mesh: Mesh,
-    compiler: Callable[..., _Compiler],
-    **ids: Any,
-) -> StageMemory:
-    models, actor = policy_models(config, networks)
-    optimizers, _ = make_grpo_optimizers(config)
-    init = partial(
-        init_train_state,
-        optimizers=optimizers,
-        kl_coef=config.kl.coef,
-        old_policy=config.refresh_every > 1,
-    )
-    params = ActorCritic(actor=actor, critic={})
-    state = place(jax.eval_shape(init, jax.random.key(0), params), mesh)
-    sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
-    programs = make_grpo_programs(
-        config, models, optimizers, mesh=mesh, state_sharding=sharding, **ids
-    )
-    return _policy_stage("grpo", config, models, state, programs, mesh, compiler)
-
-
 def _policy_stage(
-    stage: str,
-    config: PPOConfig | GRPOConfig,
-    models: PolicyModels,
-    state: TrainState,
-    programs: Programs | GRPOPrograms,
-    mesh: Mesh,
-    compiler: Callable[..., _Compiler],
+    setup: PPOSetup | GRPOSetup, mesh: Mesh, compiler: Callable[..., _Compiler]
 ) -> StageMemory:
-    """The programs of one update, each given what those before it give."""
+    """The programs of one update, each with the results of those before it."""
+    config, models, state = setup.config, setup.models, setup.state
     prompts = spread(
         Prompts(
             tokens=tokens(config.batch_size, config.max_prompt_tokens),
@@ -296,30 +213,33 @@ def _policy_stage(
         ),
         mesh,
     )
-    actor = _answering(models, state, mesh)
+    actor = _sampled_policy(models, state, mesh)
     length = config.max_prompt_tokens + config.max_new_tokens - 1
     cache = cache_bytes(models, actor, prompts, length, mesh)
     gradients = bytes_per_device(state.params)
     compiled = compiler((state, models.frozen, models.reference, models.reward))
     if compiled.is_on:
+        programs = setup.programs
         key = place(jax.eval_shape(step_keys, state)[0], mesh)
-        sample, update = programs.sample, programs.update
-        rollout = compiled.run("rollout", sample, key, actor, prompts, KV_cache=cache)
+        rollout = compiled.run(
+            "rollout", programs.sample, key, actor, prompts, KV_cache=cache
+        )
         scores, _ = compiled.run("reward model", programs.score, models.reward, rollout)
         judged = (scores, rollout)
         if isinstance(config, GRPOConfig):
-            judged = (Judged(rollout=rollout, scores=scores), None)
+            judged = (ScoredResponses(rollout=rollout, scores=scores), None)
         arguments = (state, models.frozen, models.reference, *judged)
-        experience, _, _ = compiled.run("scoring", programs.experience_of, *arguments)
+        experience, *_ = compiled.run("scoring", programs.experience, *arguments)
         arguments = (state, experience, models.frozen)
-        compiled.run("update", update, *arguments, gradients=gradients)
+        compiled.run("update", programs.update, *arguments, gradients=gradients)
     frozen = {
         "frozen policy": models.frozen.actor,  # with adapters, also the reference
         "reference": models.reference,
         "reward model": models.reward,  # with adapters, also below the critic
+        "frozen critic": models.frozen.critic,
     }
     return StageMemory(
-        stage=stage,
+        stage=config.stage,
         resident=_resident(state, frozen),
         gradients=gradients,
         cache=cache,
@@ -327,18 +247,18 @@ def _policy_stage(
     )
 
 
-def _answering(models: PolicyModels, state: TrainState, mesh: Mesh) -> Any:
-    """The whole policy that answers; what is resident stays what it is."""
-    trained = state.params.actor if state.old_policy is None else state.old_policy
+def _sampled_policy(models: PolicyModels, state: TrainState, mesh: Mesh) -> Any:
+    """The full behavior policy; resident arrays are kept."""
+    trained = behavior_policy(state)
     if models.lora is None:
         return trained
-    # Adapters, times their factor, are made anew; the rest is shared.
+    # Scaled adapters are new arrays; the rest is shared.
     whole = place(jax.eval_shape(models.actor, trained), mesh)
     return _shared(whole, models.frozen.actor)
 
 
 def _shared(whole: Any, frozen: Any) -> Any:
-    """A tree with the leaves of the frozen one, where that has them."""
+    """A tree with the leaves of the frozen one, where it has them."""
     if not isinstance(whole, dict):
         return whole if frozen is None else frozen
     known = frozen or {}
@@ -346,7 +266,7 @@ def _shared(whole: Any, frozen: Any) -> Any:
 
 
 def _resident(state: Any, frozen: dict[str, Any]) -> dict[str, int]:
-    """Bytes by name; an array that several share counts for the first."""
+    """Bytes by name; shared arrays count only for the first."""
     groups = {
         "trained parameters": state.params,
         "optimizer": state.opt_state,

@@ -1,4 +1,4 @@
-"""An adapter and its base model as one Hugging Face directory."""
+"""Merges an adapter and its base model into one Hugging Face directory."""
 
 from pathlib import Path
 
@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.config.tools import MergeConfig
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.models.hf.checkpoint import load_model, open_checkpoint
 from rlhf_jax.models.hf.hf_weights import save_pretrained
-from rlhf_jax.models.hf.hub import local_directory
-from rlhf_jax.models.hf.peft_config import CONFIG, is_adapter, read_peft_config
-from rlhf_jax.models.hf.peft_loading import load_model
+from rlhf_jax.models.hf.peft_config import CONFIG, read_peft_config
 from rlhf_jax.run.progress import heading
 
 
@@ -18,20 +17,17 @@ def run(config: MergeConfig) -> None:
     """Writes the model.
 
     Raises:
-        ValueError: where the two do not fit each other, or cannot be read.
+        ValueError: the two do not match, or cannot be read.
     """
-    directory = local_directory(config.adapter)
-    if not is_adapter(directory):
+    checkpoint = open_checkpoint(config.adapter, base=config.model)
+    if checkpoint.adapter is None:
         raise ValueError(
-            f"adapter={config.adapter!r}: no directory of an adapter; it has no "
-            f"{CONFIG}, or a whole model beside it"
+            f"adapter={config.adapter!r}: not an adapter directory; it has no "
+            f"{CONFIG}, or also contains a full model"
         )
-    base = None if config.model is None else local_directory(config.model)
-    tokenization = Tokenization.load(directory, base=base)
-    is_classifier = read_peft_config(directory).is_classifier
-    module, params = load_model(
-        directory, head="reward" if is_classifier else "lm", base=base
-    )
+    tokenization = Tokenization.load(checkpoint)
+    is_classifier = read_peft_config(checkpoint.adapter).is_classifier
+    module, params = load_model(checkpoint, head="reward" if is_classifier else "lm")
     dtype = jnp.dtype(config.dtype)
     save_pretrained(
         Path(config.output),
@@ -40,4 +36,4 @@ def run(config: MergeConfig) -> None:
         tokenizer=tokenization.tokenizer,
         generation_config=tokenization.generation_config_to_save,
     )
-    heading(f"{config.output}: the model with {config.adapter} in it")
+    heading(f"{config.output}: the model merged with {config.adapter}")

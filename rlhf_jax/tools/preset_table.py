@@ -8,7 +8,7 @@ from rlhf_jax.algo.options import check
 from rlhf_jax.config.grpo import GRPOMethod
 from rlhf_jax.config.grpo_presets import GRPO_PRESETS
 from rlhf_jax.config.ppo import PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.config.run import to_dict
 from rlhf_jax.config.tools import PresetsConfig
 
@@ -20,24 +20,28 @@ def run(config: PresetsConfig) -> None:
         return
     import yaml
 
-    presets = {"ppo": PRESETS, "grpo": GRPO_PRESETS, None: PRESETS | GRPO_PRESETS}
+    presets = {
+        "ppo": PPO_PRESETS,
+        "grpo": GRPO_PRESETS,
+        None: PPO_PRESETS | GRPO_PRESETS,
+    }
     method = to_dict(find_preset(config.preset, presets[config.command]))
     print(yaml.safe_dump(method, sort_keys=False, allow_unicode=True), end="")
 
 
 def find_preset(name: str, presets: Mapping[str, Callable[[], Any]]) -> Any:
-    """The preset of that name.
+    """The preset with this name.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: there is none.
     """
     check(name in presets, "preset", name, f"expected one of {', '.join(presets)}")
     return presets[name]()
 
 
 def table(command: Literal["ppo", "grpo"]) -> str:
-    """Options × presets in Markdown; what differs from our default is in bold."""
-    presets, default = PRESETS, flat(PPOMethod())
+    """Options × presets in Markdown; values that differ from the default are bold."""
+    presets, default = PPO_PRESETS, flat(PPOMethod())
     if command == "grpo":
         presets, default = GRPO_PRESETS, flat(GRPOMethod())
     columns = [flat(make()) for make in presets.values()]
@@ -57,7 +61,7 @@ def table(command: Literal["ppo", "grpo"]) -> str:
 
 
 def flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Options by the name of their flag."""
+    """Options by flag name."""
     found = {}
     for field in dataclasses.fields(options):
         value = vars(options)[field.name]

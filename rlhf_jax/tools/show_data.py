@@ -1,4 +1,4 @@
-"""What a stage makes of a data set, shown before anything is trained."""
+"""Shows the tokens of a dataset as a stage trains on them."""
 
 import dataclasses
 import io
@@ -36,7 +36,7 @@ _SPECIAL = "#b45fcf"
 _NOTE = "italic cyan"
 
 
-# Two shades in turn, so that it is seen where one token ends and the next begins.
+# Two alternating shades, to separate tokens.
 _LEARNT = ("black on #a8e6a3", "black on #d4f5c4")
 
 
@@ -61,16 +61,16 @@ pre {{ font: 14px/1.7 Menlo, Consolas, "DejaVu Sans Mono", monospace;
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One sequence of a data set."""
+    """One sequence of a dataset."""
 
     title: str
     tokens: np.ndarray  # [L] int32
     learnt: np.ndarray  # [L] bool
-    note: str = ""  # what happens at its end
+    note: str = ""  # shown at its end
 
 
 def token_text(row: TokenRow, tokenization: Tokenization, *, colour: bool) -> Text:
-    """A sequence, what is learnt in colour or, without colour, between marks."""
+    """A sequence, with tokens that are trained on in color or between marks."""
     special = tokenization.special_ids
     texts = token_texts(tokenization.tokenizer, row.tokens.tolist())
     shown = Text()
@@ -91,21 +91,21 @@ def token_text(row: TokenRow, tokenization: Tokenization, *, colour: bool) -> Te
 
 
 def legend(learnt: str, *, colour: bool) -> Text:
-    """What colours and marks mean.
+    """The legend of colors or marks.
 
     Args:
-        learnt: what is in colour, such as "learnt".
-        colour: whether there are colours.
+        learnt: meaning of the highlight, such as "trained on".
+        colour: whether to use colors.
     """
     if not colour:
-        return Text(f"{BEGIN}{learnt}{END}   read only   {LINE_BREAK} line break")
+        return Text(f"{BEGIN}{learnt}{END}   context   {LINE_BREAK} line break")
     return Text.assemble(
         (f" {learnt}, ", _LEARNT[0]),
         ("token ", _LEARNT[1]),
         ("by token ", _LEARNT[0]),
         ("<special>", _LEARNT_SPECIAL),
         "   ",
-        ("read only", _READ),
+        ("context", _READ),
         "  ",
         ("<special>", _SPECIAL),
         f"   {LINE_BREAK} line break",
@@ -115,7 +115,7 @@ def legend(learnt: str, *, colour: bool) -> Text:
 def show(
     console: Console, rows: list[TokenRow], tokenization: Tokenization, *, learnt: str
 ) -> None:
-    """Prints sequences, each with a title, after the legend."""
+    """Prints the legend, then sequences with titles."""
     colour = console.color_system is not None and not console.no_color
     _print(console, legend(learnt, colour=colour))
     for row in rows:
@@ -133,7 +133,7 @@ def show(
 def page(
     rows: list[TokenRow], tokenization: Tokenization, summary: list[str], *, learnt: str
 ) -> str:
-    """What `show` prints, and the counts, as an HTML page."""
+    """The output of `show`, with the counts, as an HTML page."""
     console = Console(
         record=True,
         file=io.StringIO(),
@@ -154,7 +154,7 @@ def _style(learnt: bool, *, is_special: bool, number: int) -> str:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The lines of a text; breaks are seen, and stand outside of coloured cells."""
+    """The lines of a text; line breaks are visible, and outside of colored spans."""
     *lines, last = text.split("\n")
     for line in lines:
         yield line + LINE_BREAK
@@ -164,16 +164,16 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _print(console: Console, text: Text) -> None:
-    # Lines are broken by who shows them, so that a log has the text as it is.
+    # No wrapping, so that a log has the text unchanged.
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 _NOTES = {
     "sft": "",
     "reward": "the score is read at the last token",
-    "prompts": "the policy answers from here on",
+    "prompts": "the policy continues from here",
 }
-_LEARNT_BY_TASK = {"sft": "learnt", "reward": "judged", "prompts": "learnt"}
+_LEARNT_BY_TASK = {"sft": "trained on", "reward": "scored", "prompts": "trained on"}
 _NAMES = {"sft": "sequences", "reward": "pairs", "prompts": "prompts"}
 
 
@@ -181,7 +181,7 @@ def run(config: ShowDataConfig) -> list[str]:
     """Prints examples and counts; returns the lines of the counts.
 
     Raises:
-        ValueError: one line, on bad input.
+        ValueError: one line, for invalid input.
     """
     config.validate()
     if config.html is not None:
@@ -211,12 +211,12 @@ Read = tuple[Tokenization, Encoded[Any], RowsOf]
 def _read_sft(config: ShowDataConfig) -> Read:
     stage = config.sft_config()
     tokenization = sft_data.load_tokenization(stage)
-    assert tokenization is not None  # the configuration names a model
+    assert tokenization is not None  # the configuration has a model
     examples = sft_data.read_data(stage, stage.data, tokenization)
 
     def rows_of(row: Any, title: str) -> list[TokenRow]:
         learnt = row.learnt.copy()
-        learnt[0] = False  # nothing comes before it
+        learnt[0] = False  # it has no context
         return [TokenRow(title=title, tokens=row.tokens, learnt=learnt)]
 
     return tokenization, sft_data.encode_data(stage, tokenization, examples), rows_of

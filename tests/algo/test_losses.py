@@ -343,5 +343,5 @@ def test_integers_and_wrong_options_are_refused(arrays, experience):
 def test_options_of_the_clip_beside_another_loss_are_refused(
     arrays, experience, name, value
 ):
-    with pytest.raises(ValueError, match=f"{name}={value}: has no effect beside"):
+    with pytest.raises(ValueError, match=f"{name}={value}: has no effect with"):
         actor_loss(arrays[0], experience, policy_loss_fn=sapo_loss, **{name: value})

@@ -1,4 +1,4 @@
-"""`critic_free.py` by hand, against NumPy loops, and by identities."""
+"""`reinforce.py` by hand, against NumPy loops, and by identities."""
 
 import functools
 

@@ -52,7 +52,7 @@ def test_what_gives_no_distribution_is_refused(name, value):
     with pytest.raises(ValueError, match=f"temperature={value}: expected") as caught:
         (SAMPLING | LEARNING)[name](temperature=value)
     assert "\n" not in str(caught.value)
-    assert ("or 0 for the likeliest" in str(caught.value)) == (name in SAMPLING)
+    assert ("or 0 for greedy" in str(caught.value)) == (name in SAMPLING)
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.int64(0)])

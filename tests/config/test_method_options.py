@@ -11,7 +11,7 @@ from rlhf_jax.algo.options import (
 from rlhf_jax.config.grpo import GRPOMethod
 from rlhf_jax.config.grpo_presets import GRPO_PRESETS
 from rlhf_jax.config.ppo import PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 
 REINFORCE = PolicyLossOptions(surrogate="reinforce")
 
@@ -39,10 +39,10 @@ def test_a_loss_without_a_ratio_takes_one_step_per_rollout(method, sizes):
     ("options", "start"),
     [
         ({"clip_eps": 0.0}, "policy-loss.clip-eps=0.0: must be above 0"),
-        ({"ratio_bound": 4.0}, "policy-loss.ratio-bound=4.0: does nothing under"),
+        ({"ratio_bound": 4.0}, "policy-loss.ratio-bound=4.0: has no effect with"),
         (
             {"sampler_correction": "mask", "sampler_lower_bound": 2.0},
-            "policy-loss.sampler-lower-bound=2.0: must lie between 0 and "
+            "policy-loss.sampler-lower-bound=2.0: must be between 0 and "
             "policy-loss.sampler-bound=2.0",
         ),
         (
@@ -51,10 +51,10 @@ def test_a_loss_without_a_ratio_takes_one_step_per_rollout(method, sizes):
                 "sampler_level": "geometric",
                 "sampler_bound": 0.5,
             },
-            "policy-loss.sampler-lower-bound=0.99: must lie between 0 and "
+            "policy-loss.sampler-lower-bound=0.99: must be between 0 and "
             "policy-loss.sampler-bound=0.5",
         ),
-        ({"sampler_level": "sequence"}, "policy-loss.sampler-level='sequence': does"),
+        ({"sampler_level": "sequence"}, "policy-loss.sampler-level='sequence': has"),
     ],
 )
 def test_options_of_the_loss_that_cannot_work(options, start):
@@ -80,7 +80,7 @@ def test_what_is_cut_off_is_bootstrapped_or_fined():
     cut = AdvantageOptions(bootstrap_truncated=True)
     PPOMethod(advantages=cut).validate()
     fined = ScoreOptions(missing_eos="replace", missing_eos_penalty=-1.0)
-    with pytest.raises(ValueError, match=r"^scores\.missing-eos='replace': is for the"):
+    with pytest.raises(ValueError, match=r"^scores\.missing-eos='replace': applies to"):
         PPOMethod(advantages=cut, scores=fined).validate()
 
 
@@ -93,6 +93,12 @@ def test_presets_that_divide_sums_by_a_constant():
     assert by_constant == {"dr_grpo", "rloo", "remax"}
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *GRPO_PRESETS])
+@pytest.mark.parametrize("name", [*PPO_PRESETS, *GRPO_PRESETS])
 def test_every_preset_works(name):
-    (GRPO_PRESETS | PRESETS)[name]().validate()
+    (GRPO_PRESETS | PPO_PRESETS)[name]().validate()
+
+
+def test_there_is_at_least_one_shard():
+    advantages = AdvantageOptions(whiten="none", whiten_shards=0)
+    with pytest.raises(ValueError, match="whiten-shards=0: must be at least 1"):
+        advantages.validate("advantages")

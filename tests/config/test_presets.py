@@ -18,7 +18,7 @@ from config.transcription_parts import random_batch
 
 from rlhf_jax import adapt_kl_coef
 from rlhf_jax.algo.types import Prompts, Rollout, ScoredRollout
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.learner import ActorCritic, count_experience, ppo_objective
 from rlhf_jax.learner.gradients import accumulate_gradients
 from rlhf_jax.rollout import make_experience
@@ -132,13 +132,13 @@ def without_kl_of_the_pad_token(batch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PPO_PRESETS)
 def test_a_preset_is_its_original(name, seed):
     batch = random_batch(seed)
     if name == "deepspeed_chat":
         batch = without_kl_of_the_pad_token(batch)
     want = vars(getattr(transcriptions, f"transcribe_{name}")(batch))
-    got = by_the_library(batch, PRESETS[name]())
+    got = by_the_library(batch, PPO_PRESETS[name]())
     assert set(got) == set(want)
     for quantity, value in got.items():
         close(value, want[quantity], err_msg=f"{name}: {quantity}")
@@ -150,20 +150,20 @@ def test_the_mean_of_means(name, microbatches):
     batch = random_batch(7)
     transcribe = getattr(transcriptions, f"transcribe_{name}")
     want = vars(transcribe(batch, microbatches=microbatches))
-    got = by_the_library(batch, PRESETS[name](), microbatches=microbatches)
+    got = by_the_library(batch, PPO_PRESETS[name](), microbatches=microbatches)
     for quantity, value in got.items():
         close(value, want[quantity], err_msg=f"{name}: {quantity}")
     whole = transcribe(batch)
     assert abs(want["policy_loss"] - whole.policy_loss) > 1e-3
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PPO_PRESETS)
 def test_another_preset_is_not_the_original(name):
     """The comparison can fail: no two of the six agree on the gradients."""
     batch = without_kl_of_the_pad_token(random_batch(0))
     want = getattr(transcriptions, f"transcribe_{name}")(batch)
-    for other in set(PRESETS) - {name}:
-        got = by_the_library(batch, PRESETS[other]())
+    for other in set(PPO_PRESETS) - {name}:
+        got = by_the_library(batch, PPO_PRESETS[other]())
         differences = [
             np.abs(got["logprob_gradient"] - want.logprob_gradient).max(),
             np.abs(got["value_gradient"] - want.value_gradient).max(),

@@ -160,7 +160,7 @@ def test_a_file_that_came_back_by_another_name(path):
     write_annotation_file(path, PROMPTS, RESPONSES)
     back = path.with_name(f"ann{path.suffix}")
     save(back, fill_rankings(path))
-    assert message_of(back).endswith(".key.json: there is no such file")
+    assert message_of(back).endswith(".key.json: no such file")
     found = read_annotation_file(back, key=key_path(path))
     assert len(found.rows) == 3 and found.rows[0].annotator == str(back)
 
@@ -230,7 +230,7 @@ def test_rows_that_do_not_belong(path):
     assert message_of(path).startswith(f'{where(path, 4)}column "id" is "1", as at ')
     save(path, [rows[0], {**rows[1], "id": "7"}])
     assert message_of(path).startswith(
-        f'{where(path, 2)}column "id" is "7", which the key does not have'
+        f'{where(path, 2)}column "id" is "7", which is not in the key'
     )
     without = [{k: v for k, v in row.items() if k != "ranking"} for row in rows]
     save(path, without)
@@ -255,13 +255,13 @@ def test_wrong_input_to_writing(tmp_path):
     assert refusal(kind="order") == 'kind="order": give "ranking" or "rating"'
     assert refusal(seed=-1) == "seed=-1: at least 0"
     assert "2 prompts and 1 lists" in refusal(prompts=("p", "q"))
-    assert "has 27 answers; at most 26" in refusal(responses=(["x"] * 27,))
+    assert "has 27 responses; give at most 26" in refusal(responses=(["x"] * 27,))
     assert "has 40000 characters" in refusal(responses=(("x" * 40_000, "y"),))
-    assert "no prompt has 2 different answers" in refusal(responses=(("x", "x"),))
+    assert "no prompt has 2 different responses" in refusal(responses=(("x", "x"),))
     assert list(tmp_path.iterdir()) == []
     write_annotation_file(tmp_path / "a.csv", ["p"], [["x", "y"]])
     before = (tmp_path / "a.csv").read_bytes()
-    assert "exists already and may be filled in" in refusal()
+    assert "already exists and may be filled in" in refusal()
     assert (tmp_path / "a.csv").read_bytes() == before
     with pytest.raises(ValueError, match=r'on_unfilled="keep": give "fail" or "drop"'):
         read_annotation_file(tmp_path / "a.csv", on_unfilled="keep")

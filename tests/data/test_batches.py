@@ -187,7 +187,7 @@ def test_only_the_rows_of_a_batch_are_read():
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(3, 4), (0, 1), (3, 0), (3, -1)])
 def test_batch_size_that_does_not_fit(num_rows, batch_size):
-    expected = f"batch_size={batch_size}: the data set has {num_rows} rows"
+    expected = f"batch_size={batch_size}: the dataset has {num_rows} rows"
     with pytest.raises(ValueError, match=expected):
         batches_of(range(num_rows), batch_size)
 
@@ -223,7 +223,7 @@ def test_holdout_of_nothing():
 
 @pytest.mark.parametrize("fraction", [0.04, 0.96])
 def test_holdout_that_leaves_one_part_empty(fraction):
-    with pytest.raises(ValueError, match=f"holdout fraction {fraction}: of 10 rows"):
+    with pytest.raises(ValueError, match=f"holdout fraction {fraction}: it holds out"):
         holdout(range(10), fraction, seed=0)
 
 
@@ -246,5 +246,5 @@ def test_rankings_of_fewer_answers_leave_places_empty():
     assert batch.answers.mask.sum(axis=2).tolist() == [[2, 1, 0], [1, 3, 1]]
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
     assert batch.grades.tolist() == [[1.0, 0.0, 0.0], [2.0, 1.0, 1.0]]
-    with pytest.raises(ValueError, match="num_answers=2: a row has 3 answers"):
+    with pytest.raises(ValueError, match="num_answers=2: a row has 3"):
         pad_rankings(rows, width=3, num_answers=2, pad_id=9)

@@ -12,7 +12,7 @@ from rlhf_jax.data.comparisons import (
     REPEATED,
     REVERSED,
     TIE,
-    RankedAnswers,
+    RankedResponses,
     compare,
 )
 from rlhf_jax.data.judgements import Judgement
@@ -46,7 +46,7 @@ def test_pairs_margins_and_the_ranking_of_grades():
     found = compare([judged(1, "xyz", [2, 5, 1])], margin_step=0.5)
     assert pairs_of(found) == [("y", "x", 1.5), ("x", "z", 0.5), ("y", "z", 2.0)]
     assert found.rankings == [
-        RankedAnswers(prompt="p", answers=("y", "x", "z"), grades=(5.0, 2.0, 1.0))
+        RankedResponses(prompt="p", answers=("y", "x", "z"), grades=(5.0, 2.0, 1.0))
     ]
     assert found.findings == {} and found.report() == []
     assert all(isinstance(pair, PreferencePair) for pair in found.pairs)
@@ -71,7 +71,7 @@ def test_nothing_but_ties():
     with pytest.raises(ValueError) as caught:
         compare([judged(3, "xy", [2, 2])])
     assert str(caught.value) == (
-        'no two answers can be compared: 1 × equal grades, first f:3: "x" and "y"'
+        'no two responses can be compared: 1 × equal grades, first f:3: "x" and "y"'
     )
     with pytest.raises(ValueError, match="there are no judgements"):
         compare([])
@@ -129,8 +129,8 @@ def test_contradictions_fail():
         compare(REVERSE)
     assert str(caught.value) == (
         'f:1: "x" is preferred to "y", at f:2 it is not; 2 comparisons contradict '
-        'others: correct them, leave all of them out with on_contradiction="drop", or '
-        'learn from all of them with "keep"'
+        'others: correct them, remove them with on_contradiction="drop", or train '
+        'on all of them with "keep"'
     )
 
 
@@ -209,6 +209,6 @@ def test_wrong_options_and_too_many_answers():
         with pytest.raises(ValueError, match=r"margin_step=.*: give 0 or a positive"):
             compare(REVERSE, margin_step=step)
     many = [judged(i, [str(i)], [i]) for i in range(MAX_ANSWERS + 1)]
-    with pytest.raises(ValueError, match=r"f:0: 257 answers to the prompt \"p\""):
+    with pytest.raises(ValueError, match=r"f:0: 257 responses to the prompt \"p\""):
         compare(many)
     assert len(compare(many[1:]).pairs) == MAX_ANSWERS * (MAX_ANSWERS - 1) // 2

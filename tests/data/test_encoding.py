@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.comparisons import RankedAnswers
+from rlhf_jax.data.comparisons import RankedResponses
 from rlhf_jax.data.encoding import (
     encode_examples,
     encode_pairs,
@@ -244,10 +244,10 @@ def test_pairs_too_long():
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
 def test_rankings_are_as_long_as_their_longest_answer(overlong):
     rankings = [
-        RankedAnswers(prompt="abc", answers=("d", "ef", ""), grades=(2.0, 1.0, 1.0)),
-        RankedAnswers(prompt="abc", answers=("d", "efg"), grades=(1.0, 0.0)),
-        RankedAnswers(prompt="a", answers=("b$", "c"), grades=(3.0, 0.0)),
-        RankedAnswers(prompt="a", answers=("b", "cdefgh"), grades=(1.0, 0.0)),
+        RankedResponses(prompt="abc", answers=("d", "ef", ""), grades=(2.0, 1.0, 1.0)),
+        RankedResponses(prompt="abc", answers=("d", "efg"), grades=(1.0, 0.0)),
+        RankedResponses(prompt="a", answers=("b$", "c"), grades=(3.0, 0.0)),
+        RankedResponses(prompt="a", answers=("b", "cdefgh"), grades=(1.0, 0.0)),
     ]
     encoded = encode_rankings(rankings, encoder(), max_tokens=6, overlong=overlong)
     kept = overlong == "truncate"

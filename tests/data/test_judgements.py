@@ -109,7 +109,7 @@ def test_blank_prompts(path):
     found = read_judgements(write(path, [good, blank]), on_unusable="drop")
     assert len(found.rows) == 1 and found.dropped == {"empty prompt": 1}
     only = message_of(path, [blank], on_unusable="drop")
-    assert only == f"{path}: no row can be used: 1 × empty prompt"
+    assert only == f"{path}: no row is usable: 1 × empty prompt"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_unknown_labels(tmp_path):
         ({"ranking": 1}, "is 1, not a list with one entry per response"),
         ({"ranking": [], "responses": []}, "is [], not a list with one entry"),
         ({"responses": "x"}, 'is "x", not a list'),
-        ({"ranking": [0, 1]}, "[0, 1] does not give the place of each response"),
+        ({"ranking": [0, 1]}, "[0, 1] does not give the rank of each response"),
         ({"ranking": [2, 2]}, "[2, 2] does not give"),
         ({"ranking": [1, 3]}, "from 1 for the best to at most 2"),
         ({"ranking": [1, 1.5]}, "[1, 1.5] does not give"),
@@ -187,7 +187,7 @@ def test_wrong_options(tmp_path):
     message = message_of(tmp_path / "a.jsonl", rows, on_unusable="keep")
     assert message == 'on_unusable="keep": give "fail" or "drop"'
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"a \.txt file holds no judgements"):
+    with pytest.raises(ValueError, match=r"a \.txt file has no judgements"):
         read_judgements(tmp_path / "a.txt")
     for labels in (("good",), ("good", "Good "), ("", "good")):
         with pytest.raises(ValueError, match="at least two different labels"):

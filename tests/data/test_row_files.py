@@ -51,7 +51,7 @@ def test_rows_of_a_parquet_file_larger_than_one_read(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_missing_file_and_folder(tmp_path, name):
     path = tmp_path / name
-    assert message_of(path) == ": there is no such file"
+    assert message_of(path) == ": no such file"
     path.mkdir()
     assert message_of(path) == ": is a folder, not a file"
 
@@ -81,13 +81,13 @@ def test_damaged_gzip(tmp_path):
     whole = gzip.compress(b'{"text": "t"}\n' * 2000)
     for damaged in (whole[:-20], whole[:20] + b"\x00" * 20 + whole[40:], b"no gzip"):
         path.write_bytes(damaged)
-        assert message_of(path).startswith(": damaged gzip file after line ")
+        assert message_of(path).startswith(": corrupt gzip file after line ")
 
 
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_text('{"text": "t"}')
-    assert message_of(path).startswith(": damaged parquet file after row 0 (")
+    assert message_of(path).startswith(": corrupt parquet file after row 0 (")
 
 
 @pytest.mark.parametrize("reader", [read_rows, read_lines])

@@ -290,7 +290,7 @@ def test_template_that_rewrites_the_prompt(tmp_path):
 
     path = write(tmp_path / "a.jsonl", [{"messages": [user("q"), assistant("a")]}])
     message = message_of(read_examples, path, render_chat=render)
-    assert f"{path}:1: the chat template writes what comes before message 2" in message
+    assert f"{path}:1: the chat template changes earlier text when message 2" in message
 
 
 def test_text_prompt_with_a_message_answer(tmp_path):
@@ -316,9 +316,9 @@ BLANK = [
     ({"text": "\t"}, "empty text", read_examples),
     ({"text": "\t"}, "empty text", read_prompts),
     ({"chosen": "so a", "rejected": "so a"}, "equals rejected", read_pairs),
-    ({"chosen": "a", "rejected": "b"}, "no common beginning", read_pairs),
-    ({"chosen": "a", "rejected": "b"}, "no common beginning", read_prompts),
-    ({"chosen": " a", "rejected": " b"}, "no common beginning", read_pairs),
+    ({"chosen": "a", "rejected": "b"}, "no common prefix", read_pairs),
+    ({"chosen": "a", "rejected": "b"}, "no common prefix", read_prompts),
+    ({"chosen": " a", "rejected": " b"}, "no common prefix", read_pairs),
     (
         {"messages": [user("q"), assistant(" ")]},
         "empty completion",
@@ -330,7 +330,7 @@ BLANK = [
             "chosen": [user("q"), assistant("a")],
             "rejected": [user("r"), assistant("a")],
         },
-        "no common beginning",
+        "no common prefix",
         read_pairs,
     ),
     (
@@ -353,7 +353,7 @@ def test_unusable_rows_fail_or_are_dropped_and_counted(tmp_path, row, reason, re
     path = write(tmp_path / "a.jsonl", [good, row, good, row])
     message = message_of(read, path, render_chat=render_chat)
     assert message.startswith(f"{path}:2: ") and reason in message
-    assert "2 of 4 rows cannot be used" in message and 'on_unusable="drop"' in message
+    assert "2 of 4 rows are unusable" in message and 'on_unusable="drop"' in message
 
     left = read(path, render_chat=render_chat, on_unusable="drop")
     assert len(left.rows) == 2 and list(left.dropped.values()) == [2]
@@ -361,7 +361,7 @@ def test_unusable_rows_fail_or_are_dropped_and_counted(tmp_path, row, reason, re
 
     write(path, [row])
     message = message_of(read, path, render_chat=render_chat, on_unusable="drop")
-    assert "1 of 1 rows cannot be used" in message
+    assert "1 of 1 rows are unusable" in message
 
 
 def test_equal_answers_are_still_a_demonstration_and_a_prompt(tmp_path):

@@ -174,7 +174,7 @@ def test_again_does_nothing_twice(finished, monkeypatch):
 
 def test_other_options_in_the_same_directory_are_refused(finished):
     root, _ = finished
-    with pytest.raises(ValueError, match=r"begun with slips=0\.35, not 0\.1"):
+    with pytest.raises(ValueError, match=r"started with slips=0\.35, not 0\.1"):
         arithmetic.run(tiny(root, slips=0.1))
 
 
@@ -189,7 +189,7 @@ def test_an_interruption_says_how_to_go_on(finished, tmp_path, monkeypatch):
     root, _ = finished
 
     def stop(config):
-        raise Interrupted("grpo stopped after step 1 of 2; … is in x. Go on with: y")
+        raise Interrupted("grpo stopped after step 1 of 2; … is in x. Resume with: y")
 
     monkeypatch.setattr(
         arithmetic.sft, "run", lambda config: RunDirectory(root / "sft")
@@ -197,7 +197,7 @@ def test_an_interruption_says_how_to_go_on(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "run", stop)
     with pytest.raises(Interrupted) as stopped:
         arithmetic.run(tiny(tmp_path / "run"))
-    assert str(stopped.value).endswith("in x. Run the same command again to go on")
+    assert str(stopped.value).endswith("in x. Run the same command again to resume")
 
 
 @pytest.mark.parametrize("form", ["plain", "reasoning", "r1-zero"])
@@ -221,9 +221,9 @@ def test_every_method_has_a_valid_configuration(method, tmp_path):
     ("changes", "message"),
     [
         ({"digits": 4}, "digits=4: must be 1 to 3"),
-        ({"operations": "+/"}, "operations='\\+/': give one or several of"),
-        ({"operations": ""}, "operations='': give one or several of"),
-        ({"slips": 1.0}, r"slips=1.0: must lie in \[0, 1\)"),
+        ({"operations": "+/"}, "operations='\\+/': use one or more of"),
+        ({"operations": ""}, "operations='': use one or more of"),
+        ({"slips": 1.0}, r"slips=1.0: must be in \[0, 1\)"),
         ({"updates": 0}, "updates=0: must be at least 1"),
         ({"sft_steps": 0}, "sft-steps=0: must be at least 1"),
         ({"learning_rate": 0.0}, "learning-rate=0.0: must be above 0"),

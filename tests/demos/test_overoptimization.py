@@ -11,13 +11,15 @@ import pytest
 
 from rlhf_jax.config.demos import OveroptimizationConfig
 from rlhf_jax.config.run import FreshModelConfig
+from rlhf_jax.config.supervised import SFTConfig
 from rlhf_jax.demos import quickstart
 from rlhf_jax.demos.overoptimization import command as overoptimization
 from rlhf_jax.demos.overoptimization.best_of_n_curve import best_of_n_curves
 from rlhf_jax.demos.overoptimization.inputs import NEEDED, enter_directory
 from rlhf_jax.models import save_pretrained, train_tokenizer
 from rlhf_jax.recipes import ppo, sft
-from rlhf_jax.recipes.networks import fresh_network
+from rlhf_jax.recipes.networks import Networks, fresh_shape
+from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.tasks import reviews
 
@@ -50,12 +52,13 @@ def write_model(run_dir):
     shape = FreshModelConfig(
         family="llama", width=32, num_layers=1, num_heads=2, max_positions=96
     )
-    module, params = fresh_network(
-        shape, vocab_size=len(tokenizer), key=jax.random.key(0)
+    config = SFTConfig(run_dir=str(run_dir), data="none", fresh=shape)
+    network, params = Networks(config, make_mesh()).fresh(
+        fresh_shape(shape, vocab_size=len(tokenizer)), jax.random.key(0)
     )
     run = RunDirectory(Path(run_dir))
     run.path.mkdir(parents=True)
-    save_pretrained(run.model, module, params, tokenizer=tokenizer)
+    save_pretrained(run.model, network.module, params, tokenizer=tokenizer)
     return run
 
 
@@ -178,7 +181,7 @@ def test_other_options_in_the_same_directory_are_refused(
     kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     other = dataclasses.replace(first, **{option: value})
     was, flag = vars(first)[option], option.replace("_", "-")
-    message = f"was begun with {flag}={was!r}, not {value!r}; give that to go on"
+    message = f"was started with {flag}={was!r}, not {value!r}; give that to resume"
     with pytest.raises(ValueError, match=message):
         overoptimization.run(other)
     found = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -221,13 +224,13 @@ def test_best_of_n_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"betas": ()}, r"betas=\(\): give one or more"),
-        ({"betas": (0.1, 0.1)}, "betas=.*different"),
+        ({"betas": ()}, r"betas=\(\): use one or more"),
+        ({"betas": (0.1, 0.1)}, "betas=.*distinct"),
         ({"ensemble_beta": 0.2}, r"ensemble-beta=0\.2: must be one of betas"),
-        ({"models": 1}, "models=1: an ensemble needs 2"),
+        ({"models": 1}, "models=1: must be at least 2"),
         ({"best_of_samples": 3}, "best-of-samples=3: must be at least 4"),
         ({"best_of_prompts": 1}, "best-of-prompts=1: must be at least 2"),
-        ({"ensembles": ("worst", "worst")}, "ensembles=.*: give each kind once"),
+        ({"ensembles": ("worst", "worst")}, "ensembles=.*: list each kind once"),
         ({"quickstart": "nowhere"}, "quickstart='nowhere': it has no sft/model"),
         ({"pairs": 63}, "pairs=63: must be at least 64"),
         ({"pairs": 10_001}, r"pairs=10001: 2 × 10001 are more than the 20000"),

@@ -68,13 +68,13 @@ def test_without_keys_from_the_update_it_is_refused(params, experience):
 
 
 def test_what_it_would_ignore_is_refused():
-    with pytest.raises(ValueError, match=r"policy_loss\.dual-clip=3\.0: is not read"):
+    with pytest.raises(ValueError, match=r"policy_loss\.dual-clip=3\.0: has no effect"):
         ppo_objective(
             FORWARD,
             policy_loss=PolicyLossOptions(dual_clip=3.0),
             policy_loss_fn=sapo_loss,
         )
-    with pytest.raises(ValueError, match=r"policy_loss\.clip-eps=0\.1: is not read"):
+    with pytest.raises(ValueError, match=r"policy_loss\.clip-eps=0\.1: has no effect"):
         critic_free_objective(
             TOKEN_LOGPROBS_FN,
             policy_loss=PolicyLossOptions(clip_eps=0.1),

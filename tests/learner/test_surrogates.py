@@ -157,7 +157,7 @@ def test_one_bound_is_that_of_both_sides(grouped):
 @pytest.mark.parametrize("objective", [critic_free_objective, ppo_objective])
 def test_options_of_surrogates_beside_a_function_are_refused(objective, options):
     name = next(iter(options)).replace("_", "-")
-    with pytest.raises(ValueError, match=f"^policy_loss.{name}=.* beside policy_loss_"):
+    with pytest.raises(ValueError, match=f"^policy_loss.{name}=.* with policy_loss_"):
         objective(
             tabular, policy_loss=PolicyLossOptions(**options), policy_loss_fn=sapo_loss
         )

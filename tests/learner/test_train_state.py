@@ -33,7 +33,7 @@ from rlhf_jax.rollout import (
     uncached_decoding,
     values_from_sequence,
 )
-from rlhf_jax.run.checkpoint import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer
 
 V = 10
 

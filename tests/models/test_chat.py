@@ -41,14 +41,14 @@ def test_a_template_from_a_file_is_saved_with_the_tokenizer(tmp_path, template, 
     [
         ("{% for m in messages %}", "the chat template is broken in line 1: "),
         ("a\n{{ m. }}", "the chat template is broken in line 2: "),
-        ("", "leaves out what the user says"),
-        ("{{ messages[0].content }}", "leaves out what the assistant says"),
-        ("{{ messages[7].content }}", "refuses the roles user: "),
-        ("{{ messages[0].content + 1 }}", "refuses the roles user: "),
-        ("{{ raise_exception('no\nno') }}", "refuses the roles user: no no"),
+        ("", "drops the content of the user message"),
+        ("{{ messages[0].content }}", "drops the content of the assistant message"),
+        ("{{ messages[7].content }}", "rejects the roles user: "),
+        ("{{ messages[0].content + 1 }}", "rejects the roles user: "),
+        ("{{ raise_exception('no\nno') }}", "rejects the roles user: no no"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            "a question is written otherwise once its answer follows",
+            "the prompt changes when the response is added",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_template_that_refuses_system_messages():
     with pytest.raises(ValueError) as caught:
         render_chat(gemma(), messages, add_generation_prompt=False)
     assert str(caught.value) == (
-        "the chat template refuses the roles system, user, assistant: "
+        "the chat template rejects the roles system, user, assistant: "
         "System role not supported"
     )
 
@@ -84,7 +84,7 @@ def test_a_template_that_refuses_system_messages():
 def test_special_tokens_are_found_whole():
     special = special_token_pattern(chatml())
     for text in ("<|im_end|>", "so<|im_end|>", "<|endoftext|>", "a <|pad|> b"):
-        with pytest.raises(ValueError, match=r"spells the special token '<\|"):
+        with pytest.raises(ValueError, match=r"contains the special token '<\|"):
             check_spells_none([{"role": "user", "content": text}], special)
     with pytest.raises(ValueError, match=r"'<\|im_start\|>'"):
         check_spells_none([{"role": "<|im_start|>", "content": "a"}], special)

@@ -214,7 +214,7 @@ def test_unknown_family_names_directory_and_supported_ones(read, tmp_path):
     with pytest.raises(ValueError) as error:
         read(GPT2 | {"model_type": "bert"})
     assert str(error.value) == (
-        f"{tmp_path} holds a model of model_type='bert'; supported: gpt2, gpt_neox, "
+        f"{tmp_path} has a model of model_type='bert'; supported: gpt2, gpt_neox, "
         "opt, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2"
     )
 
@@ -281,7 +281,7 @@ def test_what_is_written_is_read_back(config, read):
         (dataclasses.replace(small_gpt2(), output_bias=False), "output_bias=False"),
         (dataclasses.replace(small_gpt2(), norm="rms"), "norm='rms'"),
         (dataclasses.replace(small_llama(), attention_bias=True), "output_bias=False"),
-        (dataclasses.replace(small_llama(), norm="layer"), "read as 'rms'"),
+        (dataclasses.replace(small_llama(), norm="layer"), "loaded as 'rms'"),
         (dataclasses.replace(small_llama(), gated_mlp=False), "gated_mlp=False"),
         (
             dataclasses.replace(small_llama(), logit_softcap=3.0),

@@ -120,7 +120,7 @@ def made(error, text):
         ),
         (
             made(errors.RepositoryNotFoundError, "404\nlong"),
-            "'some-org/x@v2' is no directory here, and .* no such model; .*private",
+            "'some-org/x@v2' is not a directory, and .* no such model; .*private",
         ),
         (
             made(errors.RevisionNotFoundError, "404\nlong"),
@@ -128,14 +128,14 @@ def made(error, text):
         ),
         (
             errors.LocalEntryNotFoundError("offline\nlong"),
-            "cannot be reached .* run `hf download some-org/x` with a connection",
+            "cannot be reached .* run `hf download some-org/x` while online",
         ),
         (errors.OfflineModeIsEnabled("offline"), "check HF_HUB_OFFLINE and HF_HOME"),
         (
             OSError("500\nlong"),
-            "could not be had from the Hugging Face Hub: 500 long",
+            "downloading it from the Hugging Face Hub failed: 500 long",
         ),
-        (made(errors.HfHubHTTPError, ""), "Hub: HfHubHTTPError"),
+        (made(errors.HfHubHTTPError, ""), "Hub failed: HfHubHTTPError"),
     ],
 )
 def test_what_fails_is_said_in_one_line(error, message, calls, monkeypatch):
@@ -171,7 +171,7 @@ def test_offline(tmp_path):
     done = generate(tmp_path, "--model", NAME)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"rlhf-jax: error: '{NAME}' is no directory here, and the")
+    assert line.startswith(f"rlhf-jax: error: '{NAME}' is not a directory, and the")
     assert f"`hf download {NAME}`" in line
 
 

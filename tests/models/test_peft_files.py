@@ -232,7 +232,7 @@ def test_more_than_plain_lora_is_refused(field, adapter, tmp_path):
 
 def test_another_model_is_refused(adapter):
     module, _ = tiny_gpt2()
-    with pytest.raises(ValueError, match=r"lora_[AB].* belongs to no linear layer"):
+    with pytest.raises(ValueError, match=r"lora_[AB].* matches no linear layer"):
         read_adapter(adapter[0], module)
 
 

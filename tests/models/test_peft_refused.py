@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.models import save_pretrained
+from rlhf_jax.models.hf.checkpoint import load_model
 from rlhf_jax.models.hf.peft_config import is_adapter
 from rlhf_jax.models.hf.peft_files import read_adapter, write_adapter
-from rlhf_jax.models.hf.peft_loading import load_model
 from rlhf_jax.models.lora import LoraOptions, init_adapters, merge, merged_when_read
 from rlhf_jax.models.tiny import tiny_llama
 
@@ -47,7 +47,7 @@ SCORE = "base_model.model.score.weight"
         (lambda t: t.pop(f"{Q}.lora_A.weight"), r"q_proj has no lora_A\.weight"),
         (
             lambda t: t.update({SCORE: np.ones((2, 32), np.float32)}),
-            r"score\.weight has shape \(2, 32\); this model takes \(1, 32\)",
+            r"score\.weight has shape \(2, 32\); this model needs \(1, 32\)",
         ),
         (
             lambda t: t.update({SCORE: np.full((1, 32), np.nan, np.float32)}),

@@ -85,7 +85,7 @@ def test_adapters_are_not_merged_into_integers():
     _, params = tiny_llama()
     options = LoraOptions(rank=1)
     trained = init_adapters(jax.random.key(0), params, options)
-    with pytest.raises(ValueError, match=r"layers/\w+/kernel is stored in 8 bits"):
+    with pytest.raises(ValueError, match=r"layers/\w+/kernel is stored in int8"):
         merge(quantize_kernels(params), trained, options)
 
 

@@ -85,11 +85,11 @@ def test_eos_is_needed_and_stands_in_for_pad(tokenizer, tmp_path):
 
 
 def test_directories_without_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="is no directory here, and the Hugging Face"):
+    with pytest.raises(ValueError, match="is not a directory, and the Hugging Face"):
         load_tokenizer("nobody/has-this")
     with pytest.raises(ValueError, match="nothing-here is not a directory"):
         load_tokenizer(tmp_path / "nothing-here")
-    with pytest.raises(ValueError, match="holds no tokenizer") as error:
+    with pytest.raises(ValueError, match="has no tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 

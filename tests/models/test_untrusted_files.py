@@ -37,7 +37,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, capsys):
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del fields["tokenizer_class"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"no tokenizer that can be read: .*code"):
+    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded: .*code"):
         load_tokenizer(tmp_path)
     assert "[y/N]" not in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ def test_temperatures_without_a_distribution(refused, command, value):
 def test_greedy_answers_have_no_kl_to_a_reference(refused, value):
     message = refused(*COMMANDS["evaluate"], "--reference", "r", "--temperature", value)
     assert f"error: temperature={float(value)}: " in message
-    assert "leave out --reference" in message
+    assert "remove --reference" in message
     assert "--temperature 1" in message
 
 

@@ -176,7 +176,7 @@ def test_text_has_no_answers_to_tell_apart(tmp_path, row):
 
 def test_text_files_and_unknown_choices_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.txt: train_on=.*holds none"):
+    with pytest.raises(ValueError, match=r"a\.txt: train_on=.*has none"):
         read_examples(tmp_path / "a.txt", train_on="all-answers")
     with pytest.raises(ValueError, match='train_on="all": give "last-answer"'):
         read_examples(tmp_path / "a.txt", train_on="all")
@@ -306,8 +306,8 @@ def test_ends_without_a_generation_config_come_from_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable as JSON"),
-        ("[1]", "must hold one JSON object"),
+        ("{", "not valid JSON"),
+        ("[1]", "must contain one JSON object"),
         ('{"eos_token_id": "x"}', "eos_token_id='x' must be a token id"),
         ('{"eos_token_id": [1, -1]}', "must be a token id"),
         ('{"eos_token_id": true}', "must be a token id"),
@@ -375,7 +375,7 @@ def test_messages_that_spell_special_tokens_are_unusable(tmp_path, read, row):
     found = read(path, render_chat=tokenization.render, on_unusable="drop")
     assert len(found.rows) == 1
     ((reason, count),) = found.dropped.items()
-    assert "spells the special token '<|im_end|>'" in reason and count == 1
+    assert "contains the special token '<|im_end|>'" in reason and count == 1
 
 
 def test_text_may_spell_special_tokens(tmp_path):

@@ -134,7 +134,7 @@ def test_answers_cut_off_are_counted_in_the_heading(trained, capsys):
     )
     read_sft_data(config)
     assert (
-        "too long: 0 dropped, 20 truncated, 20 earlier answers cut off"
+        "too long: 0 dropped, 20 truncated, 20 earlier responses cut off"
         in capsys.readouterr().out
     )
 
@@ -195,7 +195,7 @@ def test_prompts_that_cannot_be_used_are_left_out(checkpoint, trained, tmp_path)
         unusable_prompts="drop",
         quiet=True,
     )
-    found = read_prompt_data(config, Tokenization.load(str(checkpoint)), stage="ppo")
+    found = read_prompt_data(config, Tokenization.load(str(checkpoint)))
     assert len(found.rows) == 3 and len(found.held_out.rows) == 1
 
 
@@ -223,8 +223,8 @@ def test_generate_asks_in_the_template(checkpoint, monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--system", "Be kind."], "system='Be kind.'"),  # without --chat
-        (["--chat", "--system", "Be kind."], "prompt='Hi': the chat template refuses"),
-        (["--chat", "--prompt", "<eos>"], "spells the special token '<eos>'"),
+        (["--chat", "--system", "Be kind."], "prompt='Hi': the chat template rejects"),
+        (["--chat", "--prompt", "<eos>"], "contains the special token '<eos>'"),
     ],
 )
 def test_generate_refuses(checkpoint, refused, flags, message):

@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
 from rlhf_jax.rewards.functions import RewardFunctionError
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.session import Session
 
 REWARDS = """

@@ -17,7 +17,7 @@ from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2
 from rlhf_jax.recipes import reward_model
 from rlhf_jax.recipes.reward_model import read_feedback
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 
 ANSWERS = (" awful", " dull", " fine", " superb")  # from worst to best
 PROMPTS = [f"The {a}{b}:" for a in "ABCD" for b in "mnop"]
@@ -184,7 +184,7 @@ def test_findings_are_printed(configured, capsys):
     assert lines[0].startswith(
         f"{file}: 2 × judgement repeated, first {file}:18, as at {file}:2"
     )
-    assert lines[1].startswith(f"{file}: 2 × judged the other way round elsewhere")
+    assert lines[1].startswith(f"{file}: 2 × contradicted by another judgement")
     assert f"{file}:1:" in lines[1] and f"{file}:17" in lines[1]
     # Of 16 prompts with a pair each, that of the first is gone.
     assert "11 training pairs and 4 held-out pairs" in lines[-1]
@@ -209,7 +209,7 @@ def test_rankings_with_ties_are_counted(configured, capsys):
     assert [grades for _, grades in found] == [
         [2.0, 1.0, 0.0]
     ] * 4  # one batch, of 6 that are left
-    assert "10 of 16 training rankings left out" in capsys.readouterr().out
+    assert "10 of 16 training rankings dropped" in capsys.readouterr().out
     _, found = read(configured(rows, **(options | {"loss": "pairwise-ranking"})))
     assert sum(grades == [1.0, 0.0, 0.0] for _, grades in found) == 10
     with pytest.raises(ValueError, match=r"each of the 10 .*pairwise-ranking"):

@@ -11,8 +11,8 @@ from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.learner import ActorCritic, init_train_state
 from rlhf_jax.models.callables import Policy
-from rlhf_jax.recipes.group_sampling import Judged
-from rlhf_jax.recipes.grpo import make_grpo_programs
+from rlhf_jax.recipes.group_sampling import ScoredResponses
+from rlhf_jax.recipes.grpo import make_programs
 from rlhf_jax.recipes.optimizers import make_grpo_optimizers
 from rlhf_jax.recipes.prompt_batches import collate
 from rlhf_jax.run.devices import make_mesh, put_batch
@@ -48,7 +48,7 @@ def built(*, resample, mesh=None):
         kl_coef=0.0,
     )
     models = SimpleNamespace(policy=Policy(None, None, None), score_fn=None, lora=None)
-    programs = make_grpo_programs(
+    programs = make_programs(
         config, models, optimizers, stop_ids=(3,), pad_id=0, mesh=mesh
     )
     return config, state, programs
@@ -73,7 +73,7 @@ def test_replaced_rows_stay_spread_over_the_devices():
     kept, drawn = (
         put_batch(
             mesh,
-            Judged(
+            ScoredResponses(
                 rollout=answers_of(number, batch_of(number).repeat(G).prompts),
                 scores=jnp.full(N * G, float(number)),
             ),
@@ -81,7 +81,7 @@ def test_replaced_rows_stay_spread_over_the_devices():
         for number in (0, 1)
     )
     index = jnp.array([8, 9, 2, 3, 4, 5, 14, 15])
-    got = programs.replace(kept, drawn, index)
+    got = programs.groups.replace(kept, drawn, index)
     assert got.scores.tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
     want = [200, 201, 102, 103, 104, 105, 206, 207]
     assert got.rollout.responses[:, 0].tolist() == want

@@ -15,7 +15,7 @@ from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
 from rlhf_jax.rewards.functions import RewardWorkers
-from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import Interrupted, Session
 
@@ -160,7 +160,7 @@ def test_the_run_can_stop_by_every_held_out_metric(recorded):
     config = dataclasses.replace(recorded.config, early_stop="eval/nothing")
     with pytest.raises(ValueError) as refused:
         config.validate()
-    named = str(refused.value).rpartition(" are ")[2].split(", ")
+    named = str(refused.value).rpartition("run: ")[2].split(", ")
     assert set(named) | {"step"} == {
         name for name in recorded.rows[0] if not name.startswith("time/")
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.log_files import read_metrics, read_samples
 
 REWARDS = Path(__file__).parents[1] / "letter_rewards.py"
 EXACT = "rlhf_jax.tasks.verifiable:exact_answer"

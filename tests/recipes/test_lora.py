@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,15 +22,14 @@ from rlhf_jax.config.run import (
     OptimizerConfig,
 )
 from rlhf_jax.config.supervised import SFTConfig
-from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner import init_train_state
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo, ppo, reward_model, sft
-from rlhf_jax.recipes.networks import Networks, place_state
-from rlhf_jax.recipes.optimizers import make_optimizers
+from rlhf_jax.recipes.networks import Networks
+from rlhf_jax.recipes.optimizers import make_ppo_optimizers
 from rlhf_jax.recipes.policy_models import load_four_models
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.session import Interrupted, Session
 
 FAST = OptimizerConfig(learning_rate=0.03, schedule="constant", warmup_fraction=0.0)
@@ -197,8 +197,7 @@ def test_nothing_compiles_twice(ppo_config, tmp_path, monkeypatch):
 
 
 def load(config):
-    tokenization = Tokenization.load(config.policy)
-    return load_four_models(config, tokenization, make_mesh(), prompt_width=20)
+    return load_four_models(config, Networks(config, make_mesh()))
 
 
 def shared(left, right):
@@ -216,7 +215,7 @@ def test_reference_and_critic_share_the_frozen_arrays(ppo_config):
     frozen = (models.frozen, models.reference, models.reward)
     assert not any(shared(params, frozen))
     assert set(params.critic) == {"layers", "score"}
-    optimizers, _ = make_optimizers(ppo_config)
+    optimizers, _ = make_ppo_optimizers(ppo_config)
     state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.0)
     assert not any(shared(state, frozen))
 
@@ -315,7 +314,13 @@ def test_interrupted_sft_goes_on_with_its_dropout(
 
 
 def test_training_an_adapter_on(ppo_config, sft_run, tmp_path):
-    lora = LoraConfig(adapter=str(sft_run.adapter))
+    """On the policy that is given; the base that the adapter names may be gone."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(sft_run.adapter, adapter)
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    fields["base_model_name_or_path"] = str(tmp_path / "gone")
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    lora = LoraConfig(adapter=str(adapter))
     config = dataclasses.replace(
         ppo_config, run_dir=str(tmp_path / "run"), lora=lora, updates=1
     )
@@ -363,17 +368,23 @@ def test_every_option_changes_what_is_learned(sft_config, tmp_path):
 
 
 BAD = {
-    "alpha without rank": (["--lora.alpha", 8], "lora.alpha=8.0: does nothing without"),
-    "targets without rank": (["--lora.targets", "up"], "lora.targets=('up',): does"),
+    "alpha without rank": (
+        ["--lora.alpha", 8],
+        "lora.alpha=8.0: has no effect without",
+    ),
+    "targets without rank": (
+        ["--lora.targets", "up"],
+        "lora.targets=('up',): has no effect",
+    ),
     "negative rank": (["--lora.rank", -1], "lora.rank=-1: must be 0 or more"),
     "rank of an adapter": (
         ["--lora.rank", 8, "--lora.adapter", "x"],
         "lora.rank=8: comes with lora.adapter",
     ),
-    "all dropped": (["--lora.rank", 8, "--lora.dropout", 1], "must lie in [0, 1)"),
+    "all dropped": (["--lora.rank", 8, "--lora.dropout", 1], "must be in [0, 1)"),
     "unknown layer": (
         ["--lora.rank", 8, "--lora.targets", "query", "gate"],
-        "lora.targets='gate' names no linear layer of this model; it has",
+        "lora.targets='gate' matches no linear layer of this model; it has",
     ),
     "no adapter": (["--lora.adapter", "no-directory"], "adapter_config.json: No such"),
 }
@@ -384,7 +395,7 @@ def test_bad_options(name, refused, stages, tmp_path):
     flags, message = BAD[name]
     line = refused(
         *("sft", "--quiet", "--data", stages.sft.data, "--model", stages.ppo.policy),
-        *("--run-dir", tmp_path / "run", *flags),
+        *("--run-dir", tmp_path / "run", "--max-tokens", 96, *flags),
     )
     assert message in line
 
@@ -394,7 +405,7 @@ def test_a_fresh_model_is_not_adapted(refused, stages, tmp_path):
         *("sft", "--quiet", "--data", stages.sft.data, "--run-dir", tmp_path / "run"),
         *("--lora.rank", 2),
     )
-    assert "lora.rank=2: adapts a model that has been trained" in line
+    assert "lora.rank=2: requires a pretrained model" in line
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
@@ -403,12 +414,15 @@ def test_dropout_of_a_policy_is_refused_with_the_reason(command, refused, tmp_pa
         *(command, "--policy", "x", "--data", "x", "--reward-model", "x"),
         *("--run-dir", tmp_path / "run", "--lora.rank", 2, "--lora.dropout", 0.1),
     )
-    assert "lora.dropout=0.1: must be 0 here" in line and "ratio is not 1" in line
+    assert (
+        "lora.dropout=0.1: must be 0 for" in line
+        and "is not 1 at the first step" in line
+    )
 
 
 def test_an_adapter_of_an_adapter_is_refused(sft_run, sft_config):
     config = dataclasses.replace(sft_config, model=str(sft_run.adapter))
-    with pytest.raises(ValueError, match=r"an adapter of an adapter cannot be written"):
+    with pytest.raises(ValueError, match=r"an adapter on an adapter cannot be saved"):
         Networks(config, make_mesh()).trained(str(sft_run.adapter), "lm")
 
 
@@ -423,10 +437,9 @@ def test_devices_change_nothing_but_rounding(sft_config, sft_run, tmp_path):
         np.testing.assert_allclose(
             list(one.values()), list(many.values()), rtol=2e-3, atol=1e-4
         )
-    network, trained = Networks(config, make_mesh(data=2, fsdp=2)).trained(
-        sft_config.model, "lm"
-    )
-    state, _ = place_state({"params": trained}, make_mesh(data=2, fsdp=2))
+    networks = Networks(config, make_mesh(data=2, fsdp=2))
+    network, trained = networks.trained(sft_config.model, "lm")
+    state, _ = networks.place({"params": trained})
     a = state["params"]["layers"]["up"]["lora_a"]
     assert a.addressable_shards[0].data.shape == (2, 16, 4)  # half of the inputs
     base = network.frozen["layers"]["up"]["kernel"]

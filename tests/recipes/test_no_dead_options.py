@@ -6,6 +6,7 @@ without a case here fails `test_every_option_has_a_case`.
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +28,29 @@ from option_flips import (
     reference_params,
     score,
 )
+from stub_runs import StubRun
 
 from rlhf_jax.algo.scores import update_score_moments
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.config.ppo import PPOConfig, PPOMethod
 from rlhf_jax.learner import ActorCritic, init_train_state, separate_networks
-from rlhf_jax.recipes.optimizers import make_optimizers
+from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes.optimizers import make_ppo_optimizers
 from rlhf_jax.recipes.policy_models import FourModels
-from rlhf_jax.recipes.ppo import make_programs, ppo_step
-from rlhf_jax.recipes.scorer import Rewards
+from rlhf_jax.recipes.prompt_batches import PromptBatch
 from rlhf_jax.rollout import values_from_sequence
+from rlhf_jax.run.devices import make_mesh
 
 QUICK = {
     "microbatches": 1,
-    "minibatches": 2,
+    "minibatches": 1,
     "epochs": 1,
     "actor_optimizer.learning_rate": 0.2,
     "critic_optimizer.learning_rate": 0.2,
 }
 
+# For what makes a difference only from the second step on one experience on.
+STEPS = {"minibatches": 2}
 LOSS_KL = {"kl.place": "loss", "kl.estimator": "k3", "kl.coef": 0.5}
 # Between the KL of a token and that of an answer.
 TARGET = {"kl.target": 1.7, "kl.horizon": 40}
@@ -83,19 +88,19 @@ CASES = {
     "advantages.n_steps": (2, {}),
     "advantages.bootstrap_truncated": (True, {}),
     "advantages.slow_critic_decay": (0.5, {}),
-    "advantages.whiten": ("minibatch", {}),
+    "advantages.whiten": ("minibatch", STEPS),
     "advantages.whiten_shards": (
         4,
         {"advantages.whiten": "shard", "advantages.whiten_shards": 2},
     ),
     "advantages.center": (False, {}),
     "advantages.ddof": (1, {}),
-    "value_loss.clip_eps": (None, {}),
+    "value_loss.clip_eps": (None, STEPS),
     "value_loss.coef": (0.1, SEES_SCALE),
     "value_loss.half": (False, SEES_SCALE),
     "epochs": (2, {}),
-    "minibatches": (4, {}),
-    "max_update_kl": (1e-9, {}),
+    "minibatches": (2, {}),
+    "max_update_kl": (1e-9, STEPS),
     "critic_warmup": (1, {}),
 }
 CASES |= POLICY_LOSS_CASES
@@ -129,7 +134,7 @@ def learned(changes):
     models, prompts = models_and_prompts()
     if config.kl.place == "none":
         models = dataclasses.replace(models, reference=None)
-    optimizers, _ = make_optimizers(config)
+    optimizers, schedules = make_ppo_optimizers(config)
     _, critic = context_params(jax.random.key(0), vocab_size=V, width=4)
     state = init_train_state(
         jax.random.key(5),
@@ -139,19 +144,28 @@ def learned(changes):
         slow_critic=config.advantages.slow_critic_decay is not None,
     )
     moments = update_score_moments(state.score_moments, jnp.array([0.0, 3.0]))
-    state = dataclasses.replace(state, score_moments=moments)
-    programs = make_programs(config, models, optimizers, stop_ids=(STOP,), pad_id=0)
+    setup = ppo.PPOSetup(
+        config=config,
+        models=models,
+        state=dataclasses.replace(state, score_moments=moments),
+        schedules=schedules,
+        programs=ppo.make_programs(
+            config, models, optimizers, stop_ids=(STOP,), pad_id=0
+        ),
+        eval_key=jax.random.key(1),
+        moments_key=jax.random.key(2),
+    )
 
-    def reward_of(rollout):
-        scores, _ = programs.score(models.reward, rollout)
-        return Rewards(scores=scores, metrics={})
+    def score_of(rollout):
+        scores, _ = setup.programs.score(models.reward, rollout)
+        return scores
 
+    batch = PromptBatch(prompts=prompts, rows=[])
+    data = SimpleNamespace(batches=lambda **_: [batch] * config.updates)
     # Operation by operation: compiling would take several times as long as two updates.
     with jax.disable_jit():
-        for _ in range(config.updates):
-            state, carried, _ = ppo_step(state, prompts, models, programs, reward_of)
-            state = dataclasses.replace(state, **carried)
-    assert state.step == config.updates
+        run = StubRun(config.updates, score_of)
+        state = ppo.train(setup, run, data, make_mesh())
     return as_vector(state.params)
 
 

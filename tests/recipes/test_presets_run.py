@@ -11,13 +11,13 @@ import pytest
 from rlhf_jax import cli
 from rlhf_jax.algo.options import KLOptions, ScoreOptions
 from rlhf_jax.config.ppo import PPOConfig
-from rlhf_jax.config.ppo_presets import PRESETS
-from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes.networks import Networks
 from rlhf_jax.recipes.policy_models import load_four_models
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 
 METHOD = {"epochs": 2, "minibatches": 2}
 
@@ -32,14 +32,14 @@ def flags_of(config, run_dir):
     ]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PPO_PRESETS)
 def test_a_preset_trains(stages, tmp_path, name):
     run_dir = tmp_path / name
     flags = ["--preset", name, *flags_of(stages.ppo, run_dir)]
     # Large steps, so that two of them show in the parameters.
     flags += ["--actor-optimizer.learning-rate", "0.01"]
     config = cli.parse(PPOConfig, flags, prog="rlhf-jax ppo")
-    assert config.kl == PRESETS[name]().kl
+    assert config.kl == PPO_PRESETS[name]().kl
     run = ppo.run(config)
     first, second = read_metrics(run.metrics)[1:]
     for row in (first, second):
@@ -77,9 +77,7 @@ def test_a_target_without_a_kl_is_a_run_without_a_kl(stages, tmp_path):
 
 def critic_values(config):
     """The actor-critic's values of one text before training, and its models."""
-    mesh = make_mesh(data=1, fsdp=1)
-    tokenization = Tokenization.load(config.policy)
-    models, params = load_four_models(config, tokenization, mesh, prompt_width=8)
+    models, params = load_four_models(config, Networks(config, make_mesh()))
     tokens = jnp.arange(20)[None] + 5
     logprobs, _, values = models.forward(
         params, tokens, tokens > 0, response_length=12, temperature=1.0

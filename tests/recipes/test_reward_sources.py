@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo, ppo
+from rlhf_jax.recipes.networks import Networks
 from rlhf_jax.recipes.policy_models import load_four_models
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.log_files import read_metrics, read_samples
 
 NO_FUNCTION = {"reward": (), "reward_processes": 2}
 
@@ -161,9 +161,7 @@ def test_ppo_learns_what_a_function_pays_for(ppo_config):
 
 
 def test_the_critic_starts_from_the_policy_under_a_fresh_head(ppo_config):
-    tokenization = Tokenization.load(ppo_config.policy)
-    mesh = make_mesh()
-    _, params = load_four_models(ppo_config, tokenization, mesh, prompt_width=8)
+    _, params = load_four_models(ppo_config, Networks(ppo_config, make_mesh()))
     _, policy = load_pretrained(Path(ppo_config.policy))
     critic = dict(params.critic)
     head = critic.pop("score")
@@ -171,9 +169,8 @@ def test_the_critic_starts_from_the_policy_under_a_fresh_head(ppo_config):
     jax.tree.map(
         np.testing.assert_array_equal, critic, {name: policy[name] for name in critic}
     )
-    again = load_four_models(
-        dataclasses.replace(ppo_config, seed=1), tokenization, mesh, prompt_width=8
-    )[1]
+    other = dataclasses.replace(ppo_config, seed=1)
+    _, again = load_four_models(other, Networks(other, make_mesh()))
     assert not np.array_equal(again.critic["score"], head)
 
 

@@ -1,7 +1,6 @@
-"""`grpo_programs.py`: groups without a signal are replaced, as far as rounds allow."""
+"""`group_sampling.py`: groups without a signal are replaced, as far as rounds allow."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,16 @@ from rlhf_jax.algo.types import Prompts, Rollout
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.data.text_data import PromptRow
 from rlhf_jax.learner import ActorCritic, init_train_state
-from rlhf_jax.recipes.group_sampling import Judged, _fill, sample_groups
-from rlhf_jax.recipes.grpo import make_grpo_programs
+from rlhf_jax.learner.train_state import behavior_policy
+from rlhf_jax.recipes.group_sampling import (
+    Groups,
+    ScoredResponses,
+    fill,
+)
+from rlhf_jax.recipes.grpo import make_programs
 from rlhf_jax.recipes.optimizers import make_grpo_optimizers
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch
-from rlhf_jax.recipes.scorer import Rewards
 
 G, N = 2, 4  # 8 answers of at most 4 tokens
 FLAT = (1.0, 1.0)
@@ -31,7 +34,7 @@ def programs_of(config):
         module=None, policy=POLICY, score_fn=None, reference=None, reward=None
     )
     optimizers, _ = make_grpo_optimizers(config)
-    return make_grpo_programs(config, models, optimizers, stop_ids=(STOP,), pad_id=0)
+    return make_programs(config, models, optimizers, stop_ids=(STOP,), pad_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +68,27 @@ class Script:
         self.metrics = metrics
         self.asked = []
 
-    def reward_of(self, rollout, batch):
+    def add_round(self, groups, rollout, batch):
         number = len(self.asked)
         assert batch.texts == [f"{number}.{i // G}" for i in range(N * G)]
         np.testing.assert_array_equal(batch.prompts.tokens, rollout.prompts.tokens)
         self.asked.append(jax.device_get(rollout))
         scores = jnp.asarray(self.rounds[number].ravel())
         metrics = self.metrics[number] if self.metrics else {}
-        return Rewards(scores=scores, metrics=metrics)
+        groups.add(batch, ScoredResponses(rollout=rollout, scores=scores), metrics)
 
 
 def sampled(script, state, programs, config=CONFIG):
-    put = functools.partial(jax.tree.map, jnp.asarray)
-    return sample_groups(state, prompts_of, config, programs, script.reward_of, put)
+    """Rounds as in the loop of `grpo.train`."""
+    groups = Groups(config, programs.groups)
+    for number, key in enumerate(jax.random.split(state.key, 1 + config.resample)):
+        batch = prompts_of(number).repeat(G)
+        prompts = jax.tree.map(jnp.asarray, batch.prompts)
+        rollout = programs.sample(key, behavior_policy(state), prompts)
+        script.add_round(groups, rollout, batch)
+        if groups.all_have_signal:
+            break
+    return groups.scored, groups.batch, groups.metrics()
 
 
 def assert_made_of(found, script, groups):
@@ -174,7 +185,7 @@ def judged(scores, lengths, truncated):
         truncated=jnp.array(truncated),
         logprobs=jnp.zeros((rows, 4)),
     )
-    return Judged(rollout=rollout, scores=jnp.array(scores, jnp.float32))
+    return ScoredResponses(rollout=rollout, scores=jnp.array(scores, jnp.float32))
 
 
 @pytest.mark.parametrize(
@@ -196,18 +207,18 @@ def judged(scores, lengths, truncated):
 def test_a_signal_is_in_raw_scores_of_what_is_trained_on(changes, scores, signal):
     config = configured(CONFIG, {"group_size": 4, **changes})
     group = judged(scores, [1, 2, 3, 4], [False, False, False, True])
-    np.testing.assert_array_equal(programs_of(config).signal(group), [signal])
+    np.testing.assert_array_equal(programs_of(config).groups.signal(group), [signal])
 
 
 def test_one_trained_answer_has_nothing_to_differ_from():
     config = configured(CONFIG, {"group_size": 4, "scores.missing_eos": "mask"})
     group = judged((0, 1, 2, 3), [1, 4, 4, 4], [False, True, True, True])
-    np.testing.assert_array_equal(programs_of(config).signal(group), [False])
+    np.testing.assert_array_equal(programs_of(config).groups.signal(group), [False])
 
 
 def test_groups_that_are_left_out_of_the_loss_are_no_signal(state, programs):
     config = configured(CONFIG, {"scores.missing_eos": "mask", "resample": 0})
-    masking = dataclasses.replace(programs, signal=programs_of(config).signal)
+    masking = dataclasses.replace(programs, groups=programs_of(config).groups)
     script = Script([[(0, 1)] * N])
     found = sampled(script, state, masking, config)
     # Of two answers both have to be trained on for their scores to differ.
@@ -252,7 +263,7 @@ def test_an_older_policy_answers_where_there_is_one(state, programs):
 )
 def test_fresh_groups_take_the_places_in_order(signal, drawn, groups, after):
     before = np.array(signal, bool)
-    index, filled = _fill(before, np.array(drawn, bool), 3)
+    index, filled = fill(before, np.array(drawn, bool), 3)
     np.testing.assert_array_equal(index[::3] // 3, groups)
     np.testing.assert_array_equal(index, [3 * g + i for g in groups for i in range(3)])
     np.testing.assert_array_equal(filled, np.array(after, bool))

@@ -149,8 +149,8 @@ FAILURES = [
     ("nan_on_b", "returned nan, which is not a finite float32"),
     ("skips_b", "returned 0 numbers for 1 responses"),
     ("hangs_on_b", "took longer than 1 s"),
-    ("dies_on_b", "ended its process: exit code 3"),
-    ("segfaults_on_b", "ended its process: SIGSEGV"),
+    ("dies_on_b", "crashed its process: exit code 3"),
+    ("segfaults_on_b", "crashed its process: SIGSEGV"),
     ("exits_on_b", r"SystemExit: no more \(my_rewards\.py, line \d+\)"),
 ]
 
@@ -231,7 +231,7 @@ def test_an_interrupted_call_leaves_no_answer_behind(rewards):
 def test_a_batch_that_fails_only_as_a_whole(rewards):
     message = (
         r"fails_on_two, rows 0 to 4 in one call: AssertionError: one at a time \(.*\); "
-        "each of these rows alone is scored without trouble"
+        "each of these rows is scored correctly on its own"
     )
     with pytest.raises(RewardFunctionError, match=message):
         score(rewards, "fails_on_two")
@@ -246,7 +246,7 @@ def test_unusable_functions_are_refused_on_entering(rewards):
     dead.write_text("import os\nos._exit(4)")
     with pytest.raises(
         RewardFunctionError,
-        match=r"dead\.py:f: importing ended the process: exit code 4",
+        match=r"dead\.py:f: importing crashed the process: exit code 4",
     ):
         score(dead, "f")
 
@@ -320,9 +320,9 @@ def test_wrong_options(options, message):
 
 def test_rows_must_be_complete(rewards):
     with RewardWorkers([f"{rewards}:length"], processes=1) as workers:
-        with pytest.raises(ValueError, match="so 2 prompts, 1 responses, 2 level do"):
+        with pytest.raises(ValueError, match="2 prompts, 1 responses, 2 level do"):
             workers.score(["", ""], ["a"], {"level": [1, 2]})
-        with pytest.raises(ValueError, match="so 1 prompts, 1 responses, 0 prompts do"):
+        with pytest.raises(ValueError, match="1 prompts, 1 responses, 0 prompts do"):
             workers.score([""], ["a"], {"prompts": []})
     with pytest.raises(ValueError, match="inside the `with` block"):
         workers.score([""], ["a"], {})

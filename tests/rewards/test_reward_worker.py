@@ -36,10 +36,10 @@ def _same_path(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("length", "name a reward as file.py:function or package.module:function"),
-        (":length", "name a reward as"),
-        ("{file}:", "name a reward as"),
-        ("{file}:a-b", "name a reward as"),
+        ("length", "give a reward as file.py:function or package.module:function"),
+        (":length", "give a reward as"),
+        ("{file}:", "give a reward as"),
+        ("{file}:a-b", "give a reward as"),
         ("{folder}/nowhere.py:length", r"no such file: /.*nowhere\.py"),
         ("{folder}/broken.py:f", r"failed: SyntaxError: .*\(broken\.py, line 2\)"),
         (
@@ -55,7 +55,7 @@ def _same_path(monkeypatch):
         ("no_such.module:f", "failed: ModuleNotFoundError: No module named 'no_such'"),
         ("json:dump_it", r"json has no dump_it; did you mean dumps?\?"),
         ("{file}:lenght", r"my_rewards\.py has no lenght; did you mean length\?"),
-        ("{file}:number", r"it is a value \(int\), not a function"),
+        ("{file}:number", r"not a function but a value \(int\)"),
         (
             "{folder}/shapes.py:two",
             r"takes \(responses, columns\): too many positional",

@@ -88,7 +88,7 @@ def test_an_estimator_gets_token_rewards_values_and_states():
 def test_options_that_an_estimator_would_not_read_are_refused(options):
     field = next(iter(options)).replace("_", "-")
     with pytest.raises(
-        ValueError, match=rf"^advantages\.{field}=.*: is not read beside advantage_fn"
+        ValueError, match=rf"^advantages\.{field}=.*: has no effect with advantage_fn"
     ):
         make_experience(
             SCORED,
@@ -154,5 +154,5 @@ def test_what_an_estimator_gets():
 
 def test_options_of_groups_beside_an_estimator_are_refused():
     groups = GroupOptions(scale="tokens")
-    with pytest.raises(ValueError, match=r"^groups=.*: is not read beside advantage_"):
+    with pytest.raises(ValueError, match=r"^groups=.*: has no effect with advantage_"):
         group_experience(groups=groups, advantage_fn=against_the_mildest)

@@ -35,7 +35,8 @@ from rlhf_jax.algo.options import (
 )
 from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.rollout import make_experience
-from rlhf_jax.rollout.experience import sampler_gap, whiten_minibatch
+from rlhf_jax.rollout.experience import whiten_minibatch
+from rlhf_jax.rollout.sampler_mismatch import sampler_gap
 
 # ---- advantages ----
 
@@ -115,12 +116,16 @@ def test_what_was_cut_off_could_have_earned_more():
 )
 def test_a_fine_for_what_is_bootstrapped_is_refused(scores, field):
     ended = dataclasses.replace(SCORED, end_values=jnp.float32(X["end_values"]))
-    with pytest.raises(ValueError, match=f"^{field}: is for the scores of cut-off"):
+    with pytest.raises(
+        ValueError, match=f"^{field}: applies to the scores of truncated"
+    ):
         experience_under(ended, scores, bootstrap_truncated=True)
     method = PPOMethod(
         scores=scores, advantages=AdvantageOptions(bootstrap_truncated=True)
     )
-    with pytest.raises(ValueError, match=f"^{field}: is for the scores of cut-off"):
+    with pytest.raises(
+        ValueError, match=f"^{field}: applies to the scores of truncated"
+    ):
         method.validate()
 
 
@@ -134,7 +139,7 @@ def test_another_critic_for_the_next_state():
     options = {"slow_critic_decay": 0.9}
     assert_learns(experience_under(slow, **options), *gae(rewards, X["values"]))
     with pytest.raises(
-        ValueError, match=r"slow_critic_decay=0\.9: goes with target_values"
+        ValueError, match=r"slow_critic_decay=0\.9: give it together with target_values"
     ):
         experience_under(SCORED, **options)
     # A value of 0 in the end state is 0 to both critics.

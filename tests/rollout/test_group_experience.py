@@ -367,18 +367,21 @@ def test_equal_scores_teach_nothing(baseline, scale):
 @pytest.mark.parametrize(
     ("options", "start"),
     [
-        ({"groups": GREEDY_OPTIONS}, "groups.baseline='greedy': greedy answers go"),
+        ({"groups": GREEDY_OPTIONS}, "groups.baseline='greedy': give greedy responses"),
         (
             {"greedy": GREEDY_ANSWERS},
-            "groups.baseline='leave-one-out': greedy answers go",
+            "groups.baseline='leave-one-out': give greedy responses",
         ),
         ({"group_size": 4}, "group size 4: expected a divisor of the 9 scores"),
         (
             {"groups": GroupOptions(baseline="best-of-others", scale="signal")},
-            "groups.scale='signal': with groups.baseline=best-of-others take one of",
+            "groups.scale='signal': with groups.baseline=best-of-others use one of",
         ),
-        ({"groups": GroupOptions(gamma=0.9)}, "groups.gamma=0.9: does nothing"),
-        ({"groups": GroupOptions(scale="none", ddof=0)}, "groups.ddof=0: does nothing"),
+        ({"groups": GroupOptions(gamma=0.9)}, "groups.gamma=0.9: has no effect"),
+        (
+            {"groups": GroupOptions(scale="none", ddof=0)},
+            "groups.ddof=0: has no effect",
+        ),
         ({"scores": ScoreOptions(position="after_last_token")}, "scores.position="),
         ({"scores": ScoreOptions(whiten_rewards=True)}, "scores.whiten-rewards=True: "),
         ({"scores": ScoreOptions(normalization="running")}, "scores.normalization="),

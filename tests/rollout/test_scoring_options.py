@@ -11,7 +11,7 @@ import pytest
 from bare_models import context_logits, context_params, context_values, left_padded
 
 from rlhf_jax.algo.types import Prompts, Rollout
-from rlhf_jax.recipes.scorer import score_program
+from rlhf_jax.recipes.scorer import reward_model_program
 from rlhf_jax.rollout import (
     score_rollout,
     token_logprobs_from_logits,
@@ -167,15 +167,17 @@ def test_the_reward_model_reads_through_the_stop_and_the_others_go_on(
 ):
     params, _ = models
     marked, _ = mark_stops(uncut, (2,))
-    program = score_program(READER, stop_ids=(2,), cut=False)
+    program = reward_model_program(READER, stop_ids=(2,), cut=False)
     scores, lengths = program(None, marked)
-    cut, cut_lengths = score_program(READER, stop_ids=(2,), cut=True)(None, rollout)
+    cut, cut_lengths = reward_model_program(READER, stop_ids=(2,), cut=True)(
+        None, rollout
+    )
     np.testing.assert_allclose(scores, cut, **TOLERANCE)
     np.testing.assert_array_equal(lengths, [4, 4, 2])
     np.testing.assert_array_equal(cut_lengths, [4, 4, 2])
     # (5 + 8 + 6 + 2) / 4 without the two 7s
     np.testing.assert_allclose(scores[2], 5.25, rtol=1e-6)
-    whole, _ = score_program(READER, stop_ids=(2,), cut=True)(None, uncut)
+    whole, _ = reward_model_program(READER, stop_ids=(2,), cut=True)(None, uncut)
     np.testing.assert_allclose(whole[2], 35 / 6, rtol=1e-6)
     assert scores.dtype == jnp.float32
     for name in ("logprobs", "ref_logprobs", "values"):
@@ -187,6 +189,8 @@ def test_the_reward_model_reads_through_the_stop_and_the_others_go_on(
 
 def test_without_a_reward_model_scores_are_zero(uncut):
     without = SimpleNamespace(score_fn=None)
-    scores, lengths = score_program(without, stop_ids=(2,), cut=False)(None, uncut)
+    scores, lengths = reward_model_program(without, stop_ids=(2,), cut=False)(
+        None, uncut
+    )
     np.testing.assert_array_equal(scores, np.zeros(3))
     np.testing.assert_array_equal(lengths, [4, 4, 2])

@@ -47,7 +47,7 @@ def test_unknown_metrics_join_their_group():
         for section in arrange(["mine/b", "kl/max", "mine/a", "kl/token"])
     }
     assert titles == {
-        "Distance from the reference": ["KL per token", "kl/max"],
+        "KL to the reference": ["KL per token", "kl/max"],
         "mine": ["mine/b", "mine/a"],
     }
 
@@ -91,7 +91,7 @@ def test_each_reward_function_has_a_chart_of_training_and_held_out_data():
         },
         "answer.v2": {"reward/answer.v2": "training data"},
         "truth": {"eval/reward/truth": "held-out data"},
-        "Failed rewards": {"reward/failures": "failures"},
+        "Reward failures": {"reward/failures": "failures"},
     }
     # As the run names them, not by the alphabet.
     assert list(charted)[1:4] == ["zebra", "answer.v2", "truth"]

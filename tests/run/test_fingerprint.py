@@ -38,6 +38,6 @@ def test_a_run_goes_on_from_the_weights_it_began_with(weights, tmp_path):
 
     start(weights("policy", 1.0), resume=False)
     start(weights("policy", 1.0), resume=True)
-    with pytest.raises(ValueError, match="the weights that policy names are no longer"):
+    with pytest.raises(ValueError, match="the weights of policy have changed"):
         start(weights("policy", 1.5), resume=True, run=check_run)
     start(weights("policy", 1.0), resume=True)

@@ -18,7 +18,7 @@ def test_first_signal_asks_second_interrupts(capfd, number):
         os.kill(os.getpid(), number)
         assert interrupt.requested
         assert interrupt.requested_anywhere()
-        assert "interrupt again to stop at once" in capfd.readouterr().err
+        assert "interrupt again to stop immediately" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before

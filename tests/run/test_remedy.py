@@ -17,7 +17,7 @@ from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import ppo as ppo_programs
-from rlhf_jax.run.metrics import read_metrics, read_samples
+from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.remedy import remedy
 from rlhf_jax.run.run_directory import RunDirectory
 
@@ -56,7 +56,7 @@ def said(step, optimizer_step, saved, **options):
     ("step", "optimizer_step", "saved", "resumed", "earlier"),
     [
         (45, 0, [20, 40], 40, "there are: 20"),
-        (41, 0, [20, 40], 20, "start again in a new --run-dir"),  # 40 would fail again
+        (41, 0, [20, 40], 20, "restart in a new --run-dir"),  # 40 would fail again
         (41, 3, [20, 40], 40, "there are: 20"),  # 40 takes three other steps first
         (41, 0, [20, 30, 40], 30, "there are: 20"),
     ],
@@ -77,9 +77,9 @@ def test_the_newest_checkpoint_that_can_help_is_named(
 @pytest.mark.parametrize(
     ("step", "optimizer_step", "saved", "why"),
     [
-        (41, 0, [40], "from that of step 40 it would fail again"),
-        (3, 0, [], "none has been saved"),
-        (1, 2, [], "none has been saved"),
+        (41, 0, [40], "that of step 40 would fail again"),
+        (3, 0, [], "none was saved"),
+        (1, 2, [], "none was saved"),
     ],
 )
 def test_where_no_checkpoint_can_help_the_run_starts_again(
@@ -98,7 +98,7 @@ def test_where_no_checkpoint_can_help_the_run_starts_again(
 
 def test_no_learning_rate_mends_the_first_optimizer_step_of_a_run():
     line = said(1, 0, [])
-    assert "look at the data" in line
+    assert "check the data" in line
     assert "learning-rate" not in line and "--resume" not in line
 
 
@@ -182,7 +182,7 @@ def test_a_rate_that_ruins_everything_at_once(stages, tmp_path):
     config = dataclasses.replace(
         stages.sft, run_dir=str(tmp_path / "run"), optimizer=optimizer
     )
-    with pytest.raises(NonFiniteError, match=r"^step 2: .*none has been") as stopped:
+    with pytest.raises(NonFiniteError, match=r"^step 2: .*none was") as stopped:
         sft.run(config)
     assert saved_steps(config.run_dir) == []
     command = printed_command(stopped.value)
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(stages, refused):
     assert "resume-step=2: has no checkpoint in" in line
     assert line.endswith("there are: 3, 4")
     line = refused("sft", "--config", config, "--resume-step", 3)
-    assert line.endswith("resume-step=3: is where to resume from; add --resume")
+    assert line.endswith("resume-step=3: requires --resume")
     assert saved_steps(run_dir) == [3, 4]
 
 
@@ -277,7 +277,7 @@ def test_what_fails_before_the_logs_are_cut_leaves_them_whole(finished, monkeypa
 
     back = dataclasses.replace(finished, resume=True, resume_step=3)
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf_jax.run.checkpoint.Checkpointer.remove_after", killed)
+        patch.setattr("rlhf_jax.run.checkpointer.Checkpointer.remove_after", killed)
         with pytest.raises(KeyboardInterrupt):
             sft.run(back)
     assert logged_steps(finished.run_dir) == [0, 1, 2, 3, 4]
@@ -305,4 +305,4 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_others(finished, missin
 def test_a_learning_rate_is_a_number(refused, tmp_path, rate):
     flags = ("--data", "d", "--run-dir", str(tmp_path / "r"), "--fresh.family", "gpt2")
     line = refused("sft", *flags, "--optimizer.learning-rate", rate)
-    assert "optimizer.learning-rate=" in line and "must be a finite number" in line
+    assert "optimizer.learning-rate=" in line and "must be finite" in line

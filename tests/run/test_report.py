@@ -8,7 +8,7 @@ import re
 import jax
 import pytest
 
-from rlhf_jax.run.metrics import MetricsWriter, SamplesWriter
+from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter
 from rlhf_jax.run.report import (
     compare_samples,
     format_number,
@@ -89,7 +89,7 @@ def test_key_numbers_go_from_first_to_last(run):
     tile = re.search(r'<div class="tile.*?</div>', report(run), re.DOTALL)
     assert tile is not None
     text = " ".join("".join(Page(tile.group()).text).split())
-    assert text == "KL per answer9from 0.25"
+    assert text == "KL per response9from 0.25"
 
 
 def test_header_names_stage_steps_time_seed_and_versions(run):
@@ -100,7 +100,7 @@ def test_header_names_stage_steps_time_seed_and_versions(run):
     told = dict(zip(words[::2], words[1::2], strict=True))
     assert told["Stage"] == "ppo"
     assert told["Steps"] == "2"
-    assert told["Time in steps"] == "2 min 6 s"  # 125.5 s, rounded half to even
+    assert told["Total step time"] == "2 min 6 s"  # 125.5 s, rounded half to even
     assert told["Seed"] == "17"
     assert told["jax"] == jax.__version__
 
@@ -255,8 +255,8 @@ def test_reasoning_is_text_and_its_numbers_stand_below_it(run):
     shown = "".join(page.text)
     assert all(shown.count(f"{reasoning} at {step}") == 2 for step in (0, 20, 40))
     assert shown.count("7 + 8 = <b>?") == 2
-    assert shown.count("answer 2 of each step") == 1
-    assert "answer 1 of each step" not in shown
+    assert shown.count("response 2 of each step") == 1
+    assert "response 1 of each step" not in shown
     below = re.search(r" at 40</div>\s*(<dl.*?</dl>)", text, re.DOTALL)
     assert below is not None
     told = [part.strip() for part in Page(below[1]).text if part.strip()]
@@ -277,8 +277,8 @@ def test_key_numbers_of_a_verifiable_task_begin_with_pass_at_1(run):
         "pass@1, held-out0.5from 0.25",
         "Held-out truth0.4from 0.5",
         "Score1from 1",
-        "KL per answer3from 3",
-        "Groups without signal0.5from 0.5",
+        "KL per response3from 3",
+        "Zero-variance groups0.5from 0.5",
     ]
 
 
@@ -298,7 +298,7 @@ def test_header_counts_failed_rewards_and_response_tokens(run, failures, told):
     assert facts is not None
     words = [text.strip() for text in Page(facts.group()).text if text.strip()]
     header = dict(zip(words[::2], words[1::2], strict=True))
-    assert header.get("Failed rewards") == told
+    assert header.get("Reward failures") == told
     assert header["Response tokens"] == "1,500"
 
 

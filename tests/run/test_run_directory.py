@@ -39,7 +39,7 @@ def test_a_new_run_stores_its_configuration_and_origin(tmp_path, monkeypatch):
 @pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl", "model"])
 def test_the_directory_of_another_run_is_refused_and_left_alone(tmp_path, trace):
     (tmp_path / trace).write_text("precious")
-    with pytest.raises(ValueError, match=f"already holds a run.*{trace}") as caught:
+    with pytest.raises(ValueError, match=f"already contains a run.*{trace}") as caught:
         open_run(tmp_path, CONFIG, stage="ppo")
     assert "--resume" in str(caught.value)
     assert "another --run-dir" in str(caught.value)
@@ -63,7 +63,7 @@ def test_resume_replaces_what_may_differ_and_remembers_every_launch(tmp_path):
     open_run(tmp_path, CONFIG, stage="ppo")
     changed = CONFIG | {"resume": True, "steps": 200, "clip_eps": [0.2, 0.28]}
     run = open_run(
-        tmp_path, changed, stage="ppo", resume=True, may_differ=("resume", "steps")
+        tmp_path, changed, stage="ppo", resume=True, free_on_resume=("resume", "steps")
     )
     assert run.read_config()["steps"] == 200
     assert len(run.read_launches()) == 2
@@ -92,8 +92,10 @@ def test_a_section_may_differ_as_a_whole(tmp_path):
     open_run(tmp_path, CONFIG, stage="ppo")
     changed = CONFIG | {"actor": {"learning_rate": 1.0}}
     with pytest.raises(ValueError, match=r"actor\.learning_rate"):
-        open_run(tmp_path, changed, stage="ppo", resume=True, may_differ=("act",))
-    run = open_run(tmp_path, changed, stage="ppo", resume=True, may_differ=("actor",))
+        open_run(tmp_path, changed, stage="ppo", resume=True, free_on_resume=("act",))
+    run = open_run(
+        tmp_path, changed, stage="ppo", resume=True, free_on_resume=("actor",)
+    )
     assert run.read_config()["actor"] == {"learning_rate": 1.0}
 
 
@@ -102,7 +104,7 @@ def test_resume_needs_a_run_of_the_same_stage(tmp_path):
         open_run(tmp_path / "none", CONFIG, stage="ppo", resume=True)
     assert not (tmp_path / "none").exists()
     open_run(tmp_path, CONFIG, stage="sft")
-    with pytest.raises(ValueError, match="as ppo: it holds a run of sft"):
+    with pytest.raises(ValueError, match="as ppo: it contains a run of sft"):
         open_run(tmp_path, CONFIG, stage="ppo", resume=True)
 
 

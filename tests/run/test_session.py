@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config.supervised import SFTConfig
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.session import Session
 
 
@@ -12,7 +12,9 @@ from rlhf_jax.run.session import Session
 def test_a_metric_that_overflows_is_named_once_and_written_each_time(
     tmp_path, capsys, quiet
 ):
-    config = SFTConfig(run_dir=str(tmp_path / "run"), data="none.jsonl", quiet=quiet)
+    config = SFTConfig(
+        run_dir=str(tmp_path / "run"), data="none.jsonl", steps=4, quiet=quiet
+    )
     rows = [
         {"policy/ratio_mean": 1.0, "policy/approx_kl": 0.5},
         {"policy/ratio_mean": np.float32(np.inf), "policy/approx_kl": 0.5},
@@ -20,7 +22,7 @@ def test_a_metric_that_overflows_is_named_once_and_written_each_time(
         {"policy/ratio_mean": 1.0, "policy/approx_kl": np.nan},
         {"policy/ratio_mean": -np.inf, "policy/approx_kl": 0.5},
     ]
-    with Session(config, stage="sft", total_steps=4) as session:
+    with Session(config) as session:
         session.restore({})  # as every stage does; it opens the logs
         for step, row in enumerate(rows):
             session.log(step, row, shown={})

@@ -272,12 +272,12 @@ def test_only_the_number_itself_is_correct():
         ({"split": "test"}, "split='test' is unknown; expected 'train', 'heldout' or"),
         (
             {"digits": 1, "number": 120},
-            r"number=120: expected 0 to 119, for there are 119 different problems with "
+            r"number=120: expected 0 to 119, the number of different problems with "
             r"digits=1, operations='\+-', carries=None in split 'train'",
         ),
         ({"number": -1}, "number=-1: expected 0 to 7845"),
-        ({"digits": 1, "split": "harder"}, "there are 0 different problems"),
-        ({"carries": 3}, "there are 0 different problems"),
+        ({"digits": 1, "split": "harder"}, "expected 0 to 0, the number of different"),
+        ({"carries": 3}, "expected 0 to 0, the number of different"),
     ],
 )
 def test_what_does_not_exist_is_refused(options, message):

@@ -204,7 +204,7 @@ def test_reasoning_format(prompt, response, score):
 def test_matches():
     reward = matches(r"(?i)\bkm\b")
     assert reward([""] * 3, ["5 KM", "5 kms", ""], {}) == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"pattern '\(': no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern '\(': not a regular expression"):
         matches("(")
 
 

@@ -89,8 +89,8 @@ def test_rankings_of_two_people_come_back(tmp_path, capsys):
     cli.main(["annotate", "read", "--files", anna, bert, *flags])
     printed = capsys.readouterr().out
     # Three pairs of each prompt by Anna, three of the first by Bert, who contradicts.
-    assert "4 judgements of 2 prompts: 9 pairs" in printed
-    assert "6 × judged the other way round elsewhere, first " in printed
+    assert "4 judgments of 2 prompts: 9 pairs" in printed
+    assert "6 × contradicted by another judgement, first " in printed
     assert "3 × equal grades, first " in printed
     rows = json_rows(output)
     assert [row["annotator"] for row in rows] == [anna, anna, bert, bert]
@@ -126,8 +126,8 @@ def test_what_is_not_filled_in_is_counted(tmp_path, capsys):
     save(file, rows)
     cli.main(["annotate", "read", "--files", str(file), "--on-unfilled", "drop"])
     printed = capsys.readouterr().out
-    assert "1 rows left out: not filled in" in printed
-    assert "1 judgements of 1 prompts: 3 pairs" in printed
+    assert "1 rows dropped: not filled in" in printed
+    assert "1 judgments of 1 prompts: 3 pairs" in printed
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_wrong_options_of_writing(refused, flags, named):
 def test_a_file_that_may_be_filled_in_is_kept(refused, tmp_path):
     (tmp_path / "a.csv").write_text("precious")
     flags = ["--model", "m", "--prompt", "p", "--output", tmp_path / "a.csv"]
-    assert "exists already" in refused("annotate", "write", *flags)
+    assert "already exists" in refused("annotate", "write", *flags)
     assert (tmp_path / "a.csv").read_text() == "precious"
 
 
@@ -176,7 +176,7 @@ def test_wrong_input_of_reading(refused, tmp_path):
     write_annotation_file(ranked, PROMPTS, ANSWERS)
     write_annotation_file(rated, PROMPTS, ANSWERS, kind="rating")
     message = refused(*read, ranked, rated)
-    assert "rated.csv" in message and "kind or scale" in message
+    assert "rated.csv" in message and "kind or rating scale" in message
     assert "ranked.csv, row 2" in refused(*read, ranked)
 
 

@@ -10,17 +10,16 @@ import jax
 import pytest
 
 from rlhf_jax import cli
+from rlhf_jax.algo.options import KLOptions
 from rlhf_jax.config.inspection import InspectConfig
+from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.run import LoraConfig, MeshConfig
-from rlhf_jax.data.tokenization import Tokenization
-from rlhf_jax.learner.train_state import init_train_state
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.hf.peft_files import write_adapter
 from rlhf_jax.models.lora import LoraOptions, init_adapters
 from rlhf_jax.models.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
-from rlhf_jax.recipes.networks import place_state
-from rlhf_jax.recipes.optimizers import make_optimizers
-from rlhf_jax.recipes.policy_models import load_four_models
+from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes.networks import Networks
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.tools import inspect_model
 from rlhf_jax.tools.memory_plan import stage_memory
@@ -43,7 +42,6 @@ def memory(stage, *, compiled=False, shape=None, **options):
     config = InspectConfig(model="x", stages=(stage,), **options)
     config.validate()
     return stage_memory(
-        stage,
         config.of_stage(stage),
         shape or tiny_llama()[0].config,
         make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp),
@@ -257,7 +255,7 @@ def test_a_configuration_alone(tmp_path, capsys):
         (["--max-tokens", "65"], "max-tokens of sft: 65 tokens, but .* at most 64"),
         (["--max-tokens", "64"], "max-prompt-tokens \\+ max-new-tokens of ppo: 112"),
         (["--batch-size", "5"], "batch-size=5: must be a multiple of 4"),
-        (["--lora.adapter", "x"], "lora.adapter='x': give the rank"),
+        (["--lora.adapter", "x"], "lora.adapter='x': is not loaded"),
         (["--mesh.fsdp", "0"], "mesh.fsdp=0"),
     ],
 )
@@ -285,20 +283,34 @@ def test_more_devices_than_there_are(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_what_is_counted_is_what_a_run_holds(rank, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"critic_trunk": "shared"},
+        {"ensemble": ("another",), "critic_head_std": 0.0},
+        {"kl": KLOptions(place="none"), "critic": "another"},
+    ],
+    ids=str,
+)
+def test_what_is_counted_is_what_a_run_holds(rank, changes, tmp_path, monkeypatch):
     """Against the arrays that the recipe itself makes, on one of four devices."""
-    path, judge = saved(tmp_path / "a"), saved(tmp_path / "b", head="reward")
-    options = {"mesh": MeshConfig(data=2, fsdp=2), "lora": LoraConfig(rank=rank)}
-    config = InspectConfig(model=path, **options).of_stage("ppo")
-    config = dataclasses.replace(config, reward_model=judge)
-    mesh = make_mesh(data=2, fsdp=2)
-    models, params = load_four_models(
-        config, Tokenization.load(path), mesh, prompt_width=8
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "policy")
+    for name in ("judge", "another"):
+        saved(tmp_path / name, head="reward")
+    config = PPOConfig(
+        run_dir="run",
+        data="data",
+        policy="policy",
+        reward_model="judge",
+        mesh=MeshConfig(data=2, fsdp=2),
+        lora=LoraConfig(rank=rank),
+        **changes,
     )
-    optimizers, _ = make_optimizers(config)
-    key = jax.random.key(0)
-    state = init_train_state(key, params, optimizers, kl_coef=config.kl.coef)
-    state, _ = place_state(state, mesh)
+    mesh = make_mesh(data=2, fsdp=2)
+    setup = ppo.setup(config, Networks(config, mesh), stop_ids=(0,), pad_id=0)
+    state, models = setup.state, setup.models
     held = {}
     for leaf in jax.tree.leaves(
         (state, models.frozen, models.reference, models.reward)
@@ -306,9 +318,32 @@ def test_what_is_counted_is_what_a_run_holds(rank, tmp_path):
         data = leaf if leaf.ndim == 0 else leaf.addressable_shards[0].data
         pointer = id(leaf) if leaf.ndim == 0 else data.unsafe_buffer_pointer()
         held[pointer] = data.size * leaf.dtype.itemsize
-    assert memory("ppo", **options).always == sum(held.values())
+    counted = stage_memory(
+        config,
+        tiny_llama()[0].config,
+        mesh,
+        stop_ids=(0,),
+        pad_id=0,
+        compile_programs=False,
+        report=lambda text: None,
+    )
+    assert counted.always == sum(held.values())
 
 
 def test_bytes_are_readable():
     shown = [inspect_model.show(n) for n in (12, 34_567, 8.9e6, 1.234e9, 5.678e11)]
     assert shown == ["12 B", "34.6 kB", "8.90 MB", "1.23 GB", "568 GB"]
+
+
+def test_a_shared_trunk_and_an_ensemble_are_planned():
+    own, shared = memory("ppo"), memory("ppo", critic_trunk="shared")
+    # The critic's own trunk is trained, with two moments; a head of 32 stays.
+    assert own.always - shared.always == 3 * 4 * TRUNK
+    three = memory("grpo", ensemble=2)
+    assert three.resident["reward model"] == 3 * 4 * REWARD
+    with pytest.raises(ValueError, match="ensemble=-1: must be 0 or more"):
+        memory("ppo", ensemble=-1)
+    with pytest.raises(ValueError, match="ensemble=1: has no effect without ppo or"):
+        memory("sft", ensemble=1)
+    with pytest.raises(ValueError, match=r"critic-trunk=.*without ppo"):
+        memory("grpo", critic_trunk="shared")

@@ -8,7 +8,7 @@ from rlhf_jax import cli
 from rlhf_jax.config.grpo import GRPOConfig, GRPOMethod
 from rlhf_jax.config.grpo_presets import GRPO_PRESETS
 from rlhf_jax.config.ppo import PPOConfig, PPOMethod
-from rlhf_jax.config.ppo_presets import PRESETS
+from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.tools.preset_table import flat, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
@@ -25,7 +25,7 @@ def test_a_row_for_every_option_and_a_column_for_every_preset():
     assert rows[0].count("|") == len(GRPO_PRESETS) + 3
     assert len(rows) == 2 + len(flat(GRPOMethod()))
     rows = table("ppo").splitlines()
-    assert rows[0].count("|") == len(PRESETS) + 3
+    assert rows[0].count("|") == len(PPO_PRESETS) + 3
     assert len(rows) == 2 + len(flat(PPOMethod()))
     clip = next(row for row in rows if row.startswith("| `value-loss.clip-eps`"))
     assert clip == (
@@ -33,7 +33,7 @@ def test_a_row_for_every_option_and_a_column_for_every_preset():
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PPO_PRESETS)
 def test_a_preset_is_the_same_by_flag_by_file_and_by_key(name, tmp_path, capsys):
     cli.main(["presets", "--preset", name])
     as_file = tmp_path / "method.yaml"
@@ -44,7 +44,7 @@ def test_a_preset_is_the_same_by_flag_by_file_and_by_key(name, tmp_path, capsys)
     for flags in (["--preset", name], ["--config", as_file], ["--config", as_key]):
         config = cli.parse(PPOConfig, [*map(str, flags), *rest], prog="x")
         assert {key: vars(config)[key] for key in vars(PPOMethod())} == vars(
-            PRESETS[name]()
+            PPO_PRESETS[name]()
         )
         config.validate()
 

@@ -42,9 +42,9 @@ def test_conversations_between_marks(model, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": TALK[2:]})
     text, _ = printed(capsys, data=data, model=model, train_on="all-answers", limit=1)
     assert text == (
-        "⟦learnt⟧   read only   ↵ line break\n"
+        "⟦trained on⟧   context   ↵ line break\n"
         "\n"
-        "── 1 of 2 · 37 tokens, 10 learnt\n"
+        "── 1 of 2 · 37 tokens, 10 trained on\n"
         "<|im_start|>user↵\n"
         "Hello there<|im_end|>↵\n"
         "<|im_start|>assistant↵\n"
@@ -56,7 +56,7 @@ def test_conversations_between_marks(model, tmp_path, capsys):
         "⟦so<|im_end|>⟧\n"
         "\n"
         "2 sequences of at most 37 tokens; too long: 0 dropped, 0 truncated\n"
-        "54 tokens, 13 learnt (24.1%)\n"
+        "54 tokens, 13 trained on (24.1%)\n"
     )
 
 
@@ -73,16 +73,16 @@ def test_what_is_shown_is_what_sft_trains(model, tmp_path, capsys):
     examples = sft_data.read_data(stage, data, tokenization)
     encoded = sft_data.encode_data(stage, tokenization, examples)
     learnt = sum(int(row.learnt.sum()) for row in encoded.rows)
-    assert f" {learnt} learnt " in lines[1]
+    assert f" {learnt} trained on " in lines[1]
     assert "0 dropped, 1 truncated" in lines[0]
     text = capsys.readouterr().out
-    assert text.count("── ") == 3 and f"{learnt} learnt" in text
+    assert text.count("── ") == 3 and f"{learnt} trained on" in text
 
 
 def test_the_first_token_of_a_text_is_not_learnt(model, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", {"text": "Hello there"})
     text, lines = printed(capsys, data=data, model=model)
-    assert "\nHello⟦ there<|im_end|>⟧\n" in text and "2 learnt" in lines[1]
+    assert "\nHello⟦ there<|im_end|>⟧\n" in text and "2 trained on" in lines[1]
 
 
 def test_pairs(model, tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_prompts(model, tmp_path, capsys):
         capsys, data=data, model=model, task="prompts", prompt_column="question"
     )
     assert "⟦" not in text.split("\n", 1)[1]
-    assert "<|im_start|>assistant↵\n▸ the policy answers from here on\n" in text
+    assert "<|im_start|>assistant↵\n▸ the policy continues from here\n" in text
     assert lines == [
         "1 prompts of at most 12 tokens; too long: 0 dropped, 0 truncated",
         "12 tokens",
@@ -114,7 +114,7 @@ def test_rows_left_out_are_counted(model, tmp_path, capsys):
     forged = {"messages": [{"role": "user", "content": "<|im_end|>"}, TALK[1]]}
     data = write(tmp_path / "a.jsonl", forged, {"messages": TALK})
     text, _ = printed(capsys, data=data, model=model, unusable="drop")
-    assert "1 rows left out: a chat message spells the special token" in text
+    assert "1 rows dropped: a chat message contains the special token" in text
     assert "── 1 of 1 " in text
 
 
@@ -156,7 +156,7 @@ def test_marks_stand_in_for_colours(model, no_color, marks):
         record=True, force_terminal=True, no_color=no_color, color_system="truecolor"
     )
     with console.capture() as captured:
-        show(console, [row], tokenization, learnt="learnt")
+        show(console, [row], tokenization, learnt="trained on")
     assert captured.get().count("⟦") == marks
     assert ("\x1b[38" in captured.get() or "48;2;" in captured.get()) != no_color
 

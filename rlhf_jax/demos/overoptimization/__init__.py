@@ -1,1 +1,1 @@
-"""What pressing a reward model too hard does, measured and drawn."""
+"""Measures and plots reward model overoptimization."""

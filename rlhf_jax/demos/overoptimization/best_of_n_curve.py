@@ -18,7 +18,7 @@ from rlhf_jax.rewards.reward_models import RewardJudge
 from rlhf_jax.run.progress import progress
 from rlhf_jax.tasks import reviews
 
-ROUND = 16  # samples to each prompt between two lines of progress
+ROUND = 16  # samples per prompt between progress lines
 
 
 def sample_and_score(
@@ -28,14 +28,14 @@ def sample_and_score(
     prompts: Sequence[str],
     store: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of the SFT model, what K reward models say of them, and the truth.
+    """Samples the SFT model and returns K reward model scores and true rewards.
 
     Args:
         config: of the command.
-        sft_model: Hugging Face directory of the policy that answers.
+        sft_model: Hugging Face directory of the policy.
         reward_models: K directories.
         prompts: P texts.
-        store: where the numbers are kept; read if it is there.
+        store: file for the numbers; loaded if it exists.
 
     Returns:
         Scores `[K, P, N]` and true rewards `[P, N]`, float32.
@@ -71,12 +71,12 @@ def best_of_n_curves(
     ensembles: Sequence[EnsembleScore],
     penalty: float,
 ) -> list[Curve]:
-    """One curve for the first reward model, and one for each kind of ensemble.
+    """One curve for the first reward model, and one per ensemble type.
 
     Args:
-        scores: `[K, P, N]` float32, of K reward models: N answers to P prompts.
+        scores: `[K, P, N]` float32, of K reward models: N responses to P prompts.
         true: `[P, N]` float32.
-        ensembles: how the models make one score.
+        ensembles: how the models are combined.
         penalty: λ of mean-minus-std.
     """
     models, prompts, samples = scores.shape
@@ -84,7 +84,7 @@ def best_of_n_curves(
     by: dict[EnsembleScore | Literal["single"], Array] = {"single": flat[0]}
     for how in ensembles:
         by[how] = combine_scores(flat, how=how, penalty=penalty)
-    # Up to N / 2: at n = N there is one subset, and its estimate one draw.
+    # Up to N / 2: at n = N there is only one subset, so the estimate is one sample.
     counts = [2**power for power in range(int(math.log2(samples)))]
     curves = []
     for scored_by, combined in by.items():

@@ -1,7 +1,7 @@
 """Reward hacking on short reviews: PPO and best-of-n against a weak reward model.
 
 After Gao et al., 2022, arXiv:2210.10760: proxy and true reward over √KL, for several β
-and for best-of-n. Every policy is trained on the proxy alone.
+and for best-of-n. Every policy is trained only on the proxy.
 """
 
 import dataclasses
@@ -48,16 +48,16 @@ from rlhf_jax.demos.review_panel import ReviewPanel
 from rlhf_jax.demos.showcase import resumable
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
-from rlhf_jax.run.metrics import read_metrics
+from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import RunDirectory, write_atomic
 from rlhf_jax.run.session import check_start
 from rlhf_jax.tasks import reviews
 
 TRUE_REWARD = "rlhf_jax.tasks.review_judge:true_reward"
-JUDGE_FILE = "held_out_models.py"  # its function is named in JUDGE
+JUDGE_FILE = "held_out_models.py"  # its function is JUDGE
 JUDGE = "other_models"
-JUDGE_TIME_LIMIT = 120.0  # seconds; the first call reads and compiles the models
+JUDGE_TIME_LIMIT = 120.0  # seconds; the first call loads and compiles the models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Run:
 
     name: str
     beta: float
-    scored_by: EnsembleScore | None = None  # None: by the first reward model alone
+    scored_by: EnsembleScore | None = None  # None: only by the first reward model
 
     @property
     def directory(self) -> str:
@@ -75,15 +75,15 @@ class Run:
 
 
 def run(config: OveroptimizationConfig) -> dict[str, Any]:
-    """Trains and measures what is not there yet; draws, prints and returns the numbers.
+    """Runs what is missing; plots, prints and returns the numbers.
 
-    A directory is gone on with under the options that began it. Only what is shown,
-    and which runs of PPO and kinds of ensembles there are, may differ.
+    A directory can only be resumed with the same options, except for display options
+    and the lists of PPO runs and ensemble types.
 
     Raises:
-        ValueError: on bad input, where the run directory holds something else, or was
-            begun with other options; before anything is written.
-        Interrupted: after a checkpoint, when asked to stop; run it again to go on.
+        ValueError: on invalid input, or if the run directory holds something else or
+            has other options; before anything is written.
+        Interrupted: after saving a checkpoint, when asked to stop; rerun to resume.
     """
     config.validate()
     root = Path(config.run_dir)
@@ -99,17 +99,17 @@ def run(config: OveroptimizationConfig) -> dict[str, Any]:
     numbers |= summarize(curves, patience=config.patience)
     text = json.dumps(numbers, indent=2, allow_nan=False)
     write_atomic(root / "overoptimization.json", text + "\n")
-    summary = json.loads(text)  # with lists for tuples, as a reader of the file has it
+    summary = json.loads(text)  # as loaded from the file: tuples become lists
     write_csv(root / "overoptimization.csv", curves)
     draw(curves, root / "overoptimization.png", config=config)
     write_markdown(root / "report.md", summary, config=config)
     print_tables(summary)
-    heading(f"\nLook at {root}/overoptimization.png", quiet=config.quiet)
+    heading(f"\nSee {root}/overoptimization.png", quiet=config.quiet)
     return summary
 
 
 def _check_stages(config: OveroptimizationConfig, root: Path) -> None:
-    """Raises ValueError where a stage, minutes later, would refuse its options."""
+    """Raises ValueError now if a later stage would reject its options."""
     source = Path(config.quickstart or root)
     _reward_config(config, root, source, 0).validate()
     models = [root / f"reward-{number}" for number in range(config.models)]
@@ -118,17 +118,17 @@ def _check_stages(config: OveroptimizationConfig, root: Path) -> None:
 
 
 def _source(config: OveroptimizationConfig, root: Path) -> Path:
-    """Where SFT model, pairs and prompts are; makes them where nobody gave them."""
+    """The directory with SFT model, pairs and prompts; creates them if not given."""
     if config.quickstart is not None:
         return Path(config.quickstart)
     made = root / "quickstart"
     made.mkdir(exist_ok=True)
     like = QuickstartConfig(run_dir=str(made), seed=config.seed, quiet=config.quiet)
     seeds = [quickstart.stage_seed(like, number) for number in range(3)]
-    heading("supervised fine-tuning: imitate reviews", quiet=config.quiet)
+    heading("supervised fine-tuning on reviews", quiet=config.quiet)
     if not (made / "demonstrations_held_out.jsonl").exists():
         quickstart.write_demonstrations(made, seeds[0])
-    trained = _run_stage(quickstart.sft_config(like, made), "sft", sft.run)
+    trained = _run_stage(quickstart.sft_config(like, made), sft.run)
     if not (made / quickstart.HELD_OUT_PAIRS).exists():
         quickstart.write_pairs(made, seeds[1], ReviewPanel(trained.model))
     if not (made / "prompts_held_out.jsonl").exists():
@@ -136,20 +136,20 @@ def _source(config: OveroptimizationConfig, root: Path) -> Path:
     return made
 
 
-def _run_stage(config: Any, stage: str, run: Callable[[Any], RunDirectory]):
-    """A stage's run: new, gone on with, or as it is where it is complete."""
+def _run_stage(config: Any, run: Callable[[Any], RunDirectory]):
+    """A stage's run: started, resumed, or reused if complete."""
     directory = RunDirectory(Path(config.run_dir))
     if not directory.config.exists():
         return run(config)
     config = dataclasses.replace(config, resume=True)
-    check_start(config, stage=stage)  # the same options, or it says which differ
+    check_start(config)  # raises if options differ
     return directory if directory.report.exists() else run(config)
 
 
 def _train_reward_models(
     config: OveroptimizationConfig, root: Path, source: Path
 ) -> list[Path]:
-    """Models of other seeds, on random parts of the quickstart's pairs."""
+    """Trains models with other seeds on random parts of the quickstart's pairs."""
     lines = read_lines(source / PAIRS)
     check_pairs(config, len(lines), f"of {source / PAIRS}")
     order = np.random.default_rng(config.seed).permutation(len(lines))
@@ -163,14 +163,14 @@ def _train_reward_models(
             f"reward model {number + 1} of {config.models}: {config.pairs} pairs",
             quiet=config.quiet,
         )
-        models.append(_run_stage(stage, "reward", reward_stage.run).model)
+        models.append(_run_stage(stage, reward_stage.run).model)
     return models
 
 
 def _reward_config(
     config: OveroptimizationConfig, root: Path, source: Path, number: int
 ) -> RewardConfig:
-    """The quickstart's reward model with other pairs and seed."""
+    """The quickstart's reward model config with other pairs and seed."""
     like = QuickstartConfig(run_dir=str(source), quiet=config.quiet)
     return dataclasses.replace(
         quickstart.reward_config(like, source),
@@ -187,7 +187,8 @@ def _reward_config(
 def _best_of_n(
     config: OveroptimizationConfig, root: Path, source: Path, models: list[Path]
 ) -> tuple[list[Curve], float]:
-    """Curves of best-of-n, and the spread of the SFT model's true reward."""
+    """Curves of best-of-n, and the standard deviation of the SFT model's true
+    reward."""
     heading("best of n, from the SFT model", quiet=config.quiet)
     sizes = f"{config.best_of_prompts}x{config.best_of_samples}"
     scores, true = sample_and_score(
@@ -219,7 +220,7 @@ def _ppo_curves(
     models: list[Path],
     spread: float,
 ) -> list[Curve]:
-    """Every run of PPO, its evaluations as the points of a curve."""
+    """Runs PPO; the evaluations of each run are the points of a curve."""
     judge = root / JUDGE_FILE
     write_atomic(judge, _judge_code(models[1:]))
     runs, curves = _runs(config), []
@@ -234,7 +235,7 @@ def _ppo_curves(
         )
         stage = _ppo_config(config, root, source, models, one, judge)
         is_done = RunDirectory(Path(stage.run_dir)).report.exists()
-        directory = _run_stage(stage, "ppo", ppo.run)
+        directory = _run_stage(stage, ppo.run)
         trained += not is_done
         curves.append(_read_curve(directory, one, config.eval_prompts, spread))
     return curves
@@ -248,7 +249,7 @@ def _ppo_config(
     one: Run,
     judge: Path,
 ) -> PPOConfig:
-    """The quickstart's PPO with other reward models, β and length."""
+    """The quickstart's PPO config with other reward models, β and length."""
     like = QuickstartConfig(run_dir=str(source), seed=config.seed, quiet=config.quiet)
     paths = [str(model) for model in models]
     stage = dataclasses.replace(
@@ -278,7 +279,7 @@ def _ppo_config(
 
 
 def _judge_code(models: list[Path]) -> str:
-    """A reward function: the worst case of the models that a single one is not."""
+    """Code of a reward function: the worst case of all models but the first."""
     paths = [str(model.absolute()) for model in models]
     return (
         '"""Reward models that PPO against the first one never sees."""\n\n'
@@ -292,8 +293,8 @@ def _read_curve(
 ) -> Curve:
     """The evaluations of a run.
 
-    Only means are logged. The standard error is that of as many answers of the SFT
-    model, whose true rewards spread more than those of most policies after it.
+    Only means are logged. The standard error is that of the same number of SFT
+    responses, whose true rewards vary more than those of most later policies.
     """
     rows = [row for row in read_metrics(directory.metrics) if "eval/score_mean" in row]
     return Curve(

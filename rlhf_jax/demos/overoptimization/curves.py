@@ -1,4 +1,4 @@
-"""Curves of proxy and true reward, and what can be read off them."""
+"""Curves of proxy and true reward, and their turning points."""
 
 import dataclasses
 import math
@@ -8,29 +8,29 @@ from typing import Literal
 from rlhf_jax.algo.scores import EnsembleScore
 
 THRESHOLD = 4.0
-"""Standard errors by which the true reward must have fallen for a turn to be marked"""
+"""Standard errors by which the true reward must fall to count as a turn"""
 
 TAIL = 3
-"""Evaluations at the end of a curve that are compared with its peak"""
+"""Evaluations at the end of a curve that are compared to its peak"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Proxy and true reward as a policy goes away from where it started.
+    """Proxy and true reward as a policy moves away from its initialization.
 
     All lists have one entry per point. Means are over held-out prompts.
     """
 
     name: str
     method: Literal["ppo", "best-of-n"]
-    scored_by: EnsembleScore | Literal["single"]  # what was optimised
+    scored_by: EnsembleScore | Literal["single"]  # the optimized score
     beta: float | None  # KL coefficient; None for best-of-n
     at: list[int]  # updates of PPO, or n
-    kl: list[float]  # nats per answer; of best-of-n the analytic bound
-    proxy: list[float]  # what was optimised
+    kl: list[float]  # nats per response; for best-of-n the analytic bound
+    proxy: list[float]  # the optimized score
     true: list[float]
     true_error: list[float]  # standard errors of `true`
-    others: list[float] | None = None  # the worst case of all models but the first
+    others: list[float] | None = None  # worst case of all models but the first
 
     @property
     def root_kl(self) -> list[float]:
@@ -44,20 +44,20 @@ class Curve:
 
 
 def turning_point(values: Sequence[float], errors: Sequence[float]) -> int | None:
-    """Index of the peak of a curve that turns down beyond doubt; else None.
+    """Index of the peak of a curve that turns down significantly; else None.
 
-    A curve turns where the mean of its last three points lies more than four standard
-    errors of the difference below its highest point. Four, because the highest of
-    some twenty noisy points is about two standard errors too high; and three points,
-    because the last one may be low by chance. A curve whose highest point is one of the
-    last three has not turned.
+    A curve turns down if the mean of its last three points is more than four standard
+    errors of the difference below its highest point. Four, because the maximum of about
+    twenty noisy points is about two standard errors too high; three points, because the
+    last one may be low by chance. A curve whose highest point is one of the last three
+    has not turned.
 
     Args:
         values: means, in order.
-        errors: their standard errors; taken as independent.
+        errors: their standard errors; assumed independent.
 
     Raises:
-        ValueError: where the lengths differ.
+        ValueError: if the lengths differ.
     """
     if len(values) != len(errors):
         raise ValueError(f"{len(values)} values but {len(errors)} errors")
@@ -73,13 +73,13 @@ def turning_point(values: Sequence[float], errors: Sequence[float]) -> int | Non
 
 
 def stopping_point(values: Sequence[float], *, patience: int) -> int:
-    """Index at which early stopping ends a run; the last one where it never does.
+    """Index at which early stopping ends a run; the last index if it never does.
 
-    That is the first point with `patience` points in a row, itself the last of them,
-    none of which is above the best before.
+    This is the first point that ends a sequence of `patience` points without a new
+    best.
 
     Args:
-        values: what is to go on rising, at each evaluation; at least one.
+        values: the metric at each evaluation; at least one.
         patience: evaluations without a new best, at least 1.
     """
     best, since = -math.inf, 0

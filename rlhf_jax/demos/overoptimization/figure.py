@@ -23,9 +23,9 @@ SCORED_BY_COLORS = {
     "mean-minus-std": "#15803d",
 }
 WATCHED_COLORS = {"true": "#7c3aed", "others": "#0f766e"}
-DISTANCE = "√KL to the SFT model  (√nats per answer)"
+DISTANCE = "√KL to the SFT model  (√nats per response)"
 LEGEND = (
-    "Solid: true reward, which no training sees. Dashed: the proxy that is optimised. "
+    "Solid: true reward, never seen in training. Dashed: the optimized proxy. "
     "▼ the true reward turns down: its last\nthree points lie more than four standard "
     "errors below. Bands: ± 1 standard error. KL of best-of-n is at most\n"
     "log n − (n − 1)/n, drawn as if equal. Held-out prompts throughout."
@@ -55,7 +55,7 @@ def draw(
             axes.set_axisbelow(True)
             axes.set_ylabel("reward")
         figure.suptitle(
-            f"Over-optimisation of a reward model from {config.pairs:,} pairs",
+            f"Overoptimization of a reward model from {config.pairs:,} pairs",
             x=0.01,
             ha="left",
             fontsize=12,
@@ -115,7 +115,7 @@ def _draw_ensembles(
 
 
 def _draw_stopping(axes: "Axes", curve: Curve, patience: int) -> None:
-    """What early stopping would have watched, and when it would have stopped."""
+    """The metrics early stopping could watch, and where each would stop."""
     assert curve.others is not None
     axes.plot(curve.at, curve.proxy, "--", color="#475569", lw=1.2, label="proxy")
     series = {"true": ("true reward", curve.true)}

@@ -1,4 +1,5 @@
-"""What `rlhf-jax overoptimization` refuses before anything is written or trained."""
+"""Input checks of `rlhf-jax overoptimization`, before anything is written or
+trained."""
 
 import dataclasses
 from pathlib import Path
@@ -18,14 +19,14 @@ NEEDED = (
 )
 MARKER = "options.json"
 FREE = ("run_dir", "quiet", "patience", "betas", "ensembles", "ensemble_beta")
-"""Options that may differ in one directory: how much is shown, and which runs"""
+"""Options that may differ between runs in one directory: display and lists of runs"""
 
 
 def check_source(config: OveroptimizationConfig) -> None:
-    """Raises ValueError where a quickstart lacks files, or has too few rows.
+    """Raises ValueError if a quickstart lacks files or has too few rows.
 
-    Where none is given, the rows are those that will be made; a few pairs less than
-    that are made where two sampled answers are the same, see `check_pairs`.
+    If none is given, checks the rows that will be created; the actual number of pairs
+    is slightly smaller if two samples are identical, see `check_pairs`.
     """
     if config.quickstart is None:
         num_pairs = quickstart.NUM_GRAMMAR_PAIRS + quickstart.NUM_SAMPLED_PAIRS
@@ -36,7 +37,7 @@ def check_source(config: OveroptimizationConfig) -> None:
         if missing:
             raise ValueError(
                 f"quickstart={config.quickstart!r}: it has no {missing[0]}; finish "
-                "that quickstart, or leave the option out to make what is needed here"
+                "that quickstart, or omit the option to create one here"
             )
         num_pairs = len(read_lines(given / PAIRS))
         num_prompts = len(read_lines(given / HELD_OUT_PROMPTS))
@@ -51,7 +52,7 @@ def check_source(config: OveroptimizationConfig) -> None:
 
 
 def check_pairs(config: OveroptimizationConfig, num_pairs: int, where: str) -> None:
-    """Raises ValueError where the reward models need more pairs than there are."""
+    """Raises ValueError if the reward models need more pairs than there are."""
     parts = num_parts(config)
     check(
         parts * config.pairs <= num_pairs,
@@ -62,7 +63,7 @@ def check_pairs(config: OveroptimizationConfig, num_pairs: int, where: str) -> N
 
 
 def num_parts(config: OveroptimizationConfig) -> int:
-    """Disjoint sets of pairs that the reward models learn from."""
+    """The number of disjoint sets of pairs to train reward models on."""
     return config.models if config.ensemble_pairs == "own" else 1
 
 
@@ -72,14 +73,13 @@ def read_lines(path: Path) -> list[str]:
 
 
 def enter_directory(config: OveroptimizationConfig, root: Path) -> None:
-    """Enters a new directory, or one that was begun with the same options.
+    """Creates the directory, or reuses one with the same options.
 
-    All that is not in `FREE` shapes what is kept there: reward models, samples for
-    best-of-n and runs of PPO.
+    All options not in `FREE` affect the stored results: reward models, samples for
+    best-of-n and PPO runs.
 
     Raises:
-        ValueError: where other options began it, or it holds something else. Nothing
-            is written then.
+        ValueError: if it has other options or holds something else; nothing is written.
     """
     options = dataclasses.asdict(config)
     shaping = {name: options[name] for name in options if name not in FREE}

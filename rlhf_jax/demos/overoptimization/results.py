@@ -14,7 +14,7 @@ from rlhf_jax.run.run_directory import write_atomic
 
 
 def summarize(curves: Sequence[Curve], *, patience: int) -> dict[str, Any]:
-    """Everything that is shown, as plain data for JSON."""
+    """All results, as plain data for JSON."""
     return {
         "curves": [
             dataclasses.asdict(curve)
@@ -28,12 +28,12 @@ def summarize(curves: Sequence[Curve], *, patience: int) -> dict[str, Any]:
 
 
 def early_stopping(curve: Curve, *, patience: int) -> dict[str, dict[str, int]]:
-    """Where a run of PPO would have been stopped, by what is watched.
+    """Where early stopping would end a PPO run, for each watched metric.
 
-    `stopped` is the update at which it ends, `kept` that of the best policy until then.
-    Held-out answers do not depend on what watches them, so a run that is stopped is
-    the beginning of one that is not. The other models are watched only where the run
-    is not trained on them.
+    `stopped` is the update at which it ends, `kept` the update of the best policy until
+    then. Held-out responses do not depend on the watched metric, so a stopped run is a
+    prefix of the full run. The other models are only watched if the run is not trained
+    on them.
     """
     if curve.others is None:
         return {}
@@ -80,7 +80,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, str]]:
         rows.append(
             {
                 "optimised": curve["name"],
-                # Of best-of-n, a bound.
+                # For best-of-n, a bound.
                 "KL at the end": "≤ " * of_n + _number(curve["kl"][-1]),
                 "proxy at the end": _number(curve["proxy"][-1]),
                 "true at the end": _number(curve["true"][-1]),
@@ -93,7 +93,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def stopping_table(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """A row per run that early stopping would end: what it would have kept."""
+    """A row per run that early stopping would end, with the policy it would keep."""
     rows = []
     for curve in summary["curves"]:
         true_at = dict(zip(curve["at"], curve["true"], strict=True))
@@ -116,19 +116,19 @@ def stopping_table(summary: dict[str, Any]) -> list[dict[str, str]]:
 def write_markdown(
     path: Path, summary: dict[str, Any], *, config: OveroptimizationConfig
 ) -> None:
-    """The figure and both tables on a page."""
+    """Writes the figure and both tables to a page."""
     parts = [
         "# Reward hacking on short reviews",
         "![Proxy and true reward over √KL](overoptimization.png)",
-        f"Each of {config.models} reward models learned from {config.pairs:,} pairs, "
-        f"{config.ensemble_pairs} ones, in {config.reward_steps} steps of 64. PPO: "
-        f"{config.updates} updates of {config.batch_size} answers; each point is "
-        f"{config.eval_prompts} answers to held-out prompts. Best of n: "
-        f"{config.best_of_samples} answers to each of {config.best_of_prompts} "
+        f"Each of {config.models} reward models was trained on {config.pairs:,} pairs "
+        f"({config.ensemble_pairs}) for {config.reward_steps} steps of 64. PPO: "
+        f"{config.updates} updates of {config.batch_size} responses; each point is "
+        f"{config.eval_prompts} responses to held-out prompts. Best of n: "
+        f"{config.best_of_samples} responses to each of {config.best_of_prompts} "
         f"prompts, KL ≤ log n − (n − 1)/n. Seed {config.seed}.",
         markdown_table(table(summary)),
-        "A curve turns down where the mean of its last three points lies more than "
-        "four standard errors below its peak.",
+        "A curve turns down if the mean of its last three points is more than four "
+        "standard errors below its peak.",
     ]
     stops = stopping_table(summary)
     if stops:
@@ -140,7 +140,8 @@ def write_markdown(
 
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of equal keys; the first column to the left, the others to the right."""
+    """Rows with the same keys; the first column left-aligned, the others
+    right-aligned."""
     columns = list(rows[0])
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)]]
     lines += [list(row.values()) for row in rows]
@@ -148,7 +149,7 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def print_tables(summary: dict[str, Any]) -> None:
-    """Both tables, on the terminal."""
+    """Prints both tables to the terminal."""
     for rows in (table(summary), stopping_table(summary)):
         if rows:
             print_table(rows)

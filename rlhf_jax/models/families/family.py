@@ -1,4 +1,4 @@
-"""What a family of Hugging Face checkpoints is, as a table of what differs."""
+"""A family of Hugging Face checkpoints, as a table of differences."""
 
 import dataclasses
 import re
@@ -11,18 +11,18 @@ from rlhf_jax.models.families.fields import Fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorRule:
-    """How one stored tensor is made from leaves of the parameter tree.
+    """How a stored tensor is built from leaves of the parameter tree.
 
     Attributes:
-        name: name of the stored tensor; `{layer}` stands for the layer's index.
-        leaves: paths of the leaves, joined on their last axis. A rule whose leaves are
-            not in the model (biases, another head) does not apply to it.
+        name: name of the stored tensor; `{layer}` is the layer index.
+        leaves: paths of the leaves, concatenated on their last axis. A rule whose
+            leaves are not in the model (biases, another head) does not apply.
         layout: `"same"`; `"transposed"` (`torch.nn.Linear` stores `[out, in]`, ours is
             `[in, out]`); or `"row"` (stored `[1, D]`, ours is `[D]`).
-        block: size of the blocks in which the leaves alternate on the joined axis
-            (GPT-NeoX stores head 0's query, key and value, then head 1's), or
-            `"head"`, which `Family.of` replaces by the size of a head; None: one leaf
-            after the other.
+        block: size of the blocks in which the leaves are interleaved on the
+            concatenated axis (GPT-NeoX stores head 0's query, key and value, then head
+            1's), or `"head"`, which `Family.of` replaces by the head size; None: one
+            leaf after the other.
     """
 
     name: str
@@ -39,16 +39,16 @@ SCORE = TensorRule(name="score.weight", leaves=("score",), layout="row")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a family of checkpoints calls its parts.
+    """The names and mappings of a family of checkpoints.
 
     Attributes:
         model_type: the field of `config.json` that names the family.
         lm_class: architecture of a language model.
         score_class: architecture of a reward model or critic.
-        prefix: stands before the names of all tensors but the heads'. Files of a bare
-            trunk leave it out.
-        trunk: every tensor a trunk may have; the token embedding comes first.
-        lm_head: the output matrix, where it is not the token embedding.
+        prefix: prefix of the names of all tensors except the heads'. Missing in files
+            of a bare trunk.
+        trunk: every tensor that a trunk can have; the token embedding comes first.
+        lm_head: the output matrix, if not tied.
         buffers: names of stored tensors that are constants, not parameters.
         read: fields of `config.json` → our configuration.
         write: our configuration → fields of `config.json`.
@@ -83,7 +83,7 @@ def linear(name: str, *leaves: str) -> tuple[TensorRule, TensorRule]:
 
     Args:
         name: of the module, with `{layer}`.
-        leaves: its parts in our tree, joined.
+        leaves: its parts in our tree, concatenated.
     """
     return (
         TensorRule(
@@ -121,15 +121,15 @@ def llama_family(
     score_class: str | None = None,
     norms: dict[str, str] = PRE_NORMS,
 ) -> Family:
-    """A family that kept the names which Llama gave.
+    """A family with Llama's tensor names.
 
     Args:
         model_type: see `Family`.
         lm_class: see `Family`.
         read: see `Family`.
         write: see `Family`.
-        score_class: where it is not called as the language model is.
-        norms: of a layer: name in the file → leaf of ours.
+        score_class: if not named like the language model.
+        norms: of a layer: name in the file → our leaf.
     """
     layer = "layers.{layer}"
     trunk = [TensorRule(name="embed_tokens.weight", leaves=("token_embedding",))]

@@ -1,7 +1,7 @@
-"""Fields of a `config.json`: reading them, and refusing what is not supported.
+"""Reads fields of a `config.json` and rejects unsupported values.
 
-Fields that would change what the network computes in a way it cannot express are
-refused by name. Dropout rates are not read: the transformer has no dropout.
+Unsupported fields that would change the computation are rejected by name. Dropout rates
+are ignored: the transformer has no dropout.
 """
 
 import math
@@ -22,7 +22,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def expect(fields: Fields, name: str, *supported: Any) -> None:
-    """Refuses any other value; an absent field has the first one."""
+    """Rejects any other value; a missing field has the first one."""
     value = fields.get(name, supported[0])
     if value not in supported:
         raise ValueError(
@@ -32,7 +32,7 @@ def expect(fields: Fields, name: str, *supported: Any) -> None:
 
 
 def integer(fields: Fields, name: str, default: int | None = None) -> int:
-    """A positive integer; `default`, where there is one, if absent or null."""
+    """A positive integer; `default`, if given, when missing or null."""
     value = fields.get(name)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -41,12 +41,12 @@ def integer(fields: Fields, name: str, default: int | None = None) -> int:
 
 
 def optional_integer(fields: Fields, name: str) -> int | None:
-    """A positive integer, or None where absent or null."""
+    """A positive integer, or None if missing or null."""
     return None if fields.get(name) is None else integer(fields, name)
 
 
 def number(fields: Fields, name: str, default: float | None = None) -> float:
-    """A positive number; `default`, where there is one, if absent or null."""
+    """A positive number; `default`, if given, when missing or null."""
     value = fields.get(name)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -59,7 +59,7 @@ def number(fields: Fields, name: str, default: float | None = None) -> float:
 def optional_number(
     fields: Fields, name: str, default: float | None = None
 ) -> float | None:
-    """A positive number, `default` where absent, or None where null."""
+    """A positive number, `default` if missing, or None if null."""
     value = fields.get(name, default)
     return None if value is None else number({name: value}, name)
 
@@ -73,7 +73,7 @@ def flag(fields: Fields, name: str, *, default: bool) -> bool:
 
 
 def activation(fields: Fields, name: str, default: str) -> Activation:
-    """The function of the feed-forward part."""
+    """The activation function of the MLP."""
     value = fields.get(name) or default
     if value not in _ACTIVATIONS:
         raise ValueError(
@@ -84,12 +84,12 @@ def activation(fields: Fields, name: str, default: str) -> Activation:
 
 
 def activation_name(activation: Activation) -> str:
-    """What `config.json` calls it."""
+    """Its name in `config.json`."""
     return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
 
 
 def llama_sizes(fields: Fields) -> dict[str, Any]:
-    """Fields of our configuration from those that Llama and its heirs share."""
+    """Our configuration fields from those shared by Llama-like families."""
     width = integer(fields, "hidden_size")
     num_heads = integer(fields, "num_attention_heads")
     return {
@@ -122,7 +122,7 @@ def llama_size_fields(config: DecoderConfig) -> Fields:
 
 
 def read_layer_types(fields: Fields, default: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Which layers have a sliding window; `default` if the file does not say."""
+    """Which layers have a sliding window; `default` if not in the file."""
     types = fields.get("layer_types")
     if types is None:
         return default
@@ -142,7 +142,7 @@ def write_layer_types(config: DecoderConfig) -> list[str]:
 
 
 def sliding(window: int | None, layers: tuple[bool, ...]) -> dict[str, Any]:
-    """Window and layers of our configuration; both empty if either is."""
+    """Window and layers for our configuration; both empty if either is."""
     if window is None or not any(layers):
         return {}
     return {"sliding_window": window, "sliding_layers": layers}

@@ -1,7 +1,7 @@
-"""Gemma 2 and the text model of Gemma 3: norms around each part, layers with windows.
+"""Gemma 2 and the text model of Gemma 3: sandwich norms, sliding windows.
 
-Gemma 2 caps its logits softly; Gemma 3 normalises queries and keys instead, and turns
-them by other angles in layers that have a window.
+Gemma 2 uses logit soft-capping; Gemma 3 uses QK-norm instead, and a different rotary
+base in layers with a window.
 """
 
 from typing import Any
@@ -74,9 +74,9 @@ def write_gemma3(config: DecoderConfig) -> Fields:
 
 
 def _read_two_ropes(fields: Fields) -> tuple[Rope, Rope]:
-    """Of layers that see everything and of layers with a window."""
+    """The ropes of full-attention layers and of sliding-window layers."""
     by_type = fields.get("rope_parameters") or {}
-    if "full_attention" in by_type:  # as transformers 5 writes it
+    if "full_attention" in by_type:  # format of transformers 5
         rest = {
             k: v
             for k, v in fields.items()
@@ -90,18 +90,18 @@ def _read_two_ropes(fields: Fields) -> tuple[Rope, Rope]:
 
 
 def _shared(fields: Fields, *, every: int) -> dict[str, Any]:
-    """What the two generations have in common.
+    """The fields shared by both generations.
 
     Args:
         fields: of `config.json`.
-        every: which layer sees everything, unless the file lists them: each `every`th.
+        every: every `every`th layer has full attention, unless the file lists them.
     """
     expect(fields, "use_bidirectional_attention", None, False)
     sizes = llama_sizes({"head_dim": 256, "num_key_value_heads": 4} | fields)
     window = optional_integer({"sliding_window": 4096} | fields, "sliding_window")
     by_number = tuple((i + 1) % every != 0 for i in range(sizes["num_layers"]))
     biases = flag(fields, "attention_bias", default=False)
-    # hidden_activation is the newer name; where both stand it is the one that counts.
+    # hidden_activation is the newer name and takes precedence.
     name = "hidden_activation" if fields.get("hidden_activation") else "hidden_act"
     return {
         **sizes,
@@ -119,7 +119,7 @@ def _shared(fields: Fields, *, every: int) -> dict[str, Any]:
 
 
 def _shared_fields(config: DecoderConfig) -> Fields:
-    """The fields that `_shared` and the soft caps are read from."""
+    """The fields that `_shared` and the soft caps read."""
     scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
     whole = round(scalar)
     return {

@@ -35,7 +35,7 @@ def read(fields: Fields) -> DecoderConfig:
         mlp_width=integer(fields, "intermediate_size"),
         rope=read_rope(
             fields,
-            # The names that transformers 4 has for them.
+            # Their names in transformers 4.
             theta=number(fields, "rotary_emb_base", default=10_000.0),
             share=number(fields, "rotary_pct", default=0.25),
         ),

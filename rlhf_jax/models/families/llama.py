@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM and others of their shape; and what Mistral adds, a window."""
+"""Llama 2 and 3, SmolLM and similar models; and Mistral, with a sliding window."""
 
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import llama_family
@@ -47,7 +47,7 @@ def write_llama(config: DecoderConfig) -> Fields:
 def read_mistral(fields: Fields) -> DecoderConfig:
     """`config.json` of model type `mistral`. Raises ValueError naming the field."""
     sizes = llama_sizes(fields)
-    # Files of before the field existed mean the window that was built in then.
+    # Files older than the field mean the default window of that time.
     window = optional_integer({"sliding_window": 4096} | fields, "sliding_window")
     layers = read_layer_types(fields, (True,) * sizes["num_layers"])
     return DecoderConfig(

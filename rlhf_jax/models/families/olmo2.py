@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind each part, and of all queries and all keys."""
+"""OLMo 2: norms after attention and MLP, QK-norm over all heads."""
 
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family

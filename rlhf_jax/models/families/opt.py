@@ -1,4 +1,4 @@
-"""OPT: learned positions that begin at row 2, LayerNorm, ReLU, biases."""
+"""OPT: learned positions with offset 2, LayerNorm, ReLU, biases."""
 
 import re
 
@@ -20,7 +20,7 @@ def read(fields: Fields) -> DecoderConfig:
     width, num_heads = (
         integer(fields, name) for name in ("hidden_size", "num_attention_heads")
     )
-    expect(fields, "do_layer_norm_before", True)  # opt-350m alone has False
+    expect(fields, "do_layer_norm_before", True)  # only opt-350m has False
     expect(fields, "_remove_final_layer_norm", False)
     expect(fields, "layer_norm_elementwise_affine", True)
     expect(fields, "word_embed_proj_dim", None, width)
@@ -44,7 +44,7 @@ def read(fields: Fields) -> DecoderConfig:
         output_bias=biases,
         mlp_bias=biases,
         tie_embeddings=flag(fields, "tie_word_embeddings", default=True),
-        norm_eps=1e-5,  # no field says so: it is PyTorch's
+        norm_eps=1e-5,  # not in the file: PyTorch's default
         initializer_range=number(fields, "init_std", default=0.02),
     )
 

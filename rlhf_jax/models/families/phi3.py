@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4-mini: fused projections, windows, frequencies of long texts."""
+"""Phi-3, 3.5 and 4-mini: fused projections, sliding window, LongRoPE."""
 
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import (
@@ -58,7 +58,7 @@ def write(config: DecoderConfig) -> Fields:
 
 
 def _with_todays_names(fields: Fields) -> Fields:
-    """The first files call `longrope` by the names of its drafts."""
+    """Early files use draft names for `longrope`."""
     place = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = dict(fields.get(place) or {})
     for name in ("rope_type", "type"):

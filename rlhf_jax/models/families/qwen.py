@@ -59,7 +59,7 @@ def write_qwen3(config: DecoderConfig) -> Fields:
 
 
 def _first_window(fields: Fields) -> int:
-    """The first layer that has a window; 0: all have one."""
+    """The first layer with a window; 0: all have one."""
     first = fields["max_window_layers"]
     return 0 if first == 0 else integer(fields, "max_window_layers")
 

@@ -1,4 +1,4 @@
-"""Rotary positions in a `config.json`, as transformers 4 and 5 write them."""
+"""Rotary positions in a `config.json` of transformers 4 or 5."""
 
 import math
 from typing import Any
@@ -31,22 +31,22 @@ def read_rope(
     share: float | None = None,
     kinds: tuple[str, ...] = KINDS,
 ) -> Rope:
-    """Base, share and scaling of the rotary frequencies, from wherever they stand.
+    """Base, share and scaling of the rotary frequencies, from any supported location.
 
     Args:
         fields: of `config.json`.
-        theta: the base where the file does not say.
-        share: the share of a head that is turned, where the file does not say; None:
-            the family always turns all of it.
-        kinds: of scaling, that the family has.
+        theta: default base.
+        share: default share of a head that is rotated; None: the family always rotates
+            all of it.
+        kinds: scaling types of the family.
 
     Raises:
-        ValueError: naming the field that is not supported.
+        ValueError: naming the unsupported field.
     """
     place = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = {k: v for k, v in (fields.get(place) or {}).items() if v is not None}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)  # older files say it twice
+    rope.pop("type", None)  # older files have both
     if kind not in kinds:
         raise ValueError(
             f"rope_type={kind!r} in {place} is not supported; supported: "
@@ -60,7 +60,7 @@ def read_rope(
     share = number(fields, "partial_rotary_factor", default=share or 1.0)
     share = number(rope, "partial_rotary_factor", default=share)
     if share > 1.0:
-        raise ValueError(f"partial_rotary_factor={share}; it must lie in (0, 1]")
+        raise ValueError(f"partial_rotary_factor={share}; it must be in (0, 1]")
     scaling = _READERS[kind](rope, fields) if kind in _READERS else None
     left = rope.keys() - {"rope_theta", "partial_rotary_factor"} - _USED[kind]
     if left:
@@ -79,7 +79,7 @@ def write_rope(rope: Rope, *, partial: bool = False) -> Fields:
 
     Args:
         rope: to write.
-        partial: the family may turn a share of a head only, and its files say which.
+        partial: the family may rotate only a share of a head, given in its files.
     """
     scaling = write_scaling(rope.scaling)
     inner = scaling | {"rope_theta": float(rope.theta)}
@@ -94,7 +94,7 @@ def write_rope(rope: Rope, *, partial: bool = False) -> Fields:
 
 
 def write_scaling(scaling: RopeScaling | None) -> Fields:
-    """`rope_type` and its numbers."""
+    """`rope_type` and its parameters."""
     match scaling:
         case None:
             return {"rope_type": "default"}
@@ -135,7 +135,7 @@ def _read_linear(rope: Fields, fields: Fields) -> LinearRopeScaling:
 
 
 def _read_dynamic(rope: Fields, fields: Fields) -> DynamicRopeScaling:
-    # transformers grows the base from max_position_embeddings on, whatever else stands.
+    # transformers always scales the base from max_position_embeddings on.
     length = integer(fields, "max_position_embeddings")
     expect(rope, "original_max_position_embeddings", length)
     return DynamicRopeScaling(
@@ -201,15 +201,15 @@ def _factors(rope: Fields, name: str) -> tuple[float, ...]:
 
 
 def _original_length(rope: Fields, fields: Fields) -> int:
-    """The length that the model was trained on before it was stretched."""
+    """The training length before scaling."""
     length = integer(fields, "max_position_embeddings")
     beside = integer(fields, "original_max_position_embeddings", default=length)
     inside = integer(rope, "original_max_position_embeddings", default=beside)
     if "original_max_position_embeddings" in fields and beside != inside:
-        # Which of two different lengths wins depends on the version of transformers.
+        # Which of two different lengths is used depends on the transformers version.
         raise ValueError(
-            f"original_max_position_embeddings={beside} is not supported beside "
-            f"{inside} inside the rotary parameters; give one of them"
+            f"original_max_position_embeddings={beside} is not supported with {inside} "
+            "inside the rotary parameters; give one of them"
         )
     return inside
 

@@ -1,4 +1,4 @@
-"""All families, and the one that a checkpoint or a configuration belongs to."""
+"""The table of families, and lookup by checkpoint or configuration."""
 
 import json
 from pathlib import Path
@@ -28,14 +28,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(path: Path) -> tuple[Family, DecoderConfig]:
-    """Reads `config.json` as transformers 4 and 5 write it.
+    """Loads a `config.json` of transformers 4 or 5.
 
     Args:
         path: directory of a checkpoint.
 
     Raises:
-        ValueError: no such file, a family that is not supported, or a field with a
-            value that is not.
+        ValueError: if there is no such file, or the family or a field is not supported.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -51,7 +50,7 @@ def read_config(path: Path) -> tuple[Family, DecoderConfig]:
     family = FAMILIES.get(model_type or "")
     if family is None:
         raise ValueError(
-            f"{path} holds a model of model_type={model_type!r}; "
+            f"{path} has a model of model_type={model_type!r}; "
             f"supported: {', '.join(FAMILIES)}"
         )
     try:
@@ -63,17 +62,17 @@ def read_config(path: Path) -> tuple[Family, DecoderConfig]:
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The family that a configuration is of.
+    """The family of a configuration.
 
     Raises:
-        ValueError: there is no such family, or its `config.json` cannot say everything
-            that the configuration says.
+        ValueError: if there is no such family, or its `config.json` cannot represent
+            the configuration.
     """
     family = FAMILIES.get(config.family)
     if family is None:
         raise ValueError(
-            f"family={config.family!r} of the configuration is none that can be "
-            f"saved: {', '.join(FAMILIES)}"
+            f"family={config.family!r} of the configuration cannot be saved; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     again = family.read(
         family.write(config)
@@ -84,24 +83,24 @@ def family_of(config: DecoderConfig) -> Family:
         if vars(again)[name] != value:
             raise ValueError(
                 f"{name}={value!r} cannot be saved: in a {config.family} checkpoint "
-                f"it would be read as {vars(again)[name]!r}"
+                f"it would be loaded as {vars(again)[name]!r}"
             )
     return family.of(config)
 
 
 def config_fields(config: DecoderConfig, head: Head, dtype: Any) -> Fields:
-    """`config.json` of a checkpoint, all but its token ids.
+    """`config.json` of a checkpoint, except its token ids.
 
     Args:
-        config: the shape.
+        config: the architecture.
         head: `"value"` and `"reward"` are sequence classifiers with one label.
         dtype: dtype of the stored tensors.
 
     Returns:
-        Fields that transformers 5 reads, and their older names beside them.
+        Fields of transformers 5, and their older names as well.
 
     Raises:
-        ValueError: the configuration fits no family.
+        ValueError: if the configuration fits no family.
     """
     family = family_of(config)
     fields = {
@@ -113,6 +112,6 @@ def config_fields(config: DecoderConfig, head: Head, dtype: Any) -> Fields:
         "torch_dtype": jnp.dtype(dtype).name,
         **family.write(config),
     }
-    if head != "lm":  # readers count the labels
+    if head != "lm":  # the number of labels is counted
         fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return fields

@@ -1,1 +1,1 @@
-"""Reading and writing Hugging Face directories: weights, adapters, the Hub."""
+"""Loading and saving Hugging Face directories: weights, adapters, the Hub."""

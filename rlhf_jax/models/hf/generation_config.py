@@ -1,4 +1,4 @@
-"""How a checkpoint wants to generate, and above all which tokens end its answers."""
+"""The generation config of a checkpoint, in particular its EOS ids."""
 
 import json
 from collections.abc import Mapping
@@ -9,24 +9,24 @@ FILE = "generation_config.json"
 
 
 def read_generation_config(path: str | Path) -> dict[str, Any]:
-    """The whole of a checkpoint's `generation_config.json`; empty where there is none.
+    """A checkpoint's full `generation_config.json`; empty if there is none.
 
     Raises:
-        ValueError: the file is no JSON object.
+        ValueError: if the file is not a JSON object.
     """
     file = Path(path) / FILE
     return _read(file) if file.is_file() else {}
 
 
 def read_eos_ids(path: str | Path) -> frozenset[int]:
-    """The ids that the files of a checkpoint call EOS; empty where none does.
+    """The EOS ids of a checkpoint; empty if there are none.
 
-    They are those of `generation_config.json` or else, as for `transformers`, those of
+    They are those of `generation_config.json` or else, as in `transformers`, those of
     `config.json`.
 
     Raises:
-        ValueError: a file is no JSON object, or its `eos_token_id` neither an id nor a
-            list of ids.
+        ValueError: if a file is not a JSON object, or its `eos_token_id` is not an id
+            or a list of ids.
     """
     for file in (Path(path) / FILE, Path(path) / "config.json"):
         ids = _eos_ids(file, _read(file)) if file.is_file() else frozenset()
@@ -50,7 +50,7 @@ def _read(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: not readable as JSON: {reason}") from None
+        raise ValueError(f"{file}: not valid JSON: {reason}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: must hold one JSON object")
+        raise ValueError(f"{file}: must contain one JSON object")
     return config

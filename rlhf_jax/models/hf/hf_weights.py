@@ -59,32 +59,32 @@ def load_pretrained(
     key: Array | None = None,
     convert: Callable[[str, Array], dict[str, Array]] | None = None,
 ) -> tuple[Transformer, Params]:
-    """Reads a checkpoint of any supported family (`rlhf_jax.models.families`).
+    """Loads a checkpoint of any supported family (`rlhf_jax.models.families`).
 
-    Tensors go from the file to their devices in pieces (`leaf_placement.PIECE_BYTES`):
-    beyond the parameters themselves, loading takes no more memory for a large model
-    than for a small one. Code that a checkpoint brings with it is never run.
+    Tensors are copied from file to device in pieces (`leaf_placement.PIECE_BYTES`), so
+    the memory needed in addition to the parameters does not grow with model size. Code
+    in a checkpoint is never run.
 
     Args:
         path: directory, or name on the Hub (`hub.local_directory`), with `config.json`
             and safetensors files (float32, float16 or bfloat16), of a language model,
             a sequence classifier with one label, or a bare trunk.
-        head: `"value"` and `"reward"` read the classifier's `score.weight`.
+        head: `"value"` and `"reward"` load the classifier's `score.weight`.
         dtype: dtype of the parameters and of activations; use
-            `module.clone(dtype=jnp.bfloat16)` to let the two differ.
-        mesh: places the parameters by `parameter_sharding`; each process reads only
+            `module.clone(dtype=jnp.bfloat16)` to use different dtypes.
+        mesh: shards the parameters by `parameter_sharding`; each process reads only
             what its devices hold. None: everything on the default device.
-        key: draws the score vector if the checkpoint has none; otherwise not used.
-        convert: `(path, leaf) -> {path: leaf}`, of what takes the place of each leaf
-            once it is loaded, such as `quantize.quantized_leaf`; one at a time.
+        key: initializes the score head if the checkpoint has none; otherwise unused.
+        convert: `(path, leaf) -> {path: leaf}`, replaces each leaf after loading, one
+            at a time, for example `quantize.quantized_leaf`.
 
     Returns:
         The module and its parameters.
 
     Raises:
-        ValueError: the directory is no checkpoint of a supported family; a tensor is
-            missing, unknown, of the wrong shape or dtype, or holds NaN or infinite
-            values; a head is wanted that the checkpoint does not have.
+        ValueError: if the directory is not a checkpoint of a supported family, a tensor
+            is missing, unknown, of the wrong shape or dtype, or has NaN or infinite
+            values, or the checkpoint does not have the requested head.
     """
     if head not in typing.get_args(Head):
         raise ValueError(f"head={head!r} must be one of {typing.get_args(Head)}")
@@ -131,27 +131,27 @@ def save_pretrained(
     generation_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a checkpoint that `transformers` and `load_pretrained` read.
+    """Saves a checkpoint that `transformers` and `load_pretrained` can load.
 
-    Critics and reward models become sequence classifiers with one label. A model that
-    was in the directory is replaced, whole, once the new one is complete; other files
-    stay. With several processes all must call; the first one writes. One tensor at a
-    time is on the host, of stacked leaves one layer.
+    Critics and reward models become sequence classifiers with one label. An existing
+    model in the directory is replaced atomically once the new one is complete; other
+    files are kept. With several processes all must call; the first one writes. Only one
+    tensor at a time is on the host, for stacked leaves one layer.
 
     Args:
         path: directory to write.
         module: the transformer.
-        params: its parameters; stored in their dtype.
-        tokenizer: saved beside the model, chat template included; gives the ids of
-            EOS, BOS and pad.
-        generation_config: fields of `generation_config.json` to carry over, such as
-            several `eos_token_id` and defaults of sampling; what it says of token ids
-            stands before the tokenizer's. Written for language models.
+        params: its parameters; saved in their dtype.
+        tokenizer: saved with the model, including its chat template; defines the EOS,
+            BOS and pad ids.
+        generation_config: fields of `generation_config.json` to keep, such as several
+            `eos_token_id` and sampling defaults; its token ids take precedence over the
+            tokenizer's. Only saved for language models.
         max_shard_bytes: files are split at this size.
 
     Raises:
-        ValueError: `params` are not the module's, the configuration fits no family, or
-            `path` is a file.
+        ValueError: if `params` do not match the module, the configuration fits no
+            family, or `path` is a file.
     """
     config = module.config
     family = family_of(config)
@@ -172,8 +172,8 @@ def save_pretrained(
     ids = {name: generation[name] for name in _TOKEN_IDS}
     fields = config_fields(config, module.head, leaves["token_embedding"].dtype) | ids
     if module.head != "lm" and ids["pad_token_id"] in _as_list(ids["eos_token_id"]):
-        # transformers reads the score at the last token that is not pad. Were pad EOS,
-        # that would be the token before the one where ours is read.
+        # transformers takes the score at the last non-pad token. If pad were EOS, that
+        # would be the token before the one we use.
         fields["pad_token_id"] = None
 
     is_writer = jax.process_index() == 0
@@ -197,7 +197,7 @@ def _checked_pieces(
     index: Index,
     piece_bytes: int,
 ) -> Iterator[Piece]:
-    """Pieces of part of a leaf; counts values that are none, by tensor."""
+    """Pieces of part of a leaf; counts non-finite values, by tensor."""
     for piece in leaf_pieces(source, tensors, index, piece_bytes):
         not_finite[piece.name] += count_not_finite(piece.values, source.dtype)
         yield piece
@@ -205,7 +205,7 @@ def _checked_pieces(
 
 
 def _prefix(family: Family, tensors: TensorReader) -> str:
-    """The family's prefix, or none if the file holds a bare trunk."""
+    """The family's prefix, or "" if the file has a bare trunk."""
     embedding = family.trunk[0].name
     bare = embedding in tensors.file_of
     return (
@@ -227,18 +227,18 @@ def _check_head(
     if head == "lm":
         if not config.tie_embeddings and output not in tensors.file_of:
             raise ValueError(
-                f"{path} has no {output} and tie_word_embeddings is false: it is "
-                "no language model; load it with head='value' or head='reward'"
+                f"{path} has no {output} and tie_word_embeddings is false, so it is "
+                "not a language model; load it with head='value' or head='reward'"
             )
     elif SCORE.name not in tensors.file_of and key is None:
         raise ValueError(
-            f"{path} has no {SCORE.name}: it is a language model without a "
-            f"{head} head; pass key=jax.random.key(seed) to start from a fresh one"
+            f"{path} has no {SCORE.name}: it is a language model without a {head} "
+            "head; pass key=jax.random.key(seed) to initialize one"
         )
 
 
 def _check_leaves(module: Transformer, leaves: dict[str, Any]) -> None:
-    """The parameters are those of the module."""
+    """Checks that the parameters match the module."""
     want = {name: leaf.shape for name, leaf in parameter_shapes(module).items()}
     have = {name: leaf.shape for name, leaf in leaves.items()}
     owner = f"a {type(module).__name__} with head={module.head!r}"
@@ -260,7 +260,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
-    """Null where unknown: `transformers` takes an absent EOS of GPT-2 for 50256."""
+    """Null if unknown: `transformers` assumes 50256 if GPT-2's EOS is missing."""
     return {name: getattr(tokenizer, name, None) for name in _TOKEN_IDS}
 
 

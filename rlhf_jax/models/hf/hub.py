@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by name, wherever a directory of one is expected."""
+"""Hugging Face Hub names, accepted wherever a model directory is expected."""
 
 import functools
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 
-# What is read of a checkpoint. Pickles and code are not even downloaded.
+# The files of a checkpoint that are used. Pickles and code are not downloaded.
 WANTED = (
     "config.json",
     "generation_config.json",
@@ -29,23 +29,23 @@ WANTED = (
 
 
 def local_directory(path: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a model: the one that is there, or a download from the Hub.
+    """The local directory of a model, downloaded from the Hub if necessary.
 
-    Files land in the cache that all Hugging Face libraries share, and are asked for
-    once per process: a whole run reads one revision.
+    Files are stored in the cache shared by all Hugging Face libraries, and resolved
+    once per process, so a run uses a single revision.
 
     Args:
-        path: a local directory, which always wins, or `"org/name"`, or
-            `"org/name@revision"` with a branch, a tag or a commit of that name.
-        weights: download them, too.
+        path: a local directory, which takes precedence, or `"org/name"`, or
+            `"org/name@revision"` with a branch, tag or commit.
+        weights: also download the weights.
 
     Returns:
-        A local directory; where `path` is neither, `path` itself, for the reader to
-        complain about.
+        A local directory; if `path` is neither, `path` itself, so that the loader
+        reports the error.
 
     Raises:
-        ValueError: there is no such model, it is not for this reader, or it can be had
-            neither from the Hub nor from the cache; saying what to do.
+        ValueError: if there is no such model, access is denied, or it is neither on the
+            Hub nor in the cache; with the fix.
     """
     local = Path(path)
     name = None if local.exists() else _NAME.fullmatch(str(path))
@@ -59,14 +59,14 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name = repo if revision is None else f"{repo}@{revision}"
-    hint = f"{name!r} is no directory here, and"
+    hint = f"{name!r} is not a directory, and"
     try:
         directory = Path(
             snapshot_download(
                 repo,
                 revision=revision,
                 allow_patterns=list(WANTED),
-                # Patterns reach into folders.
+                # Patterns match inside folders.
                 ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
             )
         )
@@ -77,30 +77,30 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
         )
     except errors.RepositoryNotFoundError:
         problem = (
-            f"{hint} the Hugging Face Hub shows no such model; check the spelling, or "
+            f"{hint} the Hugging Face Hub has no such model; check the spelling, or "
             "run `hf auth login` if it is private"
         )
     except errors.RevisionNotFoundError:
         problem = f"the model {repo!r} has no revision {revision!r}"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = (
-            f"{hint} the Hugging Face Hub cannot be reached and its cache here lacks "
-            f"the model; run `hf download {repo}` with a connection, or check "
+            f"{hint} the Hugging Face Hub cannot be reached and the local cache does "
+            f"not have the model; run `hf download {repo}` while online, or check "
             "HF_HUB_OFFLINE and HF_HOME"
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        problem = f"{hint} it could not be had from the Hugging Face Hub: {reason}"
+        problem = f"{hint} downloading it from the Hugging Face Hub failed: {reason}"
     else:
         return _checked(name, directory) if weights else directory
     raise ValueError(problem)
 
 
 def _checked(name: str, directory: Path) -> Path:
-    """The snapshot, if it holds a model that can be read."""
+    """The snapshot, if it has a loadable model."""
     if not any(directory.glob("*.safetensors")):
         raise ValueError(
             f"the model {name!r} has no safetensors files; pickles are never "
-            "downloaded: take a revision or a copy that has been converted"
+            "downloaded: use a converted revision or copy"
         )
     return directory

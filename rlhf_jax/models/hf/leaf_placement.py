@@ -1,4 +1,4 @@
-"""Arrays on devices, made from pieces of files; the host never holds a whole one."""
+"""Builds device arrays from pieces of files, without a full copy on the host."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from rlhf_jax.algo.types import Array
 
 PIECE_BYTES = 64 * 2**20
-"""Most of a tensor that is on the host at once. Larger pieces are no faster."""
+"""Maximum piece of a tensor on the host. Larger pieces are not faster."""
 
 _TILE = 64
 
@@ -24,14 +24,14 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Part of a stored tensor, and where it belongs.
+    """Part of a stored tensor, and its target position.
 
     Attributes:
         name: of the tensor.
-        values: in the file's dtype and order of axes.
-        is_turned: the axes of the leaf are those of the file in reverse.
-        is_stacked: the leaf has an axis of layers before the others.
-        start: where the piece begins, on each axis of what is being filled.
+        values: in the file's dtype and axis order.
+        is_turned: the leaf is the transpose of the file's tensor.
+        is_stacked: the leaf has a leading layer axis.
+        start: start of the piece on each axis of the target.
     """
 
     name: str
@@ -47,17 +47,17 @@ def place_leaf(
     sharding: Sharding | None,
     pieces_of: Callable[[Index, int], Iterable[Piece]],
 ) -> Array:
-    """An array whose shards are filled on their devices, piece by piece.
+    """Builds an array whose shards are filled on their devices, piece by piece.
 
     Args:
         shape: of the array.
         dtype: of the array; pieces are converted.
-        sharding: where it lies; None: on the default device.
+        sharding: of the array; None: the default device.
         pieces_of: `(index, piece_bytes)` → pieces of at most that size that cover this
-            part of the array. A piece is done with when the next one is asked for.
+            part of the array. A piece is released when the next one is requested.
 
     Returns:
-        The array. Parts that several devices hold are read once.
+        The array. Replicated parts are read once.
     """
     if sharding is None:
         whole = (slice(None),) * len(shape)
@@ -81,7 +81,7 @@ def _fill(
     shape: tuple[int, ...], dtype: Any, device: Any, pieces: Iterable[Piece]
 ) -> Array:
     if math.prod(shape) * np.dtype(dtype).itemsize <= PIECE_BYTES:
-        host = np.zeros(shape, dtype)  # small: nothing to compile
+        host = np.zeros(shape, dtype)  # small: avoids compilation
         for piece in pieces:
             shape = _as_leaf(piece.values, piece.is_turned, piece.is_stacked).shape
             ends = zip(piece.start, shape, strict=True)
@@ -91,7 +91,7 @@ def _fill(
     array = jnp.zeros(shape, dtype, device=device)
     on_cpu = next(iter(array.devices())).platform == "cpu"
     for piece in pieces:
-        if on_cpu and piece.is_turned:  # XLA turns matrices slowly there
+        if on_cpu and piece.is_turned:  # XLA transposes slowly there
             turned = np.zeros(piece.values.shape[::-1], piece.values.dtype)
             _write(turned, piece)
             piece = dataclasses.replace(piece, values=turned, is_turned=False)
@@ -102,20 +102,20 @@ def _fill(
             is_turned=piece.is_turned,
             is_stacked=piece.is_stacked,
         )
-        array.block_until_ready()  # until then it may still read the mapped file
+        array.block_until_ready()  # it may read the mapped file until then
     return array
 
 
 def _write(target: np.ndarray, piece: Piece) -> None:
-    """Values of a piece on the host, converted and turned as the target is.
+    """Writes a piece on the host, converted and transposed like the target.
 
-    Matrices are turned tile by tile, as both would not fit into the processor's cache.
+    Matrices are transposed in tiles that fit into the CPU cache.
     """
     values = piece.values
-    if values.dtype == target.dtype:  # NumPy copies bfloat16 number by number
+    if values.dtype == target.dtype:  # NumPy copies bfloat16 elementwise
         word = f"u{values.dtype.itemsize}"
         values, target = values.view(word), target.view(word)
-    with np.errstate(over="ignore"):  # counted by whoever wants to know
+    with np.errstate(over="ignore"):  # counted elsewhere
         if not piece.is_turned or values.ndim != 2:
             target[...] = values.T if piece.is_turned else values
             return
@@ -140,18 +140,19 @@ def _put(
     is_turned: bool,
     is_stacked: bool,
 ) -> Array:
-    """Writes a piece into an array, in place; turned and converted on the device."""
+    """Writes a piece into an array, in place; transposed and converted on the
+    device."""
     values = _as_leaf(values, is_turned, is_stacked).astype(array.dtype)
     return jax.lax.dynamic_update_slice(array, values, start)
 
 
 def to_host(x: Array, layer: int | None = None) -> np.ndarray:
-    """An array, or one index of its first axis, as NumPy.
+    """Copies an array, or one index of its first axis, to NumPy.
 
-    JAX keeps the host's copy of an array as long as the array; a large one is therefore
-    fetched in pieces. Each comes from one device: collecting from several is arithmetic
-    to XLA, which flushes subnormal numbers to zero. What is spread over processes is
-    gathered: all must call.
+    JAX keeps the host copy of an array as long as the array, so large arrays are
+    fetched in pieces. Each piece comes from one device: gathering from several is
+    arithmetic to XLA, which flushes subnormal numbers to zero. Arrays sharded over
+    processes are gathered: all must call.
     """
     if not isinstance(x, jax.Array):
         part = x if layer is None else x[layer]
@@ -185,14 +186,14 @@ def _copy_to_host(x: Array, host: np.ndarray) -> None:
 
 
 def count_not_finite(values: np.ndarray, dtype: Any) -> int:
-    """How many values are NaN or infinite, or become so in another dtype.
+    """The number of values that are NaN or infinite, or become so in another dtype.
 
     Reads exponent bits, a few thousand values at a time: no copy, no float arithmetic
-    (NumPy's on bfloat16 is slow).
+    (slow for bfloat16 in NumPy).
 
     Args:
         values: of float32, float16 or bfloat16.
-        dtype: into which they will be converted.
+        dtype: the target dtype.
     """
     source = jnp.finfo(values.dtype)
     overflows = jnp.finfo(dtype).maxexp < source.maxexp

@@ -1,4 +1,4 @@
-"""Replaces the model in a directory all at once."""
+"""Replaces the model in a directory atomically."""
 
 import contextlib
 import fnmatch
@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# What an older model leaves behind, and a new one must not mix with.
+# Files of an older model that must not mix with the new one.
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
     "model*.safetensors.index.json",
     "pytorch_model*",
-    "adapter_config.json",  # else an adapter that is merged is applied once more
+    "adapter_config.json",  # otherwise a merged adapter would be applied again
     "adapter_model*",
 )
 _TOKENIZER_FILES = (
@@ -29,26 +29,26 @@ _TOKENIZER_FILES = (
 
 @contextlib.contextmanager
 def replaced_directory(path: Path, *, with_tokenizer: bool) -> Iterator[Path]:
-    """A fresh directory that takes the place of `path` when the block ends well.
+    """Yields a new directory that replaces `path` when the block succeeds.
 
-    Whoever looks at `path`, at any moment and after any crash, finds the old model, the
-    new one or, between two renames, none; never parts of both. Other files that were in
-    `path` are there afterwards, as is the old tokenizer if no new one is written.
-    Leftovers of a save that was killed are cleaned up by the next.
+    At any time, even after a crash, `path` has the old model, the new one or, between
+    two renames, none; never a mix. Other files in `path` are kept, and so is the old
+    tokenizer if no new one is written. Leftovers of a killed save are removed by the
+    next one.
 
     Args:
-        path: where the model goes; parents are created.
+        path: the model directory; parents are created.
         with_tokenizer: the block writes tokenizer files.
 
     Raises:
-        ValueError: `path` is a file.
+        ValueError: if `path` is a file.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; a model is saved into a directory")
+        raise ValueError(f"{path} is a file; give a directory")
     staging = path.with_name(f".{path.name}.saving")
     replaced = path.with_name(f".{path.name}.replaced")
-    if replaced.exists():  # a save was killed half-way through the swap
+    if replaced.exists():  # a save was killed during the swap
         if path.exists():
             _keep_other_files(replaced, path, _MODEL_FILES)
         else:
@@ -81,6 +81,6 @@ def _keep_other_files(source: Path, target: Path, dropped: tuple[str, ...]) -> N
 
 
 def _flush(file: Path) -> None:
-    """Waits until a file is on the disk, so that the rename cannot overtake it."""
+    """Flushes a file to disk, so that it is complete before the rename."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""`adapter_config.json` as PEFT writes it: what it says, and what is refused."""
+"""Reads and writes PEFT's `adapter_config.json`, and rejects what is not supported."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_jax.models.lora import LoraOptions
 
 CONFIG = "adapter_config.json"
-# These start from other matrices than the base model's; the adapter alone is no use.
+# These change the base model's matrices, so the adapter alone is not enough.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _UNSUPPORTED = (
     "use_dora",
@@ -32,16 +32,16 @@ _UNSUPPORTED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What an adapter's configuration says about its numbers.
+    """The parsed configuration of an adapter.
 
     Attributes:
-        base: name or path of the model that is adapted.
-        is_classifier: whether that is a sequence classifier.
-        rank: of modules without one of their own.
+        base: name or path of the base model.
+        is_classifier: whether the base is a sequence classifier.
+        rank: default rank of modules.
         alpha: likewise.
-        alpha_pattern: regular expression of the end of a module's name → its alpha.
+        alpha_pattern: regular expression for the end of a module's name → its alpha.
         rslora: alpha is divided by the root of the rank.
-        dropout: of the training.
+        dropout: in training.
     """
 
     base: str
@@ -53,7 +53,7 @@ class PeftConfig:
     dropout: float
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of B A of a module with a rank."""
+        """The scale of B A for a module with this rank."""
         found = [
             alpha
             for pattern, alpha in self.alpha_pattern.items()
@@ -64,9 +64,10 @@ class PeftConfig:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a directory holds an adapter and no whole model.
+    """Whether a directory has an adapter and no full model.
 
-    A `config.json` beside the adapter, which some trainers copy there, is none.
+    A `config.json` next to the adapter, which some trainers copy there, does not count
+    as a model.
     """
     path = Path(path)
     is_whole = any(path.glob("model*.safetensors"))
@@ -77,7 +78,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     """Reads `adapter_config.json`.
 
     Raises:
-        ValueError: no such file, or it describes something other than plain LoRA.
+        ValueError: if there is no such file, or it is not plain LoRA.
     """
     file = path / CONFIG
     try:
@@ -92,9 +93,9 @@ def read_peft_config(path: Path) -> PeftConfig:
             dropout=float(fields.get("lora_dropout") or 0.0),
         )
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; name PEFT's directory") from None
+        raise ValueError(f"{file}: {error.strerror}; give a PEFT adapter") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is no configuration of LoRA: {error!r}") from None
+        raise ValueError(f"{file} is not a LoRA configuration: {error!r}") from None
     try:
         _check_plain(fields)
         _check_patterns(config.alpha_pattern)
@@ -104,13 +105,13 @@ def read_peft_config(path: Path) -> PeftConfig:
 
 
 def _joined(base: str | None, revision: str | None) -> str:
-    """Name and revision as one, as the other commands take them."""
+    """Joins name and revision into `name@revision`."""
     is_name = base and revision and not Path(base).exists()
     return f"{base}@{revision}" if is_name else base or ""
 
 
 def _base_fields(base: str) -> dict[str, str | None]:
-    """A directory as it is found from anywhere; of a name, the revision apart."""
+    """Fields for the base: an absolute directory, or name and revision."""
     if Path(base).exists():
         base, revision = str(Path(base).resolve()), ""
     else:
@@ -124,13 +125,13 @@ def _check_patterns(patterns: Iterable[str]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"alpha_pattern has {pattern!r}, which is no regular expression: "
+                f"alpha_pattern has {pattern!r}, which is not a regular expression: "
                 f"{error}"
             ) from None
 
 
 def _check_plain(fields: dict[str, Any]) -> None:
-    """Raises ValueError naming the first field that asks for more than LoRA."""
+    """Raises ValueError naming the first field that is not plain LoRA."""
     for name, allowed in (
         ("peft_type", ("LORA",)),
         ("task_type", (None, "CAUSAL_LM", "SEQ_CLS")),
@@ -148,8 +149,8 @@ def _check_plain(fields: dict[str, Any]) -> None:
     saved = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}
     if saved:
         raise ValueError(
-            f"modules_to_save={sorted(saved)} is not supported: of what is trained in "
-            "full, only score"
+            f"modules_to_save={sorted(saved)} is not supported: only score can be "
+            "fully trained"
         )
 
 
@@ -166,10 +167,10 @@ def peft_fields(
 
     Args:
         options: of the adapters.
-        base: name or path of the model that is adapted.
-        is_classifier: whether it is a sequence classifier, with a trained score vector.
-        targets: ends of the names of adapted modules.
-        joined: those whose adapter is made of several of ours → of how many.
+        base: name or path of the base model.
+        is_classifier: whether it is a sequence classifier, with a trained score head.
+        targets: name suffixes of adapted modules.
+        joined: modules with several of our adapters → how many.
         fan_in_fan_out: whether matrices are stored `[in, out]`.
     """
 
@@ -191,7 +192,7 @@ def peft_fields(
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": sorted(targets),
         "modules_to_save": ["score"] if is_classifier else None,
-        # n times the rank, under the same factor.
+        # n times the rank with the same scale.
         "rank_pattern": {name: n * options.rank for name, n in joined.items()},
         "alpha_pattern": {
             name: number(root(n) * options.alpha) for name, n in joined.items()

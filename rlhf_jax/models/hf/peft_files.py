@@ -1,9 +1,9 @@
 """Adapters ↔ the files of PEFT: `adapter_config.json`, `adapter_model.safetensors`.
 
-PEFT adapts modules, which may be several of our matrices in one (GPT-2's `c_attn` is
-query, key and value). The adapters of n such matrices become one of rank n R: the A's
-stacked, and a B that has each of ours where its rows and its columns meet. Read back,
-that is taken apart again; any other B is split by rows, and all parts share its A.
+PEFT adapts modules, which may fuse several of our matrices (GPT-2's `c_attn` is query,
+key and value). The adapters of n such matrices become one of rank n R: stacked A's, and
+a block-diagonal B. When loaded, these are split again; any other B is split by rows,
+and all parts share its A.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _ROOT = "base_model.model."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Module:
-    """A module that PEFT adapts, and our layers that it holds."""
+    """A module adapted by PEFT, and our layers in it."""
 
     pattern: str  # its name, with `{layer}`
     layers: tuple[str, ...]
@@ -57,7 +57,7 @@ class _Module:
     rule: TensorRule
 
     def joined(self, leaves: dict[str, Any], *, layer: int | None) -> np.ndarray:
-        """Arrays by our layers' names, joined on their last axis as the file does."""
+        """Arrays by our layers' names, concatenated on the last axis as in the file."""
         rule = dataclasses.replace(self.rule, leaves=self.layers, layout="same")
         return stored_array(StoredTensor(rule=rule, layer=layer, shape=()), leaves)
 
@@ -71,18 +71,18 @@ def write_adapter(
     base: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
-    """Writes adapters that `peft.PeftModel.from_pretrained` and `read_adapter` read.
+    """Saves adapters that `peft.PeftModel.from_pretrained` and `read_adapter` can load.
 
     Args:
-        path: directory to write; what was in it is replaced, whole.
+        path: directory to write; its contents are replaced.
         module: the transformer.
-        trained: adapters, and the score vector of a model that has that head.
+        trained: adapters, and the score head if the model has one.
         options: of the adapters.
-        base: name or path of the model that they adapt.
-        tokenizer: saved beside them.
+        base: name or path of the base model.
+        tokenizer: saved with them.
 
     Raises:
-        ValueError: the configuration fits no family, or `path` is a file.
+        ValueError: if the configuration fits no family, or `path` is a file.
     """
     tensors: dict[str, np.ndarray] = {}
     joined: dict[str, int] = {}
@@ -125,22 +125,22 @@ def write_adapter(
 def read_adapter(
     path: str | Path, module: Transformer, *, dropout: float = 0.0
 ) -> tuple[Params, LoraOptions]:
-    """Reads adapters that PEFT or `write_adapter` wrote.
+    """Loads adapters saved by PEFT or `write_adapter`.
 
-    Layers that a file leaves out get zeros, which training never changes. Factors that
-    differ from module to module move into B.
+    Layers missing in the file get zeros, which training never changes. Scales that
+    differ between modules are folded into B.
 
     Args:
         path: directory of the adapter.
         module: the transformer that it adapts.
-        dropout: of training that goes on.
+        dropout: for further training.
 
     Returns:
-        The trained tree in float32, with the score vector if there is one, and options
-        that name its rank, factor and targets.
+        The trainable tree in float32, with the score head if there is one, and options
+        with its rank, scale and targets.
 
     Raises:
-        ValueError: not plain LoRA, or tensors that do not belong to this model.
+        ValueError: if it is not plain LoRA, or tensors do not match this model.
     """
     path = Path(path)
     config = read_peft_config(path)
@@ -159,16 +159,16 @@ def read_adapter(
         if score.shape != (1, module.config.width):
             raise ValueError(
                 f"{path / TENSORS}: score.weight has shape {score.shape}; this model "
-                f"takes (1, {module.config.width}), of a classifier with one label"
+                f"needs (1, {module.config.width}), a classifier with one label"
             )
         trained["score"] = jnp.asarray(score[0], jnp.float32)
     if tensors:
         raise ValueError(
-            f"{path / TENSORS}: {min(tensors)} belongs to no linear layer of a "
-            f"{module.config.family} model's blocks; other layers are not adapted here"
+            f"{path / TENSORS}: {min(tensors)} matches no linear layer of a "
+            f"{module.config.family} model's blocks; other layers are not supported"
         )
     if not layers:
-        raise ValueError(f"{path / TENSORS} holds no adapters")
+        raise ValueError(f"{path / TENSORS} has no adapters")
     rank = max(a.shape[-1] for a, _ in layers.values())
     trained["layers"] = {
         name: {"lora_a": _padded(a, -1, rank), "lora_b": _padded(b, 1, rank)}
@@ -200,7 +200,7 @@ def _modules(module: Transformer) -> Iterator[_Module]:
 
 
 def _short_name(part: _Module, modules: list[_Module]) -> str:
-    """The last word of its name, or two where one does not tell it from others."""
+    """The last component of its name, or two if one is ambiguous."""
     words = part.pattern.split(".")
     alike = [m for m in modules if m.pattern.endswith(f".{words[-1]}")]
     return ".".join(words[-1:] if len(alike) == 1 else words[-2:])
@@ -212,7 +212,7 @@ def _written(
     layers: dict[str, dict[str, Array]],
     layer: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A `[n R, in]` and B `[out, n R]` of one module, of n of our layers."""
+    """A `[n R, in]` and B `[out, n R]` of one module, from n of our layers."""
     pairs = [
         tuple(to_host(layers[name][leaf], layer) for leaf in ("lora_a", "lora_b"))
         for name in names
@@ -235,7 +235,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        raise ValueError(f"{file} cannot be loaded: {error}") from None
     for name, tensor in tensors.items():
         bad = count_not_finite(tensor, np.float32)
         if bad:
@@ -253,7 +253,7 @@ def _take_module(
     config: PeftConfig,
     base_scale: float,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A `[L, in, R]` and B `[L, R, out]` of one module, taken out of the tensors."""
+    """A `[L, in, R]` and B `[L, R, out]` of one module, removed from the tensors."""
     pattern = re.escape(_ROOT + part.pattern).replace(r"\{layer\}", r"(\d+)")
     names = [n for n in tensors if re.fullmatch(rf"{pattern}\.lora_[AB]\.weight", n)]
     if not names:
@@ -276,7 +276,7 @@ def _take_module(
         if a.shape != (own, width) or b.shape != (features, own):
             raise ValueError(
                 f"{path / TENSORS}: {name} has A {a.shape} and B {b.shape}; this model "
-                f"takes ({own}, {width}) and ({features}, {own})"
+                f"needs ({own}, {width}) and ({features}, {own})"
             )
         scale = config.scale(name, own)
         b = b.astype(np.float32)
@@ -290,19 +290,19 @@ def _take_module(
 def _taken_apart(
     part: _Module, a: np.ndarray, b: np.ndarray, *, rank: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The adapters of our layers, from that of the module which holds them.
+    """Splits a module's adapter into the adapters of our layers.
 
     Args:
         part: the module.
         a: `[L, in, n R]`.
         b: `[L, n R, out]`.
-        rank: R, of adapters that were joined, if they were.
+        rank: R of the original adapters, if they were fused.
     """
     numbers = {
         name: np.full(size, i)
         for i, (name, size) in enumerate(zip(part.layers, part.sizes, strict=True))
     }
-    owner = part.joined(numbers, layer=None)  # [out], which layer has the column
+    owner = part.joined(numbers, layer=None)  # [out], the layer of each column
     parts = {name: b[:, :, owner == i] for i, name in enumerate(part.layers)}
     places = _blocks(list(parts.values()), rank)
     if places is None:
@@ -315,9 +315,9 @@ def _taken_apart(
 
 
 def _blocks(parts: list[np.ndarray], rank: int) -> list[int | None] | None:
-    """Where the R rows of each part begin, of adapters that were joined.
+    """The start of the R rows of each part, for fused adapters.
 
-    A part that was not adapted has none. None instead of a list: they were not joined.
+    None for a part that was not adapted. None instead of a list: not fused.
 
     Args:
         parts: B's `[L, n R, out]`.
@@ -327,7 +327,7 @@ def _blocks(parts: list[np.ndarray], rank: int) -> list[int | None] | None:
     if len(parts) == 1 or rest or count < 2:
         return None
     used = [np.flatnonzero(part.any(axis=(0, 2))) // rank for part in parts]
-    if count == len(parts):  # one for each, also where B is still zero
+    if count == len(parts):  # one for each, even if B is still zero
         joined = all((blocks == i).all() for i, blocks in enumerate(used))
         return [i * rank for i in range(count)] if joined else None
     adapted = [blocks for blocks in used if blocks.size]

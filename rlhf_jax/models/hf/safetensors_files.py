@@ -1,4 +1,4 @@
-"""Tensors in one or many safetensors files, read where they lie, without a copy."""
+"""Reads and writes tensors in one or many safetensors files, without copies."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""Safetensors' words for the dtypes that NumPy has."""
+"""Safetensors names of NumPy dtypes."""
 
 
 class TensorReader:
     """Names, shapes and contents of the tensors in a checkpoint's files.
 
-    Files are mapped into memory: nothing is read before it is looked at, and what was
-    looked at is the kernel's to drop. Use `open_tensors`.
+    Files are memory-mapped: data are read on access, and the kernel may drop them
+    afterwards. Use `open_tensors`.
     """
 
     def __init__(self, files: list[Path]):
@@ -59,11 +59,11 @@ class TensorReader:
         return self._entries[name][1]
 
     def dtype(self, name: str) -> str:
-        """Dtype of a tensor in safetensors' words, such as `"BF16"`."""
+        """Safetensors dtype of a tensor, such as `"BF16"`."""
         return self._entries[name][0]
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor inside the mapped file: read-only, and read when it is used."""
+        """A read-only view of the tensor in the mapped file, read on access."""
         word, shape, place = self._entries[name]
         count = int(np.prod(shape, dtype=np.int64))
         memory = self._maps[self.file_of[name]]
@@ -74,9 +74,9 @@ class TensorReader:
         return self.view(name)[index].copy()
 
     def release(self, name: str) -> None:
-        """Takes the pages of a tensor's file out of this process's memory.
+        """Releases the pages of a tensor's file from this process's memory.
 
-        They stay in the kernel's cache, and views stay valid.
+        They stay in the page cache, and views stay valid.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._maps[self.file_of[name]].madvise(mmap.MADV_DONTNEED)
@@ -84,17 +84,17 @@ class TensorReader:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[TensorReader]:
-    """Opens `model.safetensors`, or the files its index lists.
+    """Opens `model.safetensors`, or the files listed in its index.
 
     Raises:
-        ValueError: there are no such files, or one is missing or damaged.
+        ValueError: if there are no such files, or one is missing or corrupt.
     """
-    # The maps close when the last view is gone; closing them before is an error.
+    # The maps close with their last view; closing them earlier is an error.
     yield TensorReader(_tensor_files(path))
 
 
 def _map(file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
-    """A file's map, where its data begin, and its header: name → dtype, shape, place.
+    """A file's map, data offset, and header: name → dtype, shape, offsets.
 
     The library checks the header: every tensor lies inside the file, none overlap.
     """
@@ -123,27 +123,27 @@ def _tensor_files(path: Path) -> list[Path]:
         for name in sorted(map(str, names)):
             if Path(name).name != name or Path(name).suffix != ".safetensors":
                 raise ValueError(
-                    f"{index} names the file {name!r}; tensors are read from "
-                    ".safetensors files in the same directory only"
+                    f"{index} names the file {name!r}; only .safetensors files in the "
+                    "same directory are allowed"
                 )
         return [path / name for name in sorted(names)]
     if any(path.glob("pytorch_model*.bin")):
         raise ValueError(
-            f"{path} holds its weights as a pickle (pytorch_model*.bin), which can run "
-            f"code when read and is never opened here; convert it to {SINGLE}"
+            f"{path} has its weights as a pickle (pytorch_model*.bin), which can run "
+            f"code when loaded and is never opened; convert it to {SINGLE}"
         )
-    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}")
 
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
-_ALIGNMENT = 64  # of the data; lets readers use them where they lie
+_ALIGNMENT = 64  # of the data, for zero-copy reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorToWrite:
-    """One tensor of a file, computed when its turn comes."""
+    """One tensor of a file, computed lazily."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -164,10 +164,10 @@ def write_tensors(
     """Writes `model.safetensors`, or shards and an index if that would be too large.
 
     Args:
-        path: directory to write into; None: compute the arrays (every process must take
-            part in gathering what is spread over processes) and write nothing.
+        path: directory to write into; None: only compute the arrays (every process must
+            take part in gathering sharded arrays).
         tensors: by name.
-        max_shard_bytes: largest shard; a larger tensor gets a shard of its own.
+        max_shard_bytes: maximum shard size; a larger tensor gets its own shard.
     """
     shards: list[list[str]] = []
     filled = 0
@@ -198,8 +198,8 @@ def _write_file(
 ) -> None:
     """One file: length of the header, header, data (huggingface/safetensors, Format).
 
-    By hand because the library wants all tensors of a file in memory at once, and its
-    0.8.0 stores arrays that are not C-contiguous scrambled (#825).
+    Own implementation because the library needs all tensors of a file in memory at
+    once, and its 0.8.0 corrupts arrays that are not C-contiguous (#825).
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are what its configuration says."""
+"""Checks the tensors of a checkpoint against its configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +21,13 @@ def check_tensors(
     stored: Mapping[str, StoredTensor],
     tensors: TensorReader,
 ) -> None:
-    """Every tensor is there, has its shape and a floating dtype; no other is.
+    """Checks that exactly the expected tensors exist, with their shape and a floating
+    dtype.
 
     Reads headers only.
 
     Raises:
-        ValueError: naming file, tensor and what is wrong.
+        ValueError: naming file, tensor and problem.
     """
     problems = []
     for name, tensor in stored.items():
@@ -42,27 +43,27 @@ def check_tensors(
                 f"{tensors.file_of[name]}: tensor {name} is of dtype "
                 f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
             )
-    heads = (family.lm_head.name, SCORE.name)  # of the heads not asked for
+    heads = (family.lm_head.name, SCORE.name)  # of heads not requested
     for name, file in tensors.file_of.items():
         is_known = name in stored or name in heads
         if not is_known and not family.buffers.fullmatch(name):
             problems.append(
-                f"{file}: tensor {name} of shape {tensors.shape(name)} has no place in "
-                f"a {family.model_type} model with this config.json"
+                f"{file}: tensor {name} of shape {tensors.shape(name)} does not belong "
+                f"to a {family.model_type} model with this config.json"
             )
     _raise_first(problems)
 
 
 def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
-    """Some files store the tied output matrix again; it must be the same.
+    """Checks a stored copy of the tied output matrix; it must be identical.
 
     Args:
         family: of the checkpoint.
-        embedding: name of the token embedding, whose header is known to be right.
+        embedding: name of the token embedding, whose header has been checked.
         tensors: the files.
 
     Raises:
-        ValueError: where it is another.
+        ValueError: if it differs.
     """
     output = family.lm_head.name
     if output not in tensors.file_of:
@@ -77,7 +78,7 @@ def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
         again, first = (
             tensors.view(name)[begin : begin + step] for name in (output, embedding)
         )
-        if again.dtype == first.dtype:  # NaN differs from itself, its bits do not
+        if again.dtype == first.dtype:  # compare bits: NaN differs from itself
             again, first = (x.view(f"u{x.dtype.itemsize}") for x in (again, first))
         is_same &= np.array_equal(again, first)
         tensors.release(output)
@@ -92,21 +93,21 @@ def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
 def check_finite(
     not_finite: Mapping[str, int], dtype: Any, tensors: TensorReader
 ) -> None:
-    """No value is NaN or infinite.
+    """Checks that no value is NaN or infinite.
 
     Args:
-        not_finite: how many values are, by tensor.
-        dtype: in which they are.
+        not_finite: number of such values, by tensor.
+        dtype: in which they are non-finite.
         tensors: the files.
 
     Raises:
-        ValueError: naming file, tensor and how many.
+        ValueError: naming file, tensor and count.
     """
     _raise_first(
         [
             f"{tensors.file_of[name]}: tensor {name} has {count} of "
             f"{int(np.prod(tensors.shape(name)))} values that are NaN or infinite in "
-            f"{jnp.dtype(dtype).name}; take a sound copy of it, or a wider dtype"
+            f"{jnp.dtype(dtype).name}; use an intact copy, or a wider dtype"
             for name, count in not_finite.items()
             if count
         ]

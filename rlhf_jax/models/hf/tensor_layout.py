@@ -1,4 +1,4 @@
-"""Leaves of the parameter tree, stacked over layers, as the tensors files store."""
+"""Maps stacked leaves of the parameter tree to the tensors in files."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]  # leaf path, joined by "/" → shape a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a file: how it is made, of which layer, and its shape there."""
+    """One tensor of a file: its rule, layer and stored shape."""
 
     rule: TensorRule
     layer: int | None
@@ -30,14 +30,14 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafSource:
-    """Where the files keep a leaf.
+    """The location of a leaf in the files.
 
     Attributes:
-        pattern: name of the stored tensors; `{layer}` stands for the layer's index.
-        rule: how they are made.
-        place: which of the rule's leaves this one is.
-        offset: where it begins on the joined axis, if the leaves do not alternate.
-        shape: of the leaf, layers included.
+        pattern: name of the stored tensors; `{layer}` is the layer index.
+        rule: how they are built.
+        place: index of this leaf in the rule.
+        offset: its start on the concatenated axis, if the leaves are not interleaved.
+        shape: of the leaf, including layers.
         dtype: of the leaf.
     """
 
@@ -50,7 +50,7 @@ class LeafSource:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether axis 0 of the leaf counts layers, each of which is a tensor."""
+        """Whether axis 0 of the leaf is the layer axis, with one tensor per layer."""
         return "{layer}" in self.pattern
 
 
@@ -65,7 +65,7 @@ def parameter_shapes(module: Transformer) -> Shapes:
 
 
 def _rules(family: Family, prefix: str, shapes: Shapes) -> dict[str, TensorRule]:
-    """Name pattern → rule, of all that apply to a model with these leaves."""
+    """Name pattern → rule, for all rules that apply to a model with these leaves."""
     rules = {prefix + rule.name: rule for rule in family.trunk}
     rules |= {rule.name: rule for rule in (family.lm_head, SCORE)}
     return {k: rule for k, rule in rules.items() if rule.leaves[0] in shapes}
@@ -74,7 +74,7 @@ def _rules(family: Family, prefix: str, shapes: Shapes) -> dict[str, TensorRule]
 def stored_tensors(
     family: Family, prefix: str, shapes: Shapes, num_layers: int
 ) -> dict[str, StoredTensor]:
-    """Every tensor that a checkpoint of a model with these leaves has, by its name."""
+    """Every tensor in a checkpoint of a model with these leaves, by name."""
     stored = {}
     for pattern, rule in _rules(family, prefix, shapes).items():
         stacked = "{layer}" in pattern
@@ -91,7 +91,7 @@ def stored_tensors(
 
 
 def leaf_sources(family: Family, prefix: str, shapes: Shapes) -> dict[str, LeafSource]:
-    """Leaf path → where the files keep that leaf."""
+    """Leaf path → its location in the files."""
     sources = {}
     for pattern, rule in _rules(family, prefix, shapes).items():
         offset = 0
@@ -114,19 +114,19 @@ def leaf_pieces(
     index: tuple[slice, ...],
     piece_bytes: int,
 ) -> Iterator[Piece]:
-    """Part of a leaf, cut along the first axis of the file's tensors.
+    """Splits part of a leaf along the first axis of the file's tensors.
 
-    So that reads are contiguous. A row of a tensor is never cut.
+    This makes reads contiguous. A row of a tensor is never split.
 
     Args:
         source: of the leaf.
         tensors: the files.
         index: the part: a slice for each axis of the leaf.
-        piece_bytes: largest piece, in the file's dtype or the leaf's, whichever is
-            wider.
+        piece_bytes: maximum piece size, in the wider of the file's and the leaf's
+            dtype.
 
     Yields:
-        Pieces that cover the part, placed relative to its beginning.
+        Pieces that cover the part, positioned relative to its start.
     """
     ranges = [range(*s.indices(n)) for s, n in zip(index, source.shape, strict=True)]
     layers = ranges.pop(0) if source.is_stacked else (None,)
@@ -155,12 +155,13 @@ def leaf_pieces(
 def _stored_part(
     source: LeafSource, tensor: np.ndarray, axes: list[range]
 ) -> np.ndarray:
-    """Part of a tensor as the file turns it: a view, or a copy where leaves alternate.
+    """Part of a tensor in the file's orientation: a view, or a copy if leaves are
+    interleaved.
 
     Args:
         source: of the leaf.
-        tensor: the whole tensor.
-        axes: the part, on each axis of the leaf without layers.
+        tensor: the full tensor.
+        axes: the part, on each axis of the leaf except layers.
     """
     rule = source.rule
     *others, last = axes
@@ -179,9 +180,9 @@ def _stored_part(
 
 
 def stored_array(tensor: StoredTensor, leaves: dict[str, Array]) -> np.ndarray:
-    """A tensor as it is stored, made from leaves by their paths.
+    """Builds a stored tensor from leaves by their paths.
 
-    Of stacked leaves only the one layer comes to the host. Arrays that are spread over
+    For stacked leaves only one layer is copied to the host. Arrays sharded over
     processes are gathered: all processes must call.
     """
     rule = tensor.rule

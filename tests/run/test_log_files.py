@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.run.metrics import (
+from rlhf_jax.run.log_files import (
     MetricsWriter,
     SamplesWriter,
     read_metrics,

@@ -1,4 +1,4 @@
-"""Numbers and samples of a run as lines of JSON, and on request in other places."""
+"""Logs metrics and samples as JSON lines, and metrics to TensorBoard and W&B."""
 
 import json
 import math
@@ -15,12 +15,11 @@ import numpy as np
 
 
 class _JsonLines:
-    """A file of JSON lines that each carry a `step`, none of them older than needed.
+    """A file of JSON lines with a `step` each, truncated on resume.
 
-    Lines of `start_step` and later are left over from a run that went further than
-    its last checkpoint: they are cut off, so that the file of an interrupted and
-    resumed run equals that of an uninterrupted one. So is a last line that a kill left
-    without its end. Every write reaches the operating system at once.
+    Existing lines of `start_step` and later are from a run that went beyond its last
+    checkpoint. They are removed, so that the file of a resumed run equals that of an
+    uninterrupted one, and so is an incomplete last line. Every write is flushed.
     """
 
     def __init__(self, path: str | Path, *, start_step: int):
@@ -61,21 +60,20 @@ class _JsonLines:
 class MetricsWriter(_JsonLines):
     """One line per step: `{"step": 3, "policy/loss": 0.25, …}`.
 
-    Floats are written so that reading gives the same number. JSON has no NaN and no
-    infinities: they become the strings `"nan"`, `"inf"` and `"-inf"`, which
-    `read_metrics` turns back (and `float` understands). With several processes only
-    process 0 writes.
+    Floats are written with full precision. JSON has no NaN and no infinities: they
+    become the strings `"nan"`, `"inf"` and `"-inf"`, which `read_metrics` (and `float`)
+    convert back. With several processes only process 0 writes.
 
     Args:
         path: the JSON-lines file, usually `metrics.jsonl` in the run directory.
         start_step: the first step that this process will write.
-        tensorboard: also write TensorBoard files beside `path`.
-        wandb: also log to Weights & Biases. Project, entity and mode come from its own
-            environment variables; a resumed run goes on in the same place.
-        config: the configuration to show there.
+        tensorboard: also write TensorBoard files next to `path`.
+        wandb: also log to Weights & Biases. Project, entity and mode come from its
+            environment variables; a resumed run continues the same W&B run.
+        config: configuration to log there.
 
     Raises:
-        ValueError: if a package is missing, or a line of the file is broken.
+        ValueError: if a package is missing, or a line of the file is malformed.
     """
 
     def __init__(
@@ -99,17 +97,19 @@ class MetricsWriter(_JsonLines):
         """Appends the line of one step.
 
         Args:
-            step: the step that the numbers belong to.
-            metrics: name → number: Python's, NumPy's, or an array without axes. Arrays
-                are fetched from the devices together.
+            step: step of the metrics.
+            metrics: name → Python or NumPy number, or scalar array. Arrays are fetched
+                from the devices together.
 
         Raises:
-            ValueError: if a value is no single number, or is called `step`.
+            ValueError: if a value is not a single number, or is named `step`.
         """
         if self._file is None:
             return
         if "step" in metrics:
-            raise ValueError("a metric is called 'step'; that name is the step's own")
+            raise ValueError(
+                "a metric is named 'step'; this name is reserved for the step"
+            )
         fetched = jax.device_get(dict(metrics))  # sorts the names
         numbers = {name: _number(name, fetched[name]) for name in metrics}
         texts = {name: _strict(number) for name, number in numbers.items()}
@@ -122,7 +122,7 @@ class MetricsWriter(_JsonLines):
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        """Closes every place that numbers go to."""
+        """Closes all outputs."""
         super().close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -131,7 +131,7 @@ class MetricsWriter(_JsonLines):
 
 
 class SamplesWriter(_JsonLines):
-    """One line per answer: `{"step": 3, "prompt": …, "response": …, "score": …}`.
+    """One line per response: `{"step": 3, "prompt": …, "response": …, "score": …}`.
 
     Args:
         path: the JSON-lines file, usually `samples.jsonl` in the run directory.
@@ -142,12 +142,12 @@ class SamplesWriter(_JsonLines):
         super().__init__(path, start_step=start_step)
 
     def write(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the answers of one step.
+        """Appends the responses of one step.
 
         Args:
-            step: when they were given.
+            step: step of the samples.
             samples: rows with the texts `prompt` and `response`, `score` (a number or
-                None) and, if wanted, further numbers.
+                None) and optional further numbers.
 
         Raises:
             ValueError: if a value is neither text, a single number nor None, or if
@@ -169,10 +169,10 @@ class SamplesWriter(_JsonLines):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics file; a last one that is still being written is left out.
+    """The lines of a metrics file, without an incomplete last line.
 
     Raises:
-        ValueError: if another line is no JSON object with a step.
+        ValueError: if another line is not a JSON object with a step.
     """
     return [
         {
@@ -184,10 +184,10 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a samples file; a last one that is still being written is left out.
+    """The lines of a samples file, without an incomplete last line.
 
     Raises:
-        ValueError: if another line is no JSON object with a step.
+        ValueError: if another line is not a JSON object with a step.
     """
     return [row for _, row in _complete_lines(Path(path))]
 
@@ -205,7 +205,7 @@ def _length_before(path: Path, start_step: int) -> int:
 
 
 def _complete_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Each line that has its line feed: where it ends, in bytes, and what it says."""
+    """Each complete line: its end, in bytes, and its content."""
     rows, end = [], 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
@@ -214,9 +214,11 @@ def _complete_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            raise ValueError(f"{path}, line {number}: invalid JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: no object with a whole `step`")
+            raise ValueError(
+                f"{path}, line {number}: not an object with an integer `step`"
+            )
         rows.append((end, row))
     return rows
 
@@ -227,7 +229,7 @@ def _number(name: str, value: Any) -> int | float:
         return int(array)
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.floating):
         return float(array)
-    raise ValueError(f"{name}={value!r}: a metric is a single real number")
+    raise ValueError(f"{name}={value!r}: a metric must be a single real number")
 
 
 def _text_or_number(name: str, value: Any) -> str | int | float | None:
@@ -247,7 +249,7 @@ def _open_tensorboard(directory: Path, start_step: int) -> Any:
         raise ValueError(
             "tensorboard=True needs tensorboardX: pip install 'rlhf-jax[tensorboard]'"
         ) from error
-    # `purge_step` hides what a killed process wrote beyond its last checkpoint.
+    # `purge_step` hides what a killed process wrote after its last checkpoint.
     return tensorboardX.SummaryWriter(
         str(directory / "tensorboard"), purge_step=start_step or None
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.run.checkpoint import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer
 
 
 class Moments(NamedTuple):
@@ -235,7 +235,7 @@ def test_misuse_is_refused(tmp_path):
             checkpointer.restore(6, state)
         with pytest.raises(ValueError, match=r"leaf 'x' .* 0\.5"):
             checkpointer.save(6, {"x": 0.5}, {})
-        with pytest.raises(ValueError, match="called 'a/b'"):
+        with pytest.raises(ValueError, match="named 'a/b'"):
             checkpointer.save(6, {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}, {})
 
 
@@ -249,7 +249,7 @@ def test_a_failed_write_raises(tmp_path):
 SAVE_FOREVER = """
 import itertools, sys
 import jax.numpy as jnp
-from rlhf_jax.run.checkpoint import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer
 
 with Checkpointer(sys.argv[1], keep=2) as checkpointer:
     first = (checkpointer.latest_step() or 0) + 1

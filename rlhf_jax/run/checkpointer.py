@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # importing Orbax takes a while, and most commands never need it
+if TYPE_CHECKING:  # slow to import, and most commands do not need it
     import orbax.checkpoint as ocp
 
 Pytree = Any
@@ -21,20 +21,20 @@ Position = dict[str, int | float | str]
 class Checkpointer:
     """Saves and restores `(state, data)` under one directory, one folder per step.
 
-    A checkpoint appears under its number only when it is complete: Orbax writes into
-    a temporary directory, marks it as committed and renames it. Whatever kills the
-    process leaves at most a temporary directory, which is never listed and which the
-    first save of the next process removes.
+    Only complete checkpoints appear under their number: Orbax writes into a temporary
+    directory, marks it as committed and renames it. A killed process leaves at most a
+    temporary directory, which is never listed and is removed by the next process's
+    first save.
 
-    `save` returns once the arrays are copied off the devices, so that the caller may
-    donate them; writing goes on in a thread. Use the checkpointer as a context manager
-    (or call `close`): leaving it waits for the last commit, and a failed write raises.
+    `save` returns once the arrays are copied off the devices, so the caller may donate
+    them; writing continues in a thread. Use the checkpointer as a context manager (or
+    call `close`): leaving it waits for the last commit, and a failed write raises.
 
-    With several processes every process calls every method, in the same order.
+    With several processes, every process must call every method in the same order.
 
     Args:
-        directory: where the checkpoints of one run live; made when needed.
-        keep: how many of the latest checkpoints stay.
+        directory: directory for the checkpoints of one run; created when needed.
+        keep: number of latest checkpoints to keep.
 
     Raises:
         ValueError: if `keep` is below 1.
@@ -42,7 +42,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least 1 checkpoint must stay")
+            raise ValueError(f"keep={keep}: must be at least 1")
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._writer: ocp.CheckpointManager | None = None
@@ -51,9 +51,9 @@ class Checkpointer:
         """Writes a checkpoint.
 
         Args:
-            step: its number; above that of every earlier checkpoint.
+            step: step number, above that of every earlier checkpoint.
             state: a pytree of arrays, sharded or not; PRNG keys may be typed.
-            data: the position in the data, and whatever else small the run needs.
+            data: the position in the data, and other small values.
 
         Raises:
             ValueError: if `step` is not above the latest one, or a leaf is no array.
@@ -64,13 +64,13 @@ class Checkpointer:
         if latest is not None and step <= latest:
             raise ValueError(
                 f"step {step} cannot be saved in {self._directory}: the latest "
-                f"checkpoint is of step {latest}, and steps must grow"
+                f"checkpoint is of step {latest}, and steps must increase"
             )
         leaves = _named_leaves(state)
         description = {name: _describe(name, leaf) for name, leaf in leaves.items()}
         if self._writer is None:
-            # Only a writer may clean up: a reader could hit the checkpoint that a
-            # running process is just writing.
+            # Only a writer may clean up: a reader could remove the checkpoint that a
+            # running process is writing.
             self._writer = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -87,11 +87,11 @@ class Checkpointer:
         )
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, after waiting for one under way; or None."""
+        """The latest complete checkpoint, or None; waits for pending writes."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """The complete checkpoints in order, after waiting for one under way."""
+        """The complete checkpoints in order; waits for pending writes."""
         self.wait()
         with self._reader() as reader:
             return sorted(reader.all_steps())
@@ -99,16 +99,16 @@ class Checkpointer:
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, so that new ones can be saved.
 
-        The newest goes first: killed at any moment, this leaves complete ones only.
+        The latest is removed first, so that only complete ones remain if killed.
         """
         later = [number for number in self.steps() if number > step]
-        self.close()  # a writer goes by the list it made
+        self.close()  # a writer uses its cached list
         if jax.process_index() != 0:
             return
         for number in reversed(later):
-            # By a name that is never listed, and that the next save would remove.
+            # Rename to a name that is never listed and that the next save removes.
             hidden = self._directory / f"{number}.orbax-checkpoint-tmp"
-            shutil.rmtree(hidden, ignore_errors=True)  # what a kill has left
+            shutil.rmtree(hidden, ignore_errors=True)  # left by a killed process
             os.replace(self._directory / str(number), hidden)
             shutil.rmtree(hidden)
 
@@ -118,16 +118,15 @@ class Checkpointer:
         Args:
             step: the checkpoint to read, for example `latest_step()`.
             like: the structure to fill: arrays or `jax.ShapeDtypeStruct`s. Each leaf
-                comes back with the sharding of its counterpart, whatever sharding it
-                was saved with; one without sharding (or an array that is committed to
-                no device) comes back uncommitted.
+                gets the sharding of its counterpart, whatever sharding it was saved
+                with; without sharding (or for uncommitted arrays) it is uncommitted.
 
         Returns:
-            `(state, data)` as given to `save`.
+            `(state, data)` as passed to `save`.
 
         Raises:
-            ValueError: if there is no such checkpoint, or if a leaf is missing, is
-                left over, or has another shape or dtype.
+            ValueError: if there is no such checkpoint, or if a leaf is missing,
+                unexpected, or has a different shape or dtype.
         """
         import orbax.checkpoint as ocp
 
@@ -147,7 +146,7 @@ class Checkpointer:
                 others = [n for n in reader.all_steps() if n != step]
                 raise ValueError(
                     f"checkpoint {self._directory / str(step)} is damaged "
-                    f"({type(error).__name__}); remove that directory, and go on from "
+                    f"({type(error).__name__}); remove that directory, and resume from "
                     f"another with --resume-step: {sorted(others) or 'there is none'}"
                 ) from None
             wanted = {name: _describe(name, leaf) for name, leaf in leaves.items()}
@@ -165,12 +164,12 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(like), restored), meta["data"]
 
     def wait(self) -> None:
-        """Returns when the checkpoint under way is committed; raises if it failed."""
+        """Waits until pending writes are committed; raises if they failed."""
         if self._writer is not None:
             self._writer.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the checkpoint under way and lets go of all resources."""
+        """Waits for pending writes and releases all resources."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -187,8 +186,8 @@ class Checkpointer:
         self.close()
 
     def _reader(self) -> "ocp.CheckpointManager":
-        # A fresh one each time: it lists what is on disk, whereas a manager that
-        # writes also lists the checkpoint it has not committed yet.
+        # A new one each time: it lists what is on disk, whereas a manager that writes
+        # also lists the checkpoint it has not committed yet.
         import orbax.checkpoint as ocp
 
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -198,17 +197,17 @@ class Checkpointer:
 
 
 def _named_leaves(tree: Pytree) -> dict[str, Any]:
-    """Leaves by path, for example `params/actor/kernel`, in the order of the tree.
+    """Leaves by path, for example `params/actor/kernel`, in tree order.
 
-    Files hold this flat mapping: they do not depend on the classes of the state, and
-    every error can name the leaf.
+    Files contain this flat mapping, so they do not depend on the classes of the state,
+    and errors can name the leaf.
     """
     named = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in named:
             raise ValueError(
-                f"two leaves of the state are called {name!r}; rename a key"
+                f"two leaves of the state are named {name!r}; rename a key"
             )
         named[name] = leaf
     return named
@@ -221,7 +220,7 @@ def _is_key(leaf: Any) -> bool:
 def _describe(name: str, leaf: Any) -> dict[str, Any]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise ValueError(
-            f"leaf {name!r} of the state is {leaf!r}; a state holds arrays only"
+            f"leaf {name!r} of the state is {leaf!r}; a state must contain only arrays"
         )
     description = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if _is_key(leaf) and isinstance(leaf, jax.Array):
@@ -230,7 +229,7 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What Orbax gets: keys as integers, and no empty arrays (it refuses them)."""
+    """Leaves for Orbax: keys as integers, without empty arrays (it rejects them)."""
     return {
         name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
         for name, leaf in leaves.items()
@@ -239,7 +238,7 @@ def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _target(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of each stored array as it is to come back."""
+    """Target shape, dtype and sharding of each stored array."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {}
     for name, leaf in leaves.items():
@@ -268,7 +267,7 @@ def _restored_leaf(like: Any, stored: Any, description: Mapping[str, Any]) -> ja
     if stored is None:
         stored = np.zeros(like.shape, like.dtype)  # empty, so it was not stored
     if sharding is None:
-        # Committed to one device it could not meet arrays that live on a mesh.
+        # Committed to one device, it could not be combined with arrays on a mesh.
         stored = jax.device_put(np.asarray(stored))
     elif not isinstance(stored, jax.Array):
         stored = jax.device_put(stored, sharding)
@@ -293,6 +292,6 @@ def _check_same_leaves(
         name = unequal[0]
         more = f" ({len(unequal) - 1} more leaves differ)" if unequal[1:] else ""
         raise ValueError(
-            f"checkpoint {path} holds another state: leaf {name!r} is "
+            f"checkpoint {path} has a different state: leaf {name!r} is "
             f"{shown(stored.get(name))} there and {shown(wanted.get(name))} here{more}"
         )

@@ -1,4 +1,4 @@
-"""Answers of a policy to prompts, and what is measured of them."""
+"""Responses of a policy to prompts, and their metrics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,21 +20,21 @@ Sampler = Callable[[Array, Params, Prompts], Rollout]
 
 
 @record
-class Answers:
-    """One answer to each of N prompts; host arrays."""
+class Responses:
+    """One response to each of N prompts; host arrays."""
 
     tokens: np.ndarray  # [N, T] int32
     lengths: np.ndarray  # [N] int32, through the stop token
     truncated: np.ndarray  # [N] bool, no stop token before the limit
-    scores: np.ndarray | None  # [N] float32, of the reward model, if there is one
+    scores: np.ndarray | None  # [N] float32, from the reward model, if any
     kl: np.ndarray | None  # [N] float32, Σ_t log π − log π_ref in nats, if measured
 
     def texts(self, tokenization: Tokenization) -> list[str]:
-        """The answers, without special tokens."""
+        """The responses, without special tokens."""
         return tokenization.decode(self.tokens, self.lengths)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the answers."""
+        """Means over the responses."""
         metrics = {
             "length_mean": float(np.mean(self.lengths)),
             "stop_rate": 1.0 - float(np.mean(self.truncated)),
@@ -54,7 +54,7 @@ def make_sampler(
 
     Args:
         policy: callables of the language model.
-        sharding: of the rollout; None: as the compiler chooses.
+        sharding: of the rollout; None: chosen by the compiler.
         **options: keywords of `rlhf_jax.rollout.decoding.generate`.
     """
     return jax.jit(
@@ -63,17 +63,17 @@ def make_sampler(
     )
 
 
-class Examiner:
-    """Samples answers and measures them; compiles once.
+class ResponseEvaluator:
+    """Samples responses and computes their metrics; compiles once.
 
     Args:
-        sample: draws the answers.
-        policy: gives the reference's log-probabilities.
-        score_fn: the reward model; None leaves scores out.
-        temperature: of the sampler; at 0 a KL to a reference means nothing and is
-            refused.
-        batch_size: prompts at a time.
-        mesh: where to compute.
+        sample: samples the responses.
+        policy: computes the reference's log-probabilities.
+        score_fn: the reward model; None: no scores.
+        temperature: sampling temperature; at 0 the KL to a reference is undefined and
+            rejected.
+        batch_size: prompts per batch.
+        mesh: device mesh.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Examiner:
         *,
         reference: Params | None = None,
         reward: Params | None = None,
-    ) -> Answers:
-        """Answers to host prompts `[N, P]`; each batch draws from a key of its own."""
+    ) -> Responses:
+        """Responses to host prompts `[N, P]`; each batch has its own key."""
 
         def answer(number: int, batch: Prompts):
             batch_key = jax.random.fold_in(key, number)
@@ -134,4 +134,4 @@ class Examiner:
         rows = map_batches(
             answer, prompts, batch_size=self._batch_size, mesh=self._mesh
         )
-        return Answers(**rows)
+        return Responses(**rows)
