@@ -25,17 +25,13 @@ from rlhf_jax.algo.types import Demonstrations, Prompts
 from rlhf_jax.config.inspection import InspectConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.supervised import SFTConfig
-from rlhf_jax.learner.imitation import count_targets, imitation_objective
-from rlhf_jax.learner.supervised_step import make_supervised_step
-from rlhf_jax.learner.train_state import init_model_state, step_keys
+from rlhf_jax.learner.train_state import step_keys
 from rlhf_jax.models import save_pretrained
-from rlhf_jax.models.callables import policy
-from rlhf_jax.models.config import gpt2_config
+from rlhf_jax.models.config import DecoderConfig, gpt2_config
 from rlhf_jax.models.tiny import byte_tokenizer
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.recipes import ppo
+from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes.networks import Networks
-from rlhf_jax.recipes.optimizers import optimizer_of
 from rlhf_jax.run.devices import make_mesh, put_batch
 from rlhf_jax.tools.memory_plan import StageMemory, stage_memory
 
@@ -59,31 +55,21 @@ def save_model(directory: Path, layers: int, width: int, vocab_size: int) -> Any
     return shape
 
 
-def sft_steps(config: SFTConfig) -> Callable[[], None]:
+def sft_steps(config: SFTConfig, shape: DecoderConfig) -> Callable[[], None]:
     """A few steps of stage 1; each call starts from the files."""
-    mesh = make_mesh()
-    assert config.model is not None
-    path = config.model
-    module = Networks(config, mesh).trained(path, "lm")[0].module
-    optimizer, _ = optimizer_of(config.optimizer, total_steps=config.steps)
+    mesh, updates = make_mesh(), []
     tokens = jnp.ones((config.batch_size, config.max_tokens), jnp.int32)
     real = jnp.ones(tokens.shape, bool)
     batch = Demonstrations(tokens=tokens, mask=real, target_mask=real)
-    step = make_supervised_step(
-        imitation_objective(policy(module).token_logprobs),
-        optimizer,
-        count=count_targets,
-        num_microbatches=config.microbatches,
-    )
 
     def run() -> None:
-        networks = Networks(config, mesh)
-        _, params = networks.trained(path, "lm")
-        state = init_model_state(jax.random.key(0), params, optimizer)
-        state, _ = networks.place(state)
-        del params
+        setup = sft.setup(config, Networks(config, mesh), shape)
+        if not updates:
+            updates.append(setup.update)
+        state = setup.state
+        del setup
         for _ in range(STEPS):
-            state, metrics = step(state, put_batch(mesh, batch))
+            state, metrics = updates[0](state, put_batch(mesh, batch))
             jax.block_until_ready(metrics)
 
     return run
@@ -182,7 +168,7 @@ def main() -> None:
                 run = ppo_steps(dataclasses.replace(of_stage, reward_model=reward))
             else:
                 assert isinstance(of_stage, SFTConfig)
-                run = sft_steps(of_stage)
+                run = sft_steps(of_stage, shape)
             taken = measured(run)
             rows.append(
                 {

@@ -247,11 +247,9 @@ def fresh_shape(config: FreshModelConfig, *, vocab_size: int) -> DecoderConfig:
     )
 
 
-def read_network(
-    path: str, *, head: Head, dtype: Dtype, mesh: Mesh | None = None
-) -> tuple[Transformer, Params]:
+def read_network(path: str, *, head: Head, dtype: Dtype) -> tuple[Transformer, Params]:
     """A checkpoint with parameters and activations in one dtype."""
-    module, params = load_model(path, head=head, mesh=mesh, dtype=jnp.dtype(dtype))
+    module, params = load_model(path, head=head, dtype=jnp.dtype(dtype))
     return module.clone(dtype=jnp.dtype(dtype)), params
 
 

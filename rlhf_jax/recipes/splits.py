@@ -1,32 +1,15 @@
 """Training and held-out rows of a stage."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from rlhf_jax.config.policy import PolicyConfig
+from rlhf_jax.config.supervised import SupervisedConfig
 from rlhf_jax.data.batches import holdout
 from rlhf_jax.data.text_data import TextRows
 from rlhf_jax.run.progress import heading
 
 Row = TypeVar("Row")
-
-
-class HasSplit(Protocol):
-    """Configurations of data that is split by prompt."""
-
-    @property
-    def data(self) -> str: ...  # noqa: D102
-
-    @property
-    def eval_data(self) -> str | None: ...  # noqa: D102
-
-    @property
-    def eval_fraction(self) -> float: ...  # noqa: D102
-
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
-    @property
-    def quiet(self) -> bool: ...  # noqa: D102
 
 
 def read_reported(
@@ -40,7 +23,7 @@ def read_reported(
 
 
 def read_split(
-    config: HasSplit,
+    config: SupervisedConfig | PolicyConfig,
     read: Callable[[str], TextRows[Row]],
     *,
     prompt_of: Callable[[Row], str],

@@ -164,9 +164,13 @@ def stage_memory(
     ids: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": pad_id}
     match config:
         case SFTConfig():
-            return _supervised(config, sft.setup(config, networks, shape), compiler)
+            return _supervised(
+                config, sft.setup(config, networks, shape), mesh, compiler
+            )
         case RewardConfig():
-            return _supervised(config, reward_model.setup(config, networks), compiler)
+            return _supervised(
+                config, reward_model.setup(config, networks), mesh, compiler
+            )
         case PPOConfig():
             return _policy_stage(ppo.setup(config, networks, **ids), mesh, compiler)
         case GRPOConfig():
@@ -177,6 +181,7 @@ def stage_memory(
 def _supervised(
     config: SFTConfig | RewardConfig,
     setup: SupervisedSetup,
+    mesh: Mesh,
     compiler: Callable[..., _Compiler],
 ) -> StageMemory:
     rows = (config.batch_size, config.max_tokens)
@@ -189,7 +194,6 @@ def _supervised(
     gradients = bytes_per_device(state.params)
     compiled = compiler((state, network.frozen))
     if compiled.is_on:
-        mesh = jax.tree.leaves(state)[0].sharding.mesh
         arguments = (state, spread(batch, mesh), network.frozen)
         compiled.run("update", setup.update, *arguments, gradients=gradients)
     return StageMemory(
