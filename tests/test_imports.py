@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 
 MAY_IMPORT = {
+    "files": {"yaml"},
     "algo": {"jax", "chex"},
     "interfaces": {"jax", "algo"},
     "rollout": {"jax", "chex", "algo", "interfaces"},
@@ -28,25 +29,25 @@ MAY_IMPORT = {
         *("data", "tasks"),
     },
     "run": {
-        *("jax", "numpy", "jinja2", "markupsafe", "matplotlib", "orbax", "rich"),
-        *("tensorboardX", "wandb", "yaml"),
-        *("algo", "interfaces", "config", "learner", "models.hf"),
+        *("jax", "numpy", "filelock", "jinja2", "markupsafe", "matplotlib", "orbax"),
+        *("rich", "tensorboardX", "wandb", "yaml"),
+        *("algo", "interfaces", "files", "config", "learner", "models.hf"),
     },
     "rewards": {"jax", "numpy", "algo", "config", "data", "models", "run"},
     "recipes": {
         *("jax", "numpy", "flax", "optax"),
         *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
-        *("run", "rewards"),
+        *("run", "rewards", "files"),
     },
     "tools": {
         *("jax", "numpy", "flax", "jinja2", "markupsafe", "rich", "yaml"),
         *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
-        *("run", "rewards", "recipes"),
+        *("run", "rewards", "recipes", "files"),
     },
     "demos": {
         *("jax", "numpy", "matplotlib", "rich", "yaml"),
         *("algo", "rollout", "learner", "models", "data", "config", "run", "rewards"),
-        *("recipes", "tasks"),
+        *("recipes", "tasks", "files"),
     },
 }
 """Third-party packages and other parts of ours, besides the standard library. `cli` may

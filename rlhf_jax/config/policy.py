@@ -292,6 +292,19 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
             found["reward-model"] = self.reward_model
         return found | {f"ensemble {path}": path for path in self.ensemble}
 
+    def input_files(self) -> dict[str, str | None]:
+        """Option → file that the run reads; unchanged when a run resumes."""
+        return {"data": self.data, "eval-data": self.eval_data}
+
+    def tokenizer_source(self) -> str | None:
+        """The checkpoint with the tokenizer and chat template of the run."""
+        return self.policy
+
+    def reward_files(self) -> tuple[str, ...]:
+        """Reward functions in files, as `file.py:function`."""
+        specs = (*self.reward, *self.eval_reward)
+        return tuple(spec for spec in specs if ".py:" in spec)
+
     def unsaved_models(self) -> dict[str, str | None]:
         """Option → checkpoint whose weights the run reads but does not save."""
         return {

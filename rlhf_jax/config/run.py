@@ -203,12 +203,21 @@ class MeshConfig:
         check(self.fsdp >= 1, f"{name}.fsdp", self.fsdp, "must be at least 1")
 
 
+Changed = Literal[
+    "data", "eval-data", "chat-template", "tokenizer", "weights", "history"
+]
+"""What a resumed run may be told to accept."""
+
 FREE_ON_RESUME = (
     # No effect on training.
     "run_dir",
     "tensorboard",
     "wandb",
     "checkpoint_every",
+    "checkpoint_keep",
+    "checkpoint_keep_every",
+    "checkpoint_keep_highest",
+    "checkpoint_keep_lowest",
     "eval_every",
     "mesh",
     # To change after a loss that was not finite.
@@ -244,8 +253,20 @@ class RunConfig:
     and logs are removed"""
     seed: int = 0
     """seed of all randomness"""
+    accept_changed: tuple[Changed, ...] = ()
+    """with resume: continue although this has changed since the checkpoint was saved;
+    history: metrics.jsonl lacks steps"""
     checkpoint_every: int = 50
     """steps between checkpoints; also one at the end and on interruption"""
+    checkpoint_keep: int = 2
+    """latest checkpoints to keep"""
+    checkpoint_keep_every: int | None = None
+    """also keep the checkpoints of steps that this divides"""
+    checkpoint_keep_highest: str | None = None
+    """also save and keep the checkpoint with the highest value of this held-out metric,
+    for example eval/score_mean"""
+    checkpoint_keep_lowest: str | None = None
+    """the same with the lowest value, for example eval/loss"""
     eval_every: int = 20
     """steps between evaluations on held-out data; also one at start and end"""
     dtype: Dtype = "float32"
@@ -277,6 +298,20 @@ class RunConfig:
             self.resume_step,
             "requires --resume",
         )
+        check(
+            not self.accept_changed or self.resume,
+            "accept-changed",
+            " ".join(self.accept_changed),
+            "requires --resume",
+        )
+        check_positive(checkpoint_keep=self.checkpoint_keep)
+        every = self.checkpoint_keep_every
+        check(
+            every is None or (every > 0 and every % self.checkpoint_every == 0),
+            "checkpoint-keep-every",
+            every,
+            f"must be a multiple of checkpoint-every={self.checkpoint_every}",
+        )
         self.lora.validate("lora")
         self.mesh.validate("mesh")
 
@@ -288,6 +323,18 @@ class RunConfig:
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rates by flag, without the dashes."""
         raise NotImplementedError
+
+    def input_files(self) -> dict[str, str | None]:
+        """Option → file that the run reads; unchanged when a run resumes."""
+        raise NotImplementedError
+
+    def tokenizer_source(self) -> str | None:
+        """The checkpoint with the tokenizer and chat template of the run."""
+        raise NotImplementedError
+
+    def reward_files(self) -> tuple[str, ...]:
+        """Reward functions in files, as `file.py:function`."""
+        return ()
 
     def unsaved_models(self) -> dict[str, str | None]:
         """Option → checkpoint whose weights the run reads but does not save.

@@ -54,6 +54,14 @@ class SupervisedConfig(RunConfig):
         """Peak learning rate by flag, without the dashes."""
         return {"optimizer.learning-rate": self.optimizer.learning_rate}
 
+    def input_files(self) -> dict[str, str | None]:
+        """Option → file that the run reads; unchanged when a run resumes."""
+        return {"data": self.data, "eval-data": self.eval_data}
+
+    def tokenizer_source(self) -> str | None:
+        """The checkpoint with the tokenizer and chat template of the run."""
+        return self.model
+
     def unsaved_models(self) -> dict[str, str | None]:
         """The base model of adapters: checkpoints contain only the adapters."""
         return {"model": self.model if self.lora.is_on else None}
@@ -116,6 +124,10 @@ class SFTConfig(SupervisedConfig):
     overlong: Overlong = "drop"
     """how to handle longer sequences; truncate cuts the start of the prompt, and does
     not train on assistant turns that are cut"""
+
+    def input_files(self) -> dict[str, str | None]:
+        """Option → file that the run reads; unchanged when a run resumes."""
+        return super().input_files() | {"chat-template": self.chat_template}
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""

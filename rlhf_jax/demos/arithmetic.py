@@ -20,10 +20,11 @@ from rlhf_jax.demos.showcase import (
     resumable,
     write_rows,
 )
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.recipes import grpo, ppo, sft
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.report import write_report
-from rlhf_jax.run.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.tasks.arithmetic_problems import (
     count_problems,
     make_demonstrations,

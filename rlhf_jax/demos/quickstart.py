@@ -23,11 +23,12 @@ from rlhf_jax.demos.showcase import (
     resumable,
     write_rows,
 )
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.report import write_report
-from rlhf_jax.run.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.tasks import reviews
 
 NUM_DEMONSTRATIONS = 8_000

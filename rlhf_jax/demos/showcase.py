@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.run.run_directory import write_atomic
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.run.session import Interrupted
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rlhf_jax.algo.types import Params
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.ppo import PPOConfig
-from rlhf_jax.run.run_directory import write_atomic
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.run.session import Session
 
 BEST_NOTE = "best.json"  # in the run directory: step and metric of the saved policy

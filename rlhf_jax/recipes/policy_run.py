@@ -97,7 +97,9 @@ class PolicyRun(contextlib.ExitStack):
         """`state`, or the checkpoint's when resuming."""
         state = self._session.restore(state)
         self._keeper = PolicyKeeper(self._config, self._session, self._save)
-        self._tokens = sum(self._session.history("rollout/tokens")[-1:])
+        # Checkpoints of older versions have no counters, but their logs do.
+        tokens = sum(self._session.history("rollout/tokens")[-1:])
+        self._session.counters.setdefault("rollout/tokens", tokens)
         return state
 
     @property
@@ -155,8 +157,8 @@ class PolicyRun(contextlib.ExitStack):
         """
         session, actor = self._session, state.params.actor
         metrics = session.check_finite(step, metrics)
-        self._tokens += metrics["rollout/tokens"]  # logged as a running total
-        metrics["rollout/tokens"] = self._tokens
+        session.counters["rollout/tokens"] += metrics["rollout/tokens"]
+        metrics["rollout/tokens"] = session.counters["rollout/tokens"]  # running total
         if session.is_eval_step(step):
             try:
                 metrics |= self._evaluate(session, step, actor)

@@ -6,6 +6,7 @@ Start with `train`, the training loop.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from rlhf_jax.models.callables import policy
 from rlhf_jax.models.chat import set_chat_template
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.hf.checkpoint import open_checkpoint
-from rlhf_jax.models.tokenizer import train_tokenizer
+from rlhf_jax.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.recipes.networks import Networks, check_adapters, check_fits, fresh_shape
 from rlhf_jax.recipes.splits import hold_out_groups, read_reported
 from rlhf_jax.recipes.supervised_run import (
@@ -243,6 +244,9 @@ def too_long(encoded: Encoded) -> str:
 
 
 def _learn_tokenization(config: SFTConfig, examples: list[Example]) -> Tokenization:
+    kept = RunDirectory(Path(config.run_dir)).tokenizer
+    if config.resume and kept.is_dir():  # the data may have changed
+        return Tokenization(load_tokenizer(kept))
     texts = (example.prompt + example.completion for example in examples)
     return Tokenization(train_tokenizer(texts, vocab_size=config.fresh.vocab_size))
 

@@ -15,6 +15,7 @@ from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.gradients import Objective
 from rlhf_jax.learner.supervised_step import SupervisedStep, make_supervised_step
 from rlhf_jax.learner.train_state import ModelState, init_model_state
+from rlhf_jax.models.hf.model_directory import replaced_directory
 from rlhf_jax.recipes.networks import Network, Networks, assembling, save_trained
 from rlhf_jax.recipes.optimizers import optimizer_of
 from rlhf_jax.run.run_directory import RunDirectory
@@ -113,6 +114,10 @@ class SupervisedRun(contextlib.ExitStack):
     def __enter__(self) -> "SupervisedRun":
         super().__enter__()
         self.enter_context(self._session)
+        kept, is_new = self.directory.tokenizer, self._config.tokenizer_source() is None
+        if is_new and not kept.is_dir() and jax.process_index() == 0:
+            with replaced_directory(kept, with_tokenizer=True) as directory:
+                self._tokenization.tokenizer.save_pretrained(directory)
         return self
 
     def restore(self, state: ModelState) -> ModelState:

@@ -1,5 +1,7 @@
-"""Checkpoints of a training state: atomic, asynchronous, restorable on another mesh."""
+"""Checkpoints of a training state: atomic, checked, restorable on another mesh."""
 
+import copy
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -8,52 +10,111 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from rlhf_jax.files.atomic import sync_directory
+from rlhf_jax.run import checksums
+from rlhf_jax.run.checkpoint_leaves import (
+    check_same_leaves,
+    describe_leaf,
+    named_leaves,
+    restored_leaf,
+    storable,
+    target,
+)
 
 if TYPE_CHECKING:  # slow to import, and most commands do not need it
     import orbax.checkpoint as ocp
 
 Pytree = Any
-Position = dict[str, int | float | str]
+Position = dict[str, Any]
+
+_FORMAT = 2  # 1 had no checksums
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay when a new one is complete.
+
+    Args:
+        latest: number of latest ones.
+        every: also those of steps that this divides; None: none.
+    """
+
+    latest: int = 2
+    every: int | None = None
+
+    def superseded(
+        self, steps: list[int], values: Mapping[int, Mapping[str, float]]
+    ) -> list[int]:
+        """The steps that do not stay.
+
+        Args:
+            steps: complete checkpoints in order.
+            values: step → value by name; the checkpoint with the highest value of each
+                name stays.
+        """
+        stays = set(steps[-self.latest :])
+        if self.every is not None:
+            stays |= {step for step in steps if step % self.every == 0}
+        for name in {name for row in values.values() for name in row}:
+            rated = [step for step in steps if name in values.get(step, {})]
+            stays |= {max(rated, key=lambda at: values[at][name])}
+        return [step for step in steps if step not in stays]
 
 
 class Checkpointer:
     """Saves and restores `(state, data)` under one directory, one folder per step.
 
-    Only complete checkpoints appear under their number: Orbax writes into a temporary
-    directory, marks it as committed and renames it. A killed process leaves at most a
-    temporary directory, which is never listed and is removed by the next process's
-    first save.
+    Only complete checkpoints appear under their number: they are written to a temporary
+    directory, which gets checksums of all files, is synced to disk and renamed. A
+    killed process leaves at most a temporary directory, which is never listed and is
+    removed by the next process's first save.
 
     `save` returns once the arrays are copied off the devices, so the caller may donate
     them; writing continues in a thread. Use the checkpointer as a context manager (or
     call `close`): leaving it waits for the last commit, and a failed write raises.
 
-    With several processes, every process must call every method in the same order.
+    Only one process at a time may write to a directory; `run_lock` sees to that. With
+    several JAX processes, every one must call every method in the same order.
 
     Args:
         directory: directory for the checkpoints of one run; created when needed.
-        keep: number of latest checkpoints to keep.
+        keep: which checkpoints to keep. The others are removed once a later one is
+            complete.
 
     Raises:
-        ValueError: if `keep` is below 1.
+        ValueError: if `keep` would keep none.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
-        if keep < 1:
-            raise ValueError(f"keep={keep}: must be at least 1")
+    def __init__(self, directory: str | Path, *, keep: Keep | None = None):
+        self._keep = keep or Keep()
+        if self._keep.latest < 1:
+            raise ValueError(f"keep.latest={self._keep.latest}: must be at least 1")
         self._directory = Path(directory).absolute()
-        self._keep = keep
-        self._writer: ocp.CheckpointManager | None = None
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._values: dict[int, dict[str, float]] = {}  # of complete checkpoints
+        self._saving: int | None = None  # step of a pending write
+        self._rotates = False  # whether older checkpoints may be removed
 
-    def save(self, step: int, state: Pytree, data: Mapping[str, int | float | str]):
+    def save(
+        self,
+        step: int,
+        state: Pytree,
+        data: Mapping[str, Any],
+        *,
+        values: Mapping[str, float] | None = None,
+        rescue: bool = False,
+    ) -> None:
         """Writes a checkpoint.
 
         Args:
             step: step number, above that of every earlier checkpoint.
             state: a pytree of arrays, sharded or not; PRNG keys may be typed.
-            data: the position in the data, and other small values.
+            data: the position in the data, and other small values, as JSON.
+            values: the checkpoint with the highest value of each name is kept.
+            rescue: the run is about to fail: remove no older checkpoint for this one,
+                because its state may be the cause.
 
         Raises:
             ValueError: if `step` is not above the latest one, or a leaf is no array.
@@ -66,25 +127,27 @@ class Checkpointer:
                 f"step {step} cannot be saved in {self._directory}: the latest "
                 f"checkpoint is of step {latest}, and steps must increase"
             )
-        leaves = _named_leaves(state)
-        description = {name: _describe(name, leaf) for name, leaf in leaves.items()}
+        leaves = named_leaves(state)
+        description = {name: describe_leaf(name, leaf) for name, leaf in leaves.items()}
+        meta = {
+            "format": _FORMAT,
+            "leaves": description,
+            "data": copy.deepcopy(data),  # written while the caller goes on
+            "values": dict(values or {}),
+        }
         if self._writer is None:
-            # Only a writer may clean up: a reader could remove the checkpoint that a
-            # running process is writing.
-            self._writer = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep, cleanup_tmp_directories=True
-                ),
-            )
+            self._writer = self._open_writer()
+        self._prune()
+        self._saving = step
         self._writer.save(
-            step,
+            self._folder(step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_storable(leaves)),
-                meta=ocp.args.JsonSave({"leaves": description, "data": dict(data)}),
+                state=ocp.args.StandardSave(storable(leaves)),
+                meta=ocp.args.JsonSave(meta),
             ),
-            force=True,  # the caller decides when to save
         )
+        self._values[step] = meta["values"]
+        self._rotates = not rescue
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint, or None; waits for pending writes."""
@@ -93,8 +156,35 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The complete checkpoints in order; waits for pending writes."""
         self.wait()
-        with self._reader() as reader:
-            return sorted(reader.all_steps())
+        if not self._directory.is_dir():
+            return []
+        names = (path.name for path in self._directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, or None.
+
+        Reads all its files. Those of checkpoints from before checksums are trusted.
+        """
+        folder = self._folder(step)
+        if (folder / checksums.NAME).exists():
+            return checksums.damage(folder)
+        try:
+            is_old = "format" not in self._meta(step)
+        except ValueError:
+            return "it is incomplete"
+        return None if is_old else f"{checksums.NAME} is missing"
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is not listed any more."""
+        self.close()
+        folder = self._folder(step)
+        aside = folder.with_name(f"damaged-{step}")
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # an earlier one of that step
+            os.replace(folder, aside)
+            sync_directory(self._directory)
+        return aside
 
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, so that new ones can be saved.
@@ -102,18 +192,27 @@ class Checkpointer:
         The latest is removed first, so that only complete ones remain if killed.
         """
         later = [number for number in self.steps() if number > step]
-        self.close()  # a writer uses its cached list
+        self.close()
         if jax.process_index() != 0:
             return
         for number in reversed(later):
-            # Rename to a name that is never listed and that the next save removes.
-            hidden = self._directory / f"{number}.orbax-checkpoint-tmp"
-            shutil.rmtree(hidden, ignore_errors=True)  # left by a killed process
-            os.replace(self._directory / str(number), hidden)
-            shutil.rmtree(hidden)
+            self._remove(number)
+
+    def data(self, step: int) -> Position:
+        """The data of a checkpoint, as passed to `save`, without reading the state.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        return self._meta(step)["data"]
+
+    def values(self, name: str) -> list[float]:
+        """The values of that name in all complete checkpoints."""
+        self._read_values()
+        return [row[name] for row in self._values.values() if name in row]
 
     def restore(self, step: int, like: Pytree) -> tuple[Pytree, Position]:
-        """Reads a checkpoint.
+        """Reads a checkpoint; check it with `damage` before.
 
         Args:
             step: the checkpoint to read, for example `latest_step()`.
@@ -125,53 +224,46 @@ class Checkpointer:
             `(state, data)` as passed to `save`.
 
         Raises:
-            ValueError: if there is no such checkpoint, or if a leaf is missing,
-                unexpected, or has a different shape or dtype.
+            ValueError: if there is no such checkpoint, it cannot be read, or a leaf is
+                missing, unexpected, or has a different shape or dtype.
         """
         import orbax.checkpoint as ocp
 
-        self.wait()
-        leaves = _named_leaves(like)
-        with self._reader() as reader:
-            if step not in reader.all_steps():
-                raise ValueError(
-                    f"no checkpoint of step {step} in {self._directory}; "
-                    f"there are: {sorted(reader.all_steps()) or 'none'}"
-                )
-            try:
-                meta = reader.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                ).meta
-            except (KeyError, OSError, ValueError) as error:
-                others = [n for n in reader.all_steps() if n != step]
-                raise ValueError(
-                    f"checkpoint {self._directory / str(step)} is damaged "
-                    f"({type(error).__name__}); remove that directory, and resume from "
-                    f"another with --resume-step: {sorted(others) or 'there is none'}"
-                ) from None
-            wanted = {name: _describe(name, leaf) for name, leaf in leaves.items()}
-            _check_same_leaves(meta["leaves"], wanted, self._directory / str(step))
-            stored = reader.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_target(leaves))
-                ),
-            ).state
+        steps = self.steps()
+        if step not in steps:
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory}; "
+                f"there are: {steps or 'none'}"
+            )
+        leaves = named_leaves(like)
+        meta = self._meta(step)
+        wanted = {name: describe_leaf(name, leaf) for name, leaf in leaves.items()}
+        check_same_leaves(meta["leaves"], wanted, self._folder(step))
+        stored = self._read(step, state=ocp.args.StandardRestore(target(leaves))).state
         restored = [
-            _restored_leaf(leaf, stored.get(name), meta["leaves"][name])
+            restored_leaf(leaf, stored.get(name), meta["leaves"][name])
             for name, leaf in leaves.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(like), restored), meta["data"]
 
     def wait(self) -> None:
         """Waits until pending writes are committed; raises if they failed."""
-        if self._writer is not None:
+        if self._writer is not None and self._saving is not None:
             self._writer.wait_until_finished()
+            self._saving = None
+            if jax.process_index() == 0:
+                sync_directory(self._directory)
 
     def close(self) -> None:
-        """Waits for pending writes and releases all resources."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
+        """Waits for pending writes, removes superseded checkpoints, and releases all
+        resources."""
+        if self._writer is None:
+            return
+        try:
+            self.wait()
+            self._prune()
+        finally:
+            writer, self._writer = self._writer, None
             writer.close()
 
     def __enter__(self) -> "Checkpointer":
@@ -185,113 +277,80 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def _reader(self) -> "ocp.CheckpointManager":
-        # A new one each time: it lists what is on disk, whereas a manager that writes
-        # also lists the checkpoint it has not committed yet.
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _open_writer(self) -> "ocp.AsyncCheckpointer":
         import orbax.checkpoint as ocp
 
-        self._directory.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(
-            self._directory, options=ocp.CheckpointManagerOptions(create=False)
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            # Only a writer may clean up: a reader could remove the checkpoint that a
+            # running process is writing.
+            for unfinished in self._directory.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(unfinished)
+        self._read_values()
+
+        def finish() -> None:  # in the writing thread, before the rename
+            for folder in self._directory.glob(f"{self._saving}{_UNFINISHED}*"):
+                checksums.write_checksums(folder)
+
+        return ocp.AsyncCheckpointer(
+            _handler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=finish),
         )
 
+    def _read_values(self) -> None:
+        for step in self.steps():
+            if step not in self._values:
+                try:
+                    self._values[step] = self._meta(step).get("values", {})
+                except ValueError:  # damaged
+                    self._values[step] = {}
 
-def _named_leaves(tree: Pytree) -> dict[str, Any]:
-    """Leaves by path, for example `params/actor/kernel`, in tree order.
+    def _prune(self) -> None:
+        """Removes superseded checkpoints; the latest one is complete."""
+        steps = self.steps()
+        if self._rotates and jax.process_index() == 0:
+            for step in self._keep.superseded(steps, self._values):
+                self._remove(step)
+        self._values = {step: self._values.get(step, {}) for step in self.steps()}
 
-    Files contain this flat mapping, so they do not depend on the classes of the state,
-    and errors can name the leaf.
-    """
-    named = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(
-                f"two leaves of the state are named {name!r}; rename a key"
-            )
-        named[name] = leaf
-    return named
+    def _remove(self, step: int) -> None:
+        # Rename to a name that is never listed and that the next save removes.
+        hidden = self._directory / f"{step}{_UNFINISHED}"
+        shutil.rmtree(hidden, ignore_errors=True)  # left by a killed process
+        os.replace(self._folder(step), hidden)
+        shutil.rmtree(hidden)
 
+    def _meta(self, step: int) -> dict[str, Any]:
+        import orbax.checkpoint as ocp
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+        if not isinstance(meta, dict) or not {"leaves", "data"} <= meta.keys():
+            raise ValueError(f"checkpoint {self._folder(step)} is damaged: no metadata")
+        return meta
 
+    def _read(self, step: int, **items: Any) -> Any:
+        import orbax.checkpoint as ocp
 
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise ValueError(
-            f"leaf {name!r} of the state is {leaf!r}; a state must contain only arrays"
-        )
-    description = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    if _is_key(leaf) and isinstance(leaf, jax.Array):
-        description["key_impl"] = str(jax.random.key_impl(leaf))
-    return description
-
-
-def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves for Orbax: keys as integers, without empty arrays (it rejects them)."""
-    return {
-        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for name, leaf in leaves.items()
-        if np.prod(leaf.shape) > 0
-    }
-
-
-def _target(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Target shape, dtype and sharding of each stored array."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {}
-    for name, leaf in leaves.items():
-        if np.prod(leaf.shape) == 0:
-            continue
-        plain = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        sharding = _sharding(leaf)
-        target[name] = jax.ShapeDtypeStruct(
-            plain.shape,
-            plain.dtype,
-            sharding=default if sharding is None else sharding,
-        )
-    return target
+        with ocp.Checkpointer(_handler()) as reader:
+            try:
+                return reader.restore(
+                    self._folder(step), args=ocp.args.Composite(**items)
+                )
+            except (KeyError, OSError, ValueError) as error:
+                others = [number for number in self.steps() if number != step]
+                raise ValueError(
+                    f"checkpoint {self._folder(step)} is damaged "
+                    f"({type(error).__name__}); remove that directory, and resume from "
+                    f"another with --resume-step: {others or 'there is none'}"
+                ) from None
 
 
-def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.sharding
-    if isinstance(leaf, jax.Array) and leaf.committed:
-        return leaf.sharding
-    return None
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
 
-
-def _restored_leaf(like: Any, stored: Any, description: Mapping[str, Any]) -> jax.Array:
-    sharding = _sharding(like)
-    if stored is None:
-        stored = np.zeros(like.shape, like.dtype)  # empty, so it was not stored
-    if sharding is None:
-        # Committed to one device, it could not be combined with arrays on a mesh.
-        stored = jax.device_put(np.asarray(stored))
-    elif not isinstance(stored, jax.Array):
-        stored = jax.device_put(stored, sharding)
-    if _is_key(like):
-        return jax.random.wrap_key_data(stored, impl=description["key_impl"])
-    return stored
-
-
-def _check_same_leaves(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path
-) -> None:
-    def shown(description: Mapping[str, Any] | None) -> str:
-        if description is None:
-            return "missing"
-        return f"{description['dtype']}{description['shape']}"
-
-    names = list(dict.fromkeys([*wanted, *stored]))
-    unequal = [
-        name for name in names if shown(stored.get(name)) != shown(wanted.get(name))
-    ]
-    if unequal:
-        name = unequal[0]
-        more = f" ({len(unequal) - 1} more leaves differ)" if unequal[1:] else ""
-        raise ValueError(
-            f"checkpoint {path} has a different state: leaf {name!r} is "
-            f"{shown(stored.get(name))} there and {shown(wanted.get(name))} here{more}"
-        )
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+    )

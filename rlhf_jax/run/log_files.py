@@ -40,6 +40,11 @@ class _JsonLines:
         self._file.write(text.encode("utf-8", "backslashreplace"))
         self._file.flush()
 
+    def sync(self) -> None:
+        """Writes what the system has buffered to disk, in case of a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.run import chart_svg, charts
 from rlhf_jax.run.log_files import read_metrics, read_samples
-from rlhf_jax.run.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.run_directory import RunDirectory
 
 KEY_NUMBERS = {
     "eval/pass_at_1": "pass@1, held-out",

@@ -1,10 +1,11 @@
 """The files of one run.
 
 config.yaml     the resolved configuration, for `--config`
-launches.jsonl  per start of the run: time, command line, versions, devices
+launches.jsonl  per start of the run: time, command line, versions, devices, process
 metrics.jsonl   one line of metrics per step
 samples.jsonl   prompts with responses, if the stage samples
 checkpoints/    for `--resume` and `--resume-step`
+tokenizer/      of an SFT run from scratch: the tokenizer trained on its texts
 model/          the trained model, as a Hugging Face directory
 adapter/        of a LoRA run: only the adapters, in PEFT's format
 report.html     report with all charts and samples
@@ -12,12 +13,12 @@ report.html     report with all charts and samples
 
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import jax
 import yaml
 
 from rlhf_jax.config.run import FREE_ON_RESUME
+from rlhf_jax.files.atomic import write_atomic
 
 _PACKAGES = (
     "rlhf-jax",
@@ -72,6 +74,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer(self) -> Path:
+        """Directory of the tokenizer that an SFT run trained."""
+        return self.path / "tokenizer"
+
+    @property
     def model(self) -> Path:
         """Directory of the trained model in Hugging Face format."""
         return self.path / "model"
@@ -107,7 +114,6 @@ def check_run(
     stage: str,
     resume: bool = False,
     free_on_resume: Sequence[str] = FREE_ON_RESUME,
-    weights: Mapping[str, str] | None = None,
 ) -> None:
     """Raises what `open_run` would raise, but writes nothing; same arguments."""
     if jax.process_index() != 0:
@@ -115,7 +121,6 @@ def check_run(
     run, plain = RunDirectory(Path(path)), _plain(config, "")
     if resume:
         _check_resumable(run, plain, stage, free_on_resume)
-        _check_weights(run, weights or {})
     else:
         _check_unused(run)
 
@@ -127,7 +132,6 @@ def open_run(
     stage: str,
     resume: bool = False,
     free_on_resume: Sequence[str] = FREE_ON_RESUME,
-    weights: Mapping[str, str] | None = None,
 ) -> RunDirectory:
     """Creates the directory of a new run, or opens that of a run to resume.
 
@@ -141,8 +145,6 @@ def open_run(
         resume: resume the run in `path` instead of starting one.
         free_on_resume: fields (dotted; a section includes all its fields) that may
             change on resume.
-        weights: fingerprints, by option, of models that the run reads but does not save
-            in checkpoints; they must be unchanged on resume.
 
     Raises:
         ValueError: if `path` already contains a run and `resume` is not set; if it is
@@ -153,28 +155,14 @@ def open_run(
     if jax.process_index() != 0:
         return run
     options: dict[str, Any] = {"resume": resume, "free_on_resume": free_on_resume}
-    check_run(path, config, stage=stage, weights=weights, **options)
+    check_run(path, config, stage=stage, **options)
     plain = _plain(config, "")
     run.path.mkdir(parents=True, exist_ok=True)
-    launch = _launch(stage) | {"weights": dict(weights or {})}
-    launches = [*run.read_launches(), launch]
+    launches = [*run.read_launches(), _launch(stage)]
     write_atomic(run.launches, "".join(json.dumps(row) + "\n" for row in launches))
     # Last, because a directory with a configuration is considered a run.
     write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     return run
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: after a crash it has the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name empty
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_unused(run: RunDirectory) -> None:
@@ -188,17 +176,6 @@ def _check_unused(run: RunDirectory) -> None:
             f"--run-dir {run.path} already contains a run ({', '.join(found)}); choose "
             "another --run-dir, or pass --resume to continue it"
         )
-
-
-def _check_weights(run: RunDirectory, weights: Mapping[str, str]) -> None:
-    first = next(iter(run.read_launches()), {})
-    for name, found in weights.items():
-        if first.get("weights", {}).get(name, found) != found:
-            raise ValueError(
-                f"cannot resume --run-dir {run.path}: the weights of {name} have "
-                "changed since the run started, and its checkpoints do not include "
-                "them; restore them, or start a new run"
-            )
 
 
 def _check_resumable(
@@ -276,6 +253,8 @@ def _launch(stage: str) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
     }
 
 
@@ -284,24 +263,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"  # for example run from a source tree
-
-
-_BLOCKS, _BLOCK_BYTES = 64, 4096
-
-
-def fingerprint(directory: Path) -> str:
-    """A digest of the safetensors files of a directory; empty if there are none.
-
-    Hashes the name and size of each file and evenly spaced blocks of it, which any
-    training step changes. It is fast for models of any size.
-    """
-    digest = hashlib.sha256()
-    files = sorted(directory.glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for number in range(_BLOCKS):
-                file.seek(number * max(0, size - _BLOCK_BYTES) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:16] if files else ""

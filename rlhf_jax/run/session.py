@@ -11,20 +11,23 @@ import jax
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
+from rlhf_jax.files.atomic import remove_temporary
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
-from rlhf_jax.models.hf.hub import local_directory
-from rlhf_jax.run.checkpointer import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer, Keep
+from rlhf_jax.run.fingerprints import fingerprints
 from rlhf_jax.run.interrupt import Interruptible
 from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter, read_metrics
 from rlhf_jax.run.progress import progress, warn
 from rlhf_jax.run.remedy import remedy
 from rlhf_jax.run.report import write_report
-from rlhf_jax.run.run_directory import (
-    RunDirectory,
-    check_run,
-    fingerprint,
-    open_run,
+from rlhf_jax.run.resume import (
+    check_fingerprints,
+    check_history,
+    check_resume,
+    choose_checkpoint,
 )
+from rlhf_jax.run.run_directory import RunDirectory, check_run, open_run
+from rlhf_jax.run.run_lock import check_free, run_lock
 
 State = TypeVar("State")
 
@@ -32,47 +35,27 @@ State = TypeVar("State")
 def _stored(config: RunConfig) -> dict[str, Any]:
     """The configuration without options that describe only this start of the run."""
     values = to_dict(config)
-    of_this_start = ("resume", "resume_step", "quiet")
+    of_this_start = ("resume", "resume_step", "accept_changed", "quiet")
     return {name: values[name] for name in values if name not in of_this_start}
-
-
-def _weights(config: RunConfig) -> dict[str, str]:
-    """Fingerprints, by option, of models that checkpoints do not include."""
-    return {
-        name: fingerprint(local_directory(path))
-        for name, path in config.unsaved_models().items()
-        if path is not None
-    }
 
 
 def check_start(config: RunConfig) -> None:
     """Raises ValueError, before any work, if the run cannot start."""
     config.validate()
-    check_run(
-        config.run_dir,
-        _stored(config),
-        stage=config.stage,
-        resume=config.resume,
-        free_on_resume=config.free_on_resume(),
-        weights=_weights(config),
-    )
-    if config.resume_step is not None:
-        _check_saved(config.resume_step, RunDirectory(Path(config.run_dir)))
+    run = RunDirectory(Path(config.run_dir))
+    check_free(run)
+    check_run(run.path, _stored(config), **_start(config))
+    if config.resume:
+        check_resume(config, run)
 
 
-def _check_saved(step: int, run: RunDirectory) -> None:
-    """Raises ValueError if there is no checkpoint of that step."""
-    saved = []
-    if run.checkpoints.exists():
-        with Checkpointer(run.checkpoints) as checkpointer:
-            saved = checkpointer.steps()
-    check(
-        step in saved,
-        "resume-step",
-        step,
-        f"has no checkpoint in {run.checkpoints}; there are: "
-        f"{', '.join(map(str, saved)) or 'none'}",
-    )
+def _start(config: RunConfig) -> dict[str, Any]:
+    """How the run starts, for `check_run` and `open_run`."""
+    return {
+        "stage": config.stage,
+        "resume": config.resume,
+        "free_on_resume": config.free_on_resume(),
+    }
 
 
 class Interrupted(SystemExit):
@@ -91,8 +74,15 @@ class Session(contextlib.ExitStack):
                 session.log(step, metrics, shown={"loss": "train/loss"})
                 session.checkpoint(step, state)
 
+    The run directory is locked until the session ends.
+
     Args:
         config: validated configuration.
+
+    Attributes:
+        run: the run directory.
+        start_step: the step to continue after; 0: a new run.
+        counters: numbers by name that every checkpoint includes; continued on resume.
     """
 
     def __init__(self, config: RunConfig):
@@ -100,21 +90,26 @@ class Session(contextlib.ExitStack):
         self.config = config
         self.stage = config.stage
         self.total_steps = config.total_steps
-        self.run: RunDirectory = open_run(
-            config.run_dir,
-            _stored(config),
-            stage=config.stage,
-            resume=config.resume,
-            free_on_resume=config.free_on_resume(),
-            weights=_weights(config),
-        )
+        self.counters: dict[str, float] = {}
+        stored, start = _stored(config), _start(config)
+        run = RunDirectory(Path(config.run_dir))
+        check_run(run.path, stored, **start)
+        run.path.mkdir(parents=True, exist_ok=True)
+        self.enter_context(run_lock(run))
+        self.run: RunDirectory = open_run(run.path, stored, **start)
+        remove_temporary(run.path)  # of a process that was killed
 
     def __enter__(self) -> "Session":
         super().__enter__()
         self._overflowed: set[str] = set()  # metrics already warned about
         config, run = self.config, self.run
-        self._checkpointer = self.enter_context(Checkpointer(run.checkpoints))
+        keep = Keep(latest=config.checkpoint_keep, every=config.checkpoint_keep_every)
+        self._checkpointer = self.enter_context(
+            Checkpointer(run.checkpoints, keep=keep)
+        )
         self.start_step = self._first_step()
+        self._fingerprints = fingerprints(config)
+        self._values: dict[str, float] = {}  # of the step that was logged last
         self._interrupt = self.enter_context(Interruptible())
         self._progress = self.enter_context(
             progress(
@@ -128,17 +123,23 @@ class Session(contextlib.ExitStack):
 
     def _first_step(self) -> int:
         """The step to resume after; 0: a new run."""
-        if not self.config.resume:
+        config, checkpointer = self.config, self._checkpointer
+        if not config.resume:
             return 0
-        if self.config.resume_step is not None:
-            return self.config.resume_step
-        return self._checkpointer.latest_step() or 0
+        step = config.resume_step
+        if step is None:
+            step = choose_checkpoint(checkpointer, self.run)
+        if step > 0:
+            check_fingerprints(config, self.run, checkpointer, step)
+            check_history(config, self.run, checkpointer.steps(), step)
+        return step
 
     def restore(self, state: State) -> State:
         """`state`, or the checkpoint's when resuming, consuming it; opens the logs.
 
         Once the checkpoint is read, later checkpoints and then later log lines are
-        removed: if killed in between, the next start finds everything it needs.
+        removed: if killed in between, the next start finds everything it needs. Later
+        checkpoints that are damaged are renamed instead.
         """
         if self.start_step == 0:
             self._open_logs()
@@ -148,10 +149,20 @@ class Session(contextlib.ExitStack):
         )
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # two states of a large model may not fit in memory
-        state = self._checkpointer.restore(self.start_step, like)[0]
-        self._checkpointer.remove_after(self.start_step)
+        state, data = self._checkpointer.restore(self.start_step, like)
+        self.counters |= data.get("counters", {})
+        self._clear_after(self.start_step)
         self._open_logs()
         return state
+
+    def _clear_after(self, step: int) -> None:
+        checkpointer = self._checkpointer
+        if self.config.resume_step is None:
+            # All later ones are damaged, or they would have been chosen.
+            for later in checkpointer.steps():
+                if later > step:
+                    checkpointer.set_aside(later)
+        checkpointer.remove_after(step)
 
     def _open_logs(self) -> None:
         config, run = self.config, self.run
@@ -198,6 +209,7 @@ class Session(contextlib.ExitStack):
         Non-finite metrics are logged as they are, with a warning the first time.
         """
         self._metrics.write(step, metrics)
+        self._rate(metrics)
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._overflowed:
                 self._overflowed.add(name)
@@ -209,6 +221,46 @@ class Session(contextlib.ExitStack):
         self._progress.update(
             step, {label: metrics[name] for label, name in found.items()}
         )
+
+    def _rate(self, metrics: Mapping[str, float]) -> None:
+        """Remembers the values by which the best checkpoints are kept.
+
+        Raises:
+            ValueError: if the run has no such metric.
+        """
+        config = self.config
+        self._values = {}
+        best = {"highest": (config.checkpoint_keep_highest, 1.0)}
+        best["lowest"] = (config.checkpoint_keep_lowest, -1.0)
+        measured = [name for name in metrics if name.startswith("eval/")]
+        for kind, (name, sign) in best.items():
+            if name is not None and measured:
+                check(
+                    name in measured,
+                    f"checkpoint-keep-{kind}",
+                    name,
+                    f"must be a held-out metric of this run: {', '.join(measured)}",
+                )
+                if math.isfinite(metrics[name]):
+                    self._values[f"{kind} {name}"] = sign * float(metrics[name])
+
+    def _is_best(self) -> bool:
+        """Whether the step that was logged last is the best so far in a metric."""
+        return any(
+            value > max(self._checkpointer.values(name), default=-math.inf)
+            for name, value in self._values.items()
+        )
+
+    def _save(self, step: int, state: Any, *, rescue: bool = False) -> None:
+        # Before the checkpoint: after a power cut it must not lack its own history.
+        self._metrics.sync()
+        self._samples.sync()
+        data = {
+            "step": step,
+            "counters": self.counters,
+            "fingerprints": self._fingerprints,
+        }
+        self._checkpointer.save(step, state, data, values=self._values, rescue=rescue)
 
     def check_finite(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics without `first_nonfinite/` entries, after checking those.
@@ -237,7 +289,7 @@ class Session(contextlib.ExitStack):
         if step == 0:
             raise error
         if (self._checkpointer.latest_step() or 0) < step:
-            self._checkpointer.save(step, state, {"step": step})
+            self._save(step, state, rescue=True)
             self._checkpointer.wait()
         raise type(error)(
             f"{error}. The run is saved after step {step}; fix this, then resume "
@@ -266,8 +318,8 @@ class Session(contextlib.ExitStack):
         stop = self._interrupt.requested_anywhere()
         due = step % self.config.checkpoint_every == 0 or step == self.total_steps
         due |= last
-        if due or stop:
-            self._checkpointer.save(step, state, {"step": step})
+        if due or stop or self._is_best():
+            self._save(step, state)
         if stop:
             self._checkpointer.wait()
             raise Interrupted(
@@ -279,4 +331,5 @@ class Session(contextlib.ExitStack):
     def report(self, **options: Any) -> None:
         """Writes the report of the run."""
         if jax.process_index() == 0:
-            write_report(self.run.path, **options)
+            with run_lock(self.run):
+                write_report(self.run.path, **options)

@@ -16,9 +16,9 @@ from rlhf_jax.data.annotation import (
 )
 from rlhf_jax.data.comparisons import Comparisons, compare
 from rlhf_jax.data.judgements import Judgement, judgement_rows
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.run.progress import heading
-from rlhf_jax.run.run_directory import write_atomic
 from rlhf_jax.tools.generate import answer
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.data.batches import pad_examples, pad_pairs
 from rlhf_jax.data.encoding import encode_examples, encode_pairs
 from rlhf_jax.data.text_data import Columns, read_examples, read_pairs, read_prompt_rows
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.learner.imitation import imitation_losses
 from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.recipes import reward_model as reward_stage
@@ -30,7 +31,6 @@ from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.run.progress import heading
-from rlhf_jax.run.run_directory import write_atomic
 
 
 def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:

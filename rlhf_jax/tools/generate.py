@@ -12,12 +12,12 @@ from rlhf_jax.data.batches import pad_prompts
 from rlhf_jax.data.encoding import encode_prompts
 from rlhf_jax.data.text_data import Columns, read_prompts
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.models.callables import policy
 from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.run.progress import heading
-from rlhf_jax.run.run_directory import write_atomic
 
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ from rich.text import Text
 from rlhf_jax.config.inspection import ShowDataConfig
 from rlhf_jax.data.encoding import Encoded
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.models.tokenizer import token_texts
 from rlhf_jax.recipes import prompt_batches
 from rlhf_jax.recipes import reward_model as feedback
 from rlhf_jax.recipes import sft as sft_data
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.run.progress import heading
-from rlhf_jax.run.run_directory import write_atomic
 
 BEGIN, END = "⟦", "⟧"
 

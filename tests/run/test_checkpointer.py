@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.run.checkpointer import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer, Keep
 
 
 class Moments(NamedTuple):
@@ -138,7 +138,7 @@ def test_saved_values_are_those_of_the_call_although_the_state_is_donated(tmp_pa
 
 
 def test_keeps_the_latest(tmp_path, caplog):
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(tmp_path, keep=Keep(latest=2)) as checkpointer:
         assert checkpointer.latest_step() is None
         for step in (3, 10, 11):
             checkpointer.save(step, {"x": jnp.float32(step)}, {"record": step})
@@ -185,7 +185,7 @@ def test_another_kind_of_key_is_refused(tmp_path):
 
 
 def test_later_checkpoints_make_way_for_new_ones(tmp_path):
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
+    with Checkpointer(tmp_path, keep=Keep(latest=3)) as checkpointer:
         for step in (3, 10, 11):
             checkpointer.save(step, {"x": jnp.float32(step)}, {})
         assert checkpointer.steps() == [3, 10, 11]
@@ -202,7 +202,7 @@ def test_a_kill_while_checkpoints_are_removed_leaves_complete_ones(
     tmp_path, monkeypatch
 ):
     state = {"x": jnp.float32(1)}
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
+    with Checkpointer(tmp_path, keep=Keep(latest=3)) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, state, {})
 
@@ -224,8 +224,8 @@ def test_a_kill_while_checkpoints_are_removed_leaves_complete_ones(
 
 def test_misuse_is_refused(tmp_path):
     state = {"x": jnp.zeros(2)}
-    with pytest.raises(ValueError, match="keep=0"):
-        Checkpointer(tmp_path, keep=0)
+    with pytest.raises(ValueError, match=r"keep\.latest=0"):
+        Checkpointer(tmp_path, keep=Keep(latest=0))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(5, state, {})
         for step in (5, 4):
@@ -249,9 +249,9 @@ def test_a_failed_write_raises(tmp_path):
 SAVE_FOREVER = """
 import itertools, sys
 import jax.numpy as jnp
-from rlhf_jax.run.checkpointer import Checkpointer
+from rlhf_jax.run.checkpointer import Checkpointer, Keep
 
-with Checkpointer(sys.argv[1], keep=2) as checkpointer:
+with Checkpointer(sys.argv[1], keep=Keep(latest=2)) as checkpointer:
     first = (checkpointer.latest_step() or 0) + 1
     for step in itertools.count(first):
         state = {str(i): jnp.full((64, 64), step, jnp.float32) for i in range(8)}

@@ -17,6 +17,7 @@ from rlhf_jax.learner.finite import NonFiniteError
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import ppo as ppo_programs
+from rlhf_jax.run.checkpointer import Checkpointer
 from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.remedy import remedy
 from rlhf_jax.run.run_directory import RunDirectory
@@ -32,7 +33,8 @@ def printed_command(error):
 
 
 def saved_steps(run_dir):
-    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").iterdir())
+    with Checkpointer(Path(run_dir) / "checkpoints") as checkpointer:
+        return checkpointer.steps()
 
 
 def logged_steps(run_dir):
@@ -292,7 +294,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_others(finished, missin
     shutil.rmtree(where / missing)
     where.mkdir(exist_ok=True)
     with pytest.raises(
-        ValueError, match=r"4 is damaged.*--resume-step: \[3\]"
+        ValueError, match=r"resume-step=4: is damaged in .*; others: 3"
     ) as found:
         sft.run(dataclasses.replace(finished, resume=True, resume_step=4))
     assert "\n" not in str(found.value)

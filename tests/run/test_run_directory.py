@@ -7,7 +7,8 @@ import jax
 import pytest
 import yaml
 
-from rlhf_jax.run.run_directory import RunDirectory, open_run, write_atomic
+from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.run.run_directory import RunDirectory, open_run
 
 CONFIG = {
     "run_dir": Path("runs/a"),

@@ -46,11 +46,12 @@ from rlhf_jax.demos.overoptimization.results import (
 )
 from rlhf_jax.demos.review_panel import ReviewPanel
 from rlhf_jax.demos.showcase import resumable
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.progress import heading
-from rlhf_jax.run.run_directory import RunDirectory, write_atomic
+from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import check_start
 from rlhf_jax.tasks import reviews
 

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_jax.config.demos import OveroptimizationConfig
 from rlhf_jax.demos.overoptimization.curves import Curve, best_before, stopping_point
 from rlhf_jax.demos.showcase import print_table
-from rlhf_jax.run.run_directory import write_atomic
+from rlhf_jax.files.atomic import write_atomic
 
 
 def summarize(curves: Sequence[Curve], *, patience: int) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Checksums of a checkpoint's files, to tell a damaged checkpoint from a good one."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from rlhf_jax.files.atomic import sync_directory, write_atomic
+
+NAME = "checksums.json"
+
+
+def write_checksums(directory: Path) -> None:
+    """Writes size and SHA-256 of every file in the subdirectories.
+
+    Syncs the files and directories to disk first, so a checkpoint that is renamed to
+    its final name afterwards survives a power cut. Files at the top are not included:
+    Orbax still changes them, and restoring does not need them.
+    """
+    digests = {}
+    for path in _files(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(directory).as_posix()
+        digests[name] = {"size": path.stat().st_size, "sha256": digest}
+    for folder in directory.rglob("*/"):
+        sync_directory(folder)
+    write_atomic(directory / NAME, json.dumps(digests, indent=1) + "\n")
+
+
+def damage(directory: Path) -> str | None:
+    """The first difference between the files and their checksums, or None."""
+    try:
+        digests = json.loads((directory / NAME).read_bytes())
+        wanted = {name: (row["size"], row["sha256"]) for name, row in digests.items()}
+    except FileNotFoundError:
+        return f"{NAME} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{NAME} cannot be read"
+    found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} does not belong to it"
+        size, digest = wanted[name]
+        if found[name].stat().st_size != size:
+            return f"{name} has {found[name].stat().st_size} bytes instead of {size}"
+        with found[name].open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"the checksum of {name} differs"
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    """Regular files in subdirectories."""
+    return sorted(path for path in directory.glob("*/**/*") if path.is_file())
