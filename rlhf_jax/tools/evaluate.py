@@ -26,6 +26,7 @@ from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, collate, encode_rows
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.recipes.scorer import probe
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
 from rlhf_jax.run.devices import make_mesh
@@ -99,7 +100,7 @@ def _measure(
         mesh=mesh,
     )
     answers = evaluator.answers(
-        jax.random.key(config.seed),
+        seed_key(config.seed),
         params,
         batch.prompts,
         reference=models.reference,
