@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.limits import check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ class RunConfig:
     """with resume: resume from the checkpoint of this step instead; later checkpoints
     and logs are removed"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^64 − 1"""
     checkpoint_every: int = 50
     """steps between checkpoints; also one at the end and on interruption"""
     eval_every: int = 20
@@ -267,6 +268,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check_positive(
             checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
