@@ -30,7 +30,7 @@ from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 from rlhf_jax.run.run_directory import write_atomic
 
 
@@ -182,7 +182,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         figures |= policy_figures(config, config.prompts, mesh)
     width = max(map(len, figures))
     for name, value in figures.items():
-        print(f"{name:>{width}}  {value:.6g}")
+        say(f"{name:>{width}}  {value:.6g}")
     if config.output is not None:
         write_atomic(Path(config.output), json.dumps(figures, indent=2) + "\n")
     return figures

@@ -17,7 +17,7 @@ from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 from rlhf_jax.run.run_directory import write_atomic
 
 
@@ -130,4 +130,4 @@ def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
         return
     for row in rows:
         heading(row["prompt"])
-        print(row["response"], end="\n\n")
+        say(f"{row['response']}\n")

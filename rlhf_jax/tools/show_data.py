@@ -13,12 +13,13 @@ from rich.text import Text
 from rlhf_jax.config.inspection import ShowDataConfig
 from rlhf_jax.data.encoding import Encoded
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.printable import printable
 from rlhf_jax.models.tokenizer import token_texts
 from rlhf_jax.recipes import prompt_batches
 from rlhf_jax.recipes import reward_model as feedback
 from rlhf_jax.recipes import sft as sft_data
 from rlhf_jax.recipes.splits import read_reported
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 from rlhf_jax.run.run_directory import write_atomic
 
 BEGIN, END = "⟦", "⟧"
@@ -154,13 +155,16 @@ def _style(learnt: bool, *, is_special: bool, number: int) -> str:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The lines of a text; line breaks are visible, and outside of colored spans."""
+    """The lines of a text; line breaks are visible, and outside of colored spans.
+
+    Control characters are escaped, since a terminal would obey them.
+    """
     *lines, last = text.split("\n")
     for line in lines:
-        yield line + LINE_BREAK
+        yield printable(line, keep="\t") + LINE_BREAK
         yield "\n"
     if last:
-        yield last
+        yield printable(last, keep="\t")
 
 
 def _print(console: Console, text: Text) -> None:
@@ -194,7 +198,7 @@ def run(config: ShowDataConfig) -> list[str]:
     learnt = _LEARNT_BY_TASK[config.task]
     summary = _summary(config, encoded, rows_of)
     show(Console(), rows, tokenization, learnt=learnt)
-    print()
+    say("")
     for line in summary:
         heading(line)
     if config.html is not None:
