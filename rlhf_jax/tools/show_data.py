@@ -20,6 +20,7 @@ from rlhf_jax.recipes import reward_model as feedback
 from rlhf_jax.recipes import sft as sft_data
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.run.progress import heading, say
+from rlhf_jax.run.report import CONTENT_POLICY
 from rlhf_jax.run.run_directory import write_atomic
 
 BEGIN, END = "⟦", "⟧"
@@ -44,10 +45,15 @@ _LEARNT = ("black on #a8e6a3", "black on #d4f5c4")
 _LEARNT_SPECIAL = "bold #a0007a on #a8e6a3"
 
 
-_PAGE = """\
+_HEAD = f"""\
 <!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+"""
+_PAGE = (
+    _HEAD
+    + """\
 <title>Tokens</title>
 <style>
 {stylesheet}
@@ -58,6 +64,7 @@ pre {{ font: 14px/1.7 Menlo, Consolas, "DejaVu Sans Mono", monospace;
 <pre>{code}</pre>
 </html>
 """
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,11 +130,11 @@ def show(
         counts = f"{len(row.tokens)} tokens"
         if row.learnt.any():
             counts += f", {int(row.learnt.sum())} {learnt}"
-        _print(console, Text(f"\n── {row.title} · {counts}", style="bold"))
+        _print(console, Text(f"\n── {printable(row.title)} · {counts}", style="bold"))
         text = token_text(row, tokenization, colour=colour)
         if row.note:
             text.append("" if text.plain.endswith("\n") else "\n")
-            text.append(f"▸ {row.note}", style=_NOTE if colour else "")
+            text.append(f"▸ {printable(row.note)}", style=_NOTE if colour else "")
         _print(console, text)
 
 
@@ -144,7 +151,7 @@ def page(
     )
     show(console, rows, tokenization, learnt=learnt)
     for line in ["", *summary]:
-        _print(console, Text(line))
+        _print(console, Text(printable(line)))
     return console.export_html(code_format=_PAGE, inline_styles=False)
 
 
