@@ -161,6 +161,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 def loaded(path, home):
     """The page after a browser has run it."""
+    assert CHROMIUM is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     options += [f"--user-data-dir={home}", "--virtual-time-budget=3000"]
     done = subprocess.run(
