@@ -133,7 +133,7 @@ def _check_float(flag: str, value: Any, most: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     check(is_number, flag, value, "must be a number")
     is_finite = -sys.float_info.max <= value <= sys.float_info.max
-    check(is_finite, flag, value, "must be a finite number")
+    check(is_finite, flag, value, "must be finite")
     why = f"must be at most {most:g}, and not below {-_LARGEST:g}"
     check(-_LARGEST <= value <= most, flag, value, why)
     why = f"is 0 in float32; must be 0, or at least {_SMALLEST:g} in size"
