@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -32,6 +33,8 @@ from rlhf_jax.config.tools import (
     MergeConfig,
     PresetsConfig,
 )
+from rlhf_jax.files.printable import printable
+from rlhf_jax.run.terminal import escape_controls
 from rlhf_jax.tools.preset_table import find_preset
 
 
@@ -160,6 +163,7 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; user errors end with one line and exit code 2."""
+    escape_controls()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -221,13 +225,19 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     if path is not None:
         flags = flags_from(config_type, values, where=path) + flags
     flags = preset_flags + flags
-    return tyro.cli(
-        config_type,
-        args=flags,
-        prog=prog,
-        description=f"{inspect.getdoc(config_type)}\n\n"
-        "--config FILE reads options from YAML.",
+    described = (
+        f"{inspect.getdoc(config_type)}\n\n--config FILE reads options from YAML."
     )
+    from_flags = functools.partial(
+        tyro.cli, config_type, prog=prog, description=described
+    )
+    shown = [printable(flag) for flag in flags]
+    if shown == flags:
+        return from_flags(args=flags)
+    try:
+        return from_flags(args=flags, console_outputs=False)
+    except SystemExit:  # its complaint would quote them
+        return from_flags(args=shown)
 
 
 def _with_names(command: str, flags: list[str]) -> list[str]:
@@ -309,7 +319,7 @@ def _suggestion(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"rlhf-jax: error: {message}", file=sys.stderr)
+    print(f"rlhf-jax: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

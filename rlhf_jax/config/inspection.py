@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.policy import PolicyConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.run import (
@@ -81,6 +82,7 @@ class InspectConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(bool(self.model), "model", self.model, "name a directory")
         check(bool(self.stages), "stages", self.stages, "name at least one stage")
         check(
@@ -163,6 +165,7 @@ class ShowDataConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check_positive(max_tokens=self.max_tokens, limit=self.limit)
         unused = ["train_on", "chat_template", "completion_column"]
         if self.task == "reward":

@@ -15,6 +15,7 @@ from rlhf_jax.algo.options import (
     require_defaults,
 )
 from rlhf_jax.algo.scores import EnsembleScore
+from rlhf_jax.config.limits import MOST_COUNT, check_batch
 from rlhf_jax.config.run import FREE_ON_RESUME, RunConfig, check_positive
 from rlhf_jax.data.encoding import Overlong
 
@@ -352,6 +353,17 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
 
     def _check_sizes(self) -> None:
         """Checks that depend on both method and sizes."""
+        tokens = self.max_prompt_tokens + self.max_new_tokens
+        columns = "max-prompt-tokens and max-new-tokens"
+        check_batch(self.batch_size, tokens, columns=columns)
+        steps = self.updates * self.epochs * self.minibatches
+        check(
+            steps <= MOST_COUNT,
+            "updates",
+            self.updates,
+            f"times epochs {self.epochs} times minibatches {self.minibatches} must be "
+            f"at most {MOST_COUNT}",
+        )
         measured = self._held_out_metrics()
         check(
             self.early_stop is None or self.early_stop in measured,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.limits import check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +253,7 @@ class RunConfig:
     """with resume: resume from the checkpoint of this step instead; later checkpoints
     and logs are removed"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^64 − 1"""
     accept_changed: tuple[Changed, ...] = ()
     """with resume: continue although this has changed since the checkpoint was saved;
     history: metrics.jsonl lacks steps"""
@@ -288,6 +289,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check_positive(
             checkpoint_every=self.checkpoint_every, eval_every=self.eval_every

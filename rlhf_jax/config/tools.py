@@ -9,6 +9,7 @@ from typing import Literal
 
 from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
+from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.policy import function_name
 from rlhf_jax.config.run import Dtype, check_positive
 from rlhf_jax.data.annotation import LETTERS, Kind
@@ -54,10 +55,11 @@ class GenerateConfig:
     dtype: Dtype = "float32"
     """dtype of parameters and activations"""
     seed: int = 0
-    """seed of sampling"""
+    """seed of sampling, from 0 to 2^64 − 1"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(
             bool(self.prompt) != bool(self.data),
             "prompt",
@@ -156,10 +158,11 @@ class EvaluateConfig:
     output: str | None = None
     """JSON file to write the metrics to"""
     seed: int = 0
-    """seed of sampling"""
+    """seed of sampling, from 0 to 2^64 − 1"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         given = [f for f in (self.data, self.pairs, self.prompts) if f is not None]
         check(
             len(given) >= 1,

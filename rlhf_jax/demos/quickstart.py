@@ -49,6 +49,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         Interrupted: after saving a checkpoint, when asked to stop; rerun to resume.
     """
     began = time.perf_counter()
+    config.validate()
     root = Path(config.run_dir)
     _check_directory(config, root)
     with resumable("quickstart"):

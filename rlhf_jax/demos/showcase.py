@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.printable import printable
 from rlhf_jax.run.session import Interrupted
 
 
@@ -75,11 +77,13 @@ def print_table(
     table = Table()
     for number, column in enumerate(rows[0]):
         table.add_column(
-            column, justify="right" if number else "left", no_wrap=not number
+            Text(printable(column)),
+            justify="right" if number else "left",
+            no_wrap=not number,
         )
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(Text(printable(cell)) for cell in row.values()))
     console = Console()
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(Text(printable(note)))

@@ -47,6 +47,7 @@ from rlhf_jax.recipes.scorer import (
     RewardModelProgram,
     reward_model_program,
 )
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.rollout.group_experience import GroupAdvantageFn, make_group_experience
 from rlhf_jax.rollout.sampler_mismatch import sampler_gap
 from rlhf_jax.rollout.scoring import score_rollout
@@ -205,7 +206,7 @@ def setup(
             `make_group_experience`.
     """
     models, actor = load_policy_models(config, networks)
-    run_key, eval_key = jax.random.split(jax.random.key(config.seed))
+    run_key, eval_key = jax.random.split(seed_key(config.seed))
     optimizers, schedules = make_grpo_optimizers(config)
     init = partial(
         init_train_state,

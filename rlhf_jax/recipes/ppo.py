@@ -36,6 +36,7 @@ from rlhf_jax.recipes.scorer import (
     RewardModelProgram,
     reward_model_program,
 )
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.rollout.experience import AdvantageFn, make_experience, whiten_minibatch
 from rlhf_jax.rollout.sampler_mismatch import sampler_gap
 from rlhf_jax.rollout.scoring import mark_stops, score_rollout
@@ -175,7 +176,7 @@ def setup(
             `make_experience`.
     """
     models, params = load_four_models(config, networks)
-    run_key, eval_key, moments_key = jax.random.split(jax.random.key(config.seed), 3)
+    run_key, eval_key, moments_key = jax.random.split(seed_key(config.seed), 3)
     optimizers, schedules = make_ppo_optimizers(config)
     init = partial(
         init_train_state,

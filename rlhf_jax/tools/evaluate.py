@@ -27,10 +27,11 @@ from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, collate, encode_rows
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.recipes.scorer import probe
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 
 
 def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
@@ -99,7 +100,7 @@ def _measure(
         mesh=mesh,
     )
     answers = evaluator.answers(
-        jax.random.key(config.seed),
+        seed_key(config.seed),
         params,
         batch.prompts,
         reference=models.reference,
@@ -181,7 +182,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         figures |= policy_figures(config, config.prompts, mesh)
     width = max(map(len, figures))
     for name, value in figures.items():
-        print(f"{name:>{width}}  {value:.6g}")
+        say(f"{name:>{width}}  {value:.6g}")
     if config.output is not None:
         write_atomic(Path(config.output), json.dumps(figures, indent=2) + "\n")
     return figures

@@ -167,7 +167,7 @@ def test_no_reward_at_all(refused, grpo_on, grpo_config):
         ("--preset remax --resample 1", ["resample=1", "greedy"]),
         ("--refresh-every 0", ["refresh-every=0"]),
         ("--reward-weights 1 2", ["reward-weights=(1.0, 2.0)", "each of the 1"]),
-        ("--reward-weights nan", ["reward-weights=(nan,)"]),
+        ("--reward-weights nan", ["reward-weights=nan: must be finite"]),
         ("--reward-on-failure nan", ["reward-on-failure=nan"]),
         ("--reward-time-limit 0", ["reward-time-limit=0"]),
         ("--reward-time-limit inf", ["reward-time-limit=inf"]),
