@@ -240,6 +240,7 @@ def _workers(
         weights=weights or None,
         processes=config.reward_processes,
         time_limit=config.reward_time_limit,
+        memory_limit=config.reward_memory_limit,
         on_failure="stop" if failing is None else failing,
     )
 
