@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.run_directory import write_atomic
-from rlhf_jax.run.session import Interrupted
 
 
 def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None:

@@ -116,10 +116,8 @@ class RewardWorkers:
 
     def __enter__(self) -> "RewardWorkers":
         try:
-            limit = self.memory_limit
-            size = None if limit is None else int(limit * 2**30)
             for _ in range(self.processes):
-                self._workers.append(RewardProcess(self.specs, size))
+                self._workers.append(RewardProcess(self.specs, self.memory_limit))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:

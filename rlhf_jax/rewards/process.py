@@ -46,10 +46,10 @@ class RewardProcess:
 
     Args:
         specs: the functions, see `load_reward_function`; a job names one by its index.
-        memory_limit: bytes of its address space; None: no limit.
+        memory_limit: GiB of its address space; None: no limit.
     """
 
-    def __init__(self, specs: Sequence[str], memory_limit: int | None = None):
+    def __init__(self, specs: Sequence[str], memory_limit: float | None = None):
         self._specs = list(specs)
         self._memory_limit = memory_limit
         self._start()
@@ -75,11 +75,12 @@ class RewardProcess:
         self._received = bytearray()
         self._worker: int | None = None  # its process id
         self._job = 0  # number of the current one
+        limit = self._memory_limit
         self._send(
             {
                 "specs": self._specs,
                 "path": [*sys.path, os.getcwd()],
-                "memory": self._memory_limit,
+                "memory": limit if limit is None else int(limit * 2**30),
             },
             rows=0,
         )
@@ -188,7 +189,7 @@ class RewardProcess:
         if limit is None or isinstance(found, list):
             return found
         if "MemoryError" in found or found.startswith("crashed"):
-            return f"{found}; --reward-memory-limit is {limit / 2**30:g} GiB"
+            return f"{found}; --reward-memory-limit is {limit:g} GiB: try more"
         return found
 
     def kill(self) -> None:

@@ -62,7 +62,9 @@ def _run_worker(handle: int, supervisor: int) -> NoReturn:
     _defer_package_init()
     from rlhf_jax.rewards.worker import serve
 
-    serve(handle)
+    with contextlib.suppress(MemoryError):  # outside a call
+        serve(handle)
+    os._exit(1)
 
 
 def _descendants(ancestor: int) -> set[int]:

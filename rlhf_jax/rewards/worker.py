@@ -144,7 +144,7 @@ class _Connection:
         """The next message; exits if the run is gone."""
         while (message := take_frame(self._received, longest=LONGEST_FRAME)) is None:
             try:
-                data = self._socket.recv(1 << 20)
+                data = self._socket.recv(1 << 16)
             except OSError:
                 data = b""
             if not data:

@@ -14,7 +14,7 @@ from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.models.hf.hub import local_directory
 from rlhf_jax.run.checkpointer import Checkpointer
-from rlhf_jax.run.interrupt import Interruptible
+from rlhf_jax.run.interrupt import Interrupted, Interruptible
 from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter, read_metrics
 from rlhf_jax.run.progress import progress, warn
 from rlhf_jax.run.remedy import remedy
@@ -73,10 +73,6 @@ def _check_saved(step: int, run: RunDirectory) -> None:
         f"has no checkpoint in {run.checkpoints}; there are: "
         f"{', '.join(map(str, saved)) or 'none'}",
     )
-
-
-class Interrupted(SystemExit):
-    """The run was stopped on request and can be resumed."""
 
 
 class Session(contextlib.ExitStack):

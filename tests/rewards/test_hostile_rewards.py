@@ -260,12 +260,12 @@ def test_the_memory_limit(rewards):
         assert batch.complaints[0].endswith(
             "MemoryError (hostile.py, line "
             f"{1 + REWARDS[: REWARDS.index('return [len(bytearray')].count(chr(10))}); "
-            "--reward-memory-limit is 0.5 GiB"
+            "--reward-memory-limit is 0.5 GiB: try more"
         )
     with workers(rewards, "fills_memory_natively", memory_limit=0.5) as found:
         (line,) = found.score([""], [""], {}).complaints
         assert line.endswith(
-            "crashed its process: SIGABRT; --reward-memory-limit is 0.5 GiB"
+            "crashed its process: SIGABRT; --reward-memory-limit is 0.5 GiB: try more"
         )
     with workers(rewards, "fills_memory_natively") as found:
         assert not found.score([""], [""], {}).complaints
