@@ -178,7 +178,7 @@ class Scorer:
 
         functions = self._functions.train
         if functions is None:
-            self._check(by_model, np.float32(0), texts)
+            self._check(by_model, 0, texts)
             return Rewards(scores=scores, metrics={})
         responses = texts()
         found = self._ask(functions, responses, batch)
@@ -231,7 +231,7 @@ class Scorer:
     def _check(
         self,
         by_model: Array | np.ndarray,
-        by_functions: np.ndarray,
+        by_functions: np.ndarray | int,
         texts: Callable[[], Sequence[str]],
     ) -> None:
         """Raises RewardError if a score of the reward model or a sum is unusable."""
@@ -247,8 +247,8 @@ class Scorer:
         raise RewardError(
             f"the reward of row {row} (response {shown(texts()[row])}) is "
             f"{total[row]:g}, with {by_model[row]:g} from the reward model times "
-            f"reward-model-weight={self._weight:g}; both go from {-LARGEST_REWARD:g} to "
-            f"{LARGEST_REWARD:g}: repair the model at reward-model={self._path!r}, or "
+            f"reward-model-weight={self._weight:g}; both go from "
+            f"{-LARGEST_REWARD:g} to {LARGEST_REWARD:g}: repair the model at reward-model={self._path!r}, or "
             "lower the weight"
         )
 

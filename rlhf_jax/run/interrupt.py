@@ -10,8 +10,7 @@ from types import FrameType, TracebackType
 import jax
 import numpy as np
 
-_STOPPING = b"\nStopping after this step; press Ctrl-C again to lose it and stop now.\n"
-_ALREADY = b"\nAlready stopping after this step; only a second Ctrl-C stops it now.\n"
+_NOTICE = b"\nStopping after this step; only a second Ctrl-C stops immediately.\n"
 
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -91,7 +90,7 @@ class Interruptible:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):
             # Not `print`: the signal may have interrupted one.
-            os.write(2, _ALREADY if self.requested else _STOPPING)
+            os.write(2, _NOTICE)
         self.requested = True
         if number == signal.SIGHUP:
             nowhere = os.open(os.devnull, os.O_WRONLY)
