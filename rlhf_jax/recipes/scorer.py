@@ -248,8 +248,8 @@ class Scorer:
             f"the reward of row {row} (response {shown(texts()[row])}) is "
             f"{total[row]:g}, with {by_model[row]:g} from the reward model times "
             f"reward-model-weight={self._weight:g}; both go from "
-            f"{-LARGEST_REWARD:g} to {LARGEST_REWARD:g}: repair the model at reward-model={self._path!r}, or "
-            "lower the weight"
+            f"{-LARGEST_REWARD:g} to {LARGEST_REWARD:g}: repair the model at "
+            f"reward-model={self._path!r}, or lower the weight"
         )
 
     def _ask(

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import threading
 import zoneinfo
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from rlhf_jax.data.row_files import read_rows
 from rlhf_jax.rewards.frames import pack, unpack
 from rlhf_jax.rewards.functions import RewardError, RewardFunctionError, RewardWorkers
+from rlhf_jax.run.interrupt import Interruptible
 
 REWARDS = r"""
 import os, signal, sys, threading, time
@@ -153,6 +155,24 @@ def test_what_is_a_failure_of_its_row(scoring, habit, complaint):
     assert line.isprintable()
     assert re.fullmatch(rf'.*odd, row 0 \(response "{habit}"\): {complaint}', line)
     assert scoring("").scores.tolist() == [1]
+
+
+def test_a_call_ends_before_a_request_to_stop_is_followed(rewards, capfd):
+    """Of the whole process group too, as schedulers send it."""
+    with RewardWorkers([f"{rewards}:odd", f"{rewards}:process"], processes=1) as found:
+        worker = int(found.score([""], [""], {}).by_function[1, 0])
+
+        def send():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(worker, signal.SIGTERM)
+
+        with Interruptible() as interrupt:
+            timer = threading.Timer(0.2, send)
+            timer.start()
+            scores = found.score([""], ["sleeps"], {})
+            timer.join()
+            assert interrupt.requested
+    assert scores.by_function.tolist() == [[1], [worker]]
 
 
 def test_a_worker_that_stopped_cannot_hold_the_run(rewards):

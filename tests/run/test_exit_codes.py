@@ -62,7 +62,8 @@ def test_the_document_lists_the_codes():
         ("send('SIGHUP')\ntime.sleep(60)", 129, ""),
         # A second one does not wait for what the first has begun to end.
         (
-            "try:\n    send('SIGTERM')\nfinally:\n    send('SIGTERM')\n    time.sleep(60)",
+            "try:\n    send('SIGTERM')\n"
+            "finally:\n    send('SIGTERM')\n    time.sleep(60)",
             -signal.SIGTERM,
             "",
         ),
