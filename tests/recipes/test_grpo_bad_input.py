@@ -273,7 +273,7 @@ def test_a_function_that_hangs(complaint, letters_on):
 
 def test_a_function_that_needs_more_memory(refused, letters_on):
     message = refused(*letters_on("letters", "--reward-memory-limit", 0.001))
-    assert message.endswith("MemoryError; --reward-memory-limit is 0.001 GiB: try more")
+    assert message.endswith("; --reward-memory-limit is 0.001 GiB: try more")
 
 
 def test_failures_may_have_a_score(letters_on, tmp_path):
