@@ -162,7 +162,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; user errors end with one line and exit code 2."""
+    """Entry point; the exit codes are those of docs/exit-codes.md."""
     escape_controls()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -182,22 +182,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = " or ".join(name.split()[1] for name in halves)
             _fail(f"{command} requires {seconds}: rlhf-jax {halves[0]} --help")
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
-    found = COMMANDS[command]
-    from rlhf_jax.learner.finite import NonFiniteError
+    _run(command, flags)
 
+
+def _run(command: str, flags: list[str]) -> None:
+    from rlhf_jax.learner.finite import NonFiniteError
+    from rlhf_jax.run.interrupt import Interrupted, exits_by_signal
+
+    found = COMMANDS[command]
     try:
         flags = _with_names(command, flags)
         config = parse(found.config, flags, prog=f"rlhf-jax {command}")
         quieten_libraries()
         use_compilation_cache()
-        found.run(config)
+        with exits_by_signal():
+            found.run(config)
     except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError, NonFiniteError) as error:
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        _fail(str(error))
+        _fail(str(error), code=3 if isinstance(error, NonFiniteError) else 2)
+    except Interrupted as stopped:
+        print(f"rlhf-jax: {stopped}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -318,9 +327,9 @@ def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, *, code: int = 2) -> None:
     print(f"rlhf-jax: error: {printable(message)}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The string below each field is its command-line help.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 from rlhf_jax.algo.options import (
@@ -16,6 +15,7 @@ from rlhf_jax.algo.options import (
 )
 from rlhf_jax.algo.scores import EnsembleScore
 from rlhf_jax.config.limits import MOST_COUNT, check_batch
+from rlhf_jax.config.reward_limits import LARGEST_REWARD, check_call_limits
 from rlhf_jax.config.run import FREE_ON_RESUME, RunConfig, check_positive
 from rlhf_jax.data.encoding import Overlong
 
@@ -75,6 +75,9 @@ class RewardSources:
     """worker processes for reward functions"""
     reward_time_limit: float = 5.0
     """seconds before a reward function call fails"""
+    reward_memory_limit: float | None = None
+    """GiB of address space before a reward function call fails, per process and with
+    libraries; None: no limit"""
     reward_on_failure: float | None = None
     """score of responses on which a reward function fails; None: stop the run"""
     eval_reward: tuple[str, ...] = ()
@@ -100,10 +103,11 @@ class RewardSources:
             "(functions, file.py:function)",
         )
         check(
-            math.isfinite(self.reward_model_weight) and self.reward_model_weight != 0,
+            0 < abs(self.reward_model_weight) <= LARGEST_REWARD,
             "reward-model-weight",
             self.reward_model_weight,
-            "must be finite and nonzero; to disable the reward model, leave it out",
+            f"must be nonzero, from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}; to "
+            "disable the reward model, leave it out",
         )
         if self.reward_model is None:
             why = "requires --reward-model"
@@ -132,8 +136,8 @@ class RewardSources:
     def _check_functions(self) -> None:
         if not self.reward and not self.eval_reward:
             why = "requires a reward function; there are none"
-            of_functions = ("columns", "processes", "time_limit", "on_failure")
-            of_functions = [f"reward_{name}" for name in of_functions]
+            of_functions = ("columns", "processes", "time_limit", "memory_limit")
+            of_functions = [f"reward_{name}" for name in (*of_functions, "on_failure")]
             require_defaults(self, "", *of_functions, "eval_pass", why=why)
         check(
             len(self.reward_weights) in (0, len(self.reward)),
@@ -157,23 +161,20 @@ class RewardSources:
             "is already the name of a metric or sample column; rename the function",
         )
         check_positive(reward_processes=self.reward_processes)
+        check_call_limits(self.reward_time_limit, self.reward_memory_limit)
+        bounds = f"from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
         check(
-            0 < self.reward_time_limit < math.inf,
-            "reward-time-limit",
-            self.reward_time_limit,
-            "must be positive and finite",
-        )
-        check(
-            all(map(math.isfinite, self.reward_weights)),
+            all(abs(weight) <= LARGEST_REWARD for weight in self.reward_weights),
             "reward-weights",
             self.reward_weights,
-            "must be finite numbers",
+            f"must be numbers {bounds}",
         )
         check(
-            self.reward_on_failure is None or math.isfinite(self.reward_on_failure),
+            self.reward_on_failure is None
+            or abs(self.reward_on_failure) <= LARGEST_REWARD,
             "reward-on-failure",
             self.reward_on_failure,
-            "must be a finite number, or None",
+            f"must be a number {bounds}, or None",
         )
 
 

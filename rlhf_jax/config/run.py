@@ -228,6 +228,7 @@ FREE_ON_RESUME = (
     # To change after a reward function has failed.
     "reward_processes",
     "reward_time_limit",
+    "reward_memory_limit",
     "reward_on_failure",
     # Affect memory and time, and training only by rounding.
     "remat",

@@ -11,6 +11,7 @@ from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.policy import function_name
+from rlhf_jax.config.reward_limits import check_call_limits
 from rlhf_jax.config.run import Dtype, check_positive
 from rlhf_jax.data.annotation import LETTERS, Kind
 from rlhf_jax.data.judgements import RatingScale
@@ -144,6 +145,9 @@ class EvaluateConfig:
     not null in the first row"""
     reward_time_limit: float = 5.0
     """seconds before a reward function call fails"""
+    reward_memory_limit: float | None = None
+    """GiB of address space before a reward function call fails, per process and with
+    libraries; None: no limit"""
     samples: int = 1
     """responses per prompt"""
     pass_score: float | None = 1.0
@@ -188,7 +192,8 @@ class EvaluateConfig:
             self.samples,
             "requires --prompts FILE",
         )
-        for name in ("reward_columns", "reward_time_limit", "pass_score"):
+        of_functions = ("reward_columns", "reward_time_limit", "reward_memory_limit")
+        for name in (*of_functions, "pass_score"):
             value = vars(self)[name]
             check(
                 bool(self.reward) or value == vars(type(self))[name],
@@ -196,12 +201,7 @@ class EvaluateConfig:
                 value,
                 "requires --reward",
             )
-        check(
-            self.reward_time_limit > 0,
-            "reward-time-limit",
-            self.reward_time_limit,
-            "must be above 0",
-        )
+        check_call_limits(self.reward_time_limit, self.reward_memory_limit)
         names = [function_name(spec) for spec in self.reward]
         check(
             len(set(names)) == len(names),

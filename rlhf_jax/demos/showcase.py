@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.files.printable import printable
-from rlhf_jax.run.session import Interrupted
+from rlhf_jax.run.interrupt import Interrupted
 
 
 def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.recipes.responses import Sampler
 from rlhf_jax.recipes.scorer import RewardFunctions, RewardModelProgram, Rewards, Scorer
-from rlhf_jax.rewards.functions import RewardFunctionError
+from rlhf_jax.rewards.functions import RewardError
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import Session
 
@@ -132,14 +132,14 @@ class PolicyRun(contextlib.ExitStack):
     ) -> Rewards:
         """Rewards of B responses; `batch` has the prompt of each.
 
-        If a reward function fails, `state` is saved as the state after the last step.
+        If a reward is unusable, `state` is saved as the state after the last step.
 
         Raises:
-            RewardFunctionError: with the command to resume.
+            RewardError: with the command to resume.
         """
         try:
             return self._scorer.of_rollout(rollout, batch)
-        except RewardFunctionError as error:
+        except RewardError as error:
             self._session.save_and_raise(self._step, state, error)
 
     def finish(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
@@ -152,7 +152,7 @@ class PolicyRun(contextlib.ExitStack):
 
         Raises:
             NonFiniteError: if a loss or gradient was not finite.
-            RewardFunctionError: if one fails in the evaluation, after a checkpoint.
+            RewardError: if a reward is unusable in the evaluation, after a checkpoint.
             Interrupted: after a checkpoint, when asked to stop.
         """
         session, actor = self._session, state.params.actor
@@ -162,7 +162,7 @@ class PolicyRun(contextlib.ExitStack):
         if session.is_eval_step(step):
             try:
                 metrics |= self._evaluate(session, step, actor)
-            except RewardFunctionError as error:
+            except RewardError as error:
                 session.log(step, metrics, shown=self._shown)
                 session.save_and_raise(step, state, error)
             self._keeper.see(step, metrics, actor)

@@ -15,7 +15,7 @@ from rlhf_jax.files.atomic import remove_temporary
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
 from rlhf_jax.run.fingerprints import fingerprints
-from rlhf_jax.run.interrupt import Interruptible
+from rlhf_jax.run.interrupt import Interrupted, Interruptible
 from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter, read_metrics
 from rlhf_jax.run.progress import progress, warn
 from rlhf_jax.run.remedy import remedy
@@ -56,10 +56,6 @@ def _start(config: RunConfig) -> dict[str, Any]:
         "resume": config.resume,
         "free_on_resume": config.free_on_resume(),
     }
-
-
-class Interrupted(SystemExit):
-    """The run was stopped on request and can be resumed."""
 
 
 class Session(contextlib.ExitStack):

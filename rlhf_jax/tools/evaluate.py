@@ -47,7 +47,10 @@ def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, f
     if not config.reward:
         return _measure(config, tokenization, batch, mesh, None)
     with RewardWorkers(
-        config.reward, processes=2, time_limit=config.reward_time_limit
+        config.reward,
+        processes=2,
+        time_limit=config.reward_time_limit,
+        memory_limit=config.reward_memory_limit,
     ) as workers:
         probe(workers, batch.take(range(min(config.samples + 1, len(batch.rows)))))
         return _measure(config, tokenization, batch, mesh, workers)

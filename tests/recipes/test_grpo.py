@@ -15,9 +15,10 @@ from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
 from rlhf_jax.rewards.functions import RewardWorkers
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.run_directory import RunDirectory
-from rlhf_jax.run.session import Interrupted, Session
+from rlhf_jax.run.session import Session
 
 PATIENCE, SAMPLES, EVAL_EVERY = 2, 8, 4
 
