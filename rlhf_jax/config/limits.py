@@ -36,8 +36,6 @@ MOST = {
     "ensemble": 2**6,
     "models": 2**6,
     "resample": 1000,
-    # A week, in seconds; the clocks of some systems end after 24 days.
-    "reward_time_limit": 604_800,
 }
 """Largest value by name of the option; all other counts: MOST_COUNT."""
 

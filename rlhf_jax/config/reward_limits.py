@@ -6,7 +6,8 @@ LARGEST_REWARD = 1e12
 """Largest absolute score and weight of a reward, and largest weighted sum. Squares can
 still be summed in float32 over the gradient of a large model: 1e24 · 1e12 < 3e38."""
 LONGEST_CALL = 604_800.0
-"""Seconds, the largest time limit of a reward function: a week."""
+"""Seconds, the largest time limit of a reward function: a week. The clocks of some
+systems end after 24 days."""
 LARGEST_MEMORY = 1e6
 """GiB, the largest memory limit of a reward function."""
 

@@ -10,8 +10,8 @@ from typing import Literal
 from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
 from rlhf_jax.config.limits import check_numbers
-from rlhf_jax.config.policy import function_name
 from rlhf_jax.config.reward_limits import check_call_limits
+from rlhf_jax.config.reward_sources import function_name
 from rlhf_jax.config.run import Dtype, check_positive
 from rlhf_jax.data.annotation import LETTERS, Kind
 from rlhf_jax.data.judgements import RatingScale

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Params
-from rlhf_jax.config.policy import function_name
+from rlhf_jax.config.reward_sources import function_name
 from rlhf_jax.config.tools import EvaluateConfig
 from rlhf_jax.data.batches import pad_examples, pad_pairs
 from rlhf_jax.data.encoding import encode_examples, encode_pairs

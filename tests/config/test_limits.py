@@ -119,7 +119,6 @@ def test_limits_are_those_of_options():
         ("lora.rank", 16_384),
         ("mesh.fsdp", 4096),
         ("reward_processes", 1024),
-        ("reward_time_limit", 604_800),
         ("checkpoint_every", 2_147_483_647),
     ],
 )
