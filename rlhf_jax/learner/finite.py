@@ -1,9 +1,8 @@
 """Detects the first non-finite loss or gradient."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 TERMS = "terms/"
 """prefix of the losses and gradient norms of an update that must be finite"""
@@ -34,12 +33,13 @@ def first_nonfinite(metrics: Mapping[str, Any]) -> dict[str, int]:
     Returns:
         The step by name of the term.
     """
-    found = {}
-    for name, values in metrics.items():
-        if name.startswith(TERMS):
-            bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
-            found[name.removeprefix(TERMS)] = int(bad[0]) if len(bad) else -1
-    return found
+    return {
+        name.removeprefix(TERMS): next(
+            (step for step, value in enumerate(values) if not math.isfinite(value)), -1
+        )
+        for name, values in metrics.items()
+        if name.startswith(TERMS)
+    }
 
 
 def pop_nonfinite(metrics: Mapping[str, Any], *, step: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.kl import adapt_kl_coef
-from rlhf_jax.algo.types import Array, Rollout
+from rlhf_jax.algo.types import Array, Experience, Rollout
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.data.tokenization import Tokenization
@@ -35,7 +35,7 @@ class PolicyRun(contextlib.ExitStack):
                 …
                 rewards = run.rewards(state, rollout, batch)
                 …
-                run.finish(step, state, metrics)
+                state = run.finish(step, state, metrics, experience, batch)
             run.save(state)
         run.report()
 
@@ -83,6 +83,7 @@ class PolicyRun(contextlib.ExitStack):
         self._session = Session(config)
         self.directory: RunDirectory = self._session.run
         assert models.network is not None
+        self._vocab_size = models.module.config.vocab_size
         self._save = partial(
             save_trained, self.directory, models.network, config, tokenization
         )
@@ -140,21 +141,41 @@ class PolicyRun(contextlib.ExitStack):
         except RewardFunctionError as error:
             self._session.save_and_raise(self._step, state, error)
 
-    def finish(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def finish(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: dict[str, float],
+        experience: Experience,
+        batch: PromptBatch,
+    ) -> TrainState:
         """Ends a step: checks that it is finite, then evaluates, logs and saves if due.
 
         Args:
             step: number of the step.
             state: state after it.
             metrics: metrics of the step, on the host.
+            experience: experience of the step.
+            batch: its prompts, one per response.
+
+        Returns:
+            The state to continue with; if the step was skipped, that before it.
 
         Raises:
             NonFiniteError: if a loss or gradient was not finite.
             RewardFunctionError: if one fails in the evaluation, after a checkpoint.
             Interrupted: after a checkpoint, when asked to stop.
         """
-        session, actor = self._session, state.params.actor
-        metrics = session.check_finite(step, metrics)
+        session = self._session
+        state, metrics = session.check_finite(
+            step,
+            state,
+            metrics,
+            experience,
+            prompts=batch.texts,
+            vocab_size=self._vocab_size,
+        )
+        actor = state.params.actor
         self._tokens += metrics["rollout/tokens"]  # logged as a running total
         metrics["rollout/tokens"] = self._tokens
         if session.is_eval_step(step):
@@ -167,6 +188,7 @@ class PolicyRun(contextlib.ExitStack):
         session.log(step, metrics, shown=self._shown)
         session.checkpoint(step, state, last=self._keeper.is_done)
         self._step = step
+        return state
 
     def save(self, state: TrainState) -> None:
         """Saves the last policy, unless the best one is saved already."""

@@ -5,6 +5,7 @@ launches.jsonl  per start of the run: time, command line, versions, devices
 metrics.jsonl   one line of metrics per step
 samples.jsonl   prompts with responses, if the stage samples
 checkpoints/    for `--resume` and `--resume-step`
+nonfinite/      batches of steps with a NaN or infinite loss, for `rlhf-jax replay`
 model/          the trained model, as a Hugging Face directory
 adapter/        of a LoRA run: only the adapters, in PEFT's format
 report.html     report with all charts and samples
@@ -70,6 +71,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Directory of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Directory of the batches of steps that were not finite."""
+        return self.path / "nonfinite"
 
     @property
     def model(self) -> Path:

@@ -11,13 +11,12 @@ import jax
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
-from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.models.hf.hub import local_directory
 from rlhf_jax.run.checkpointer import Checkpointer
 from rlhf_jax.run.interrupt import Interruptible
 from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter, read_metrics
+from rlhf_jax.run.nonfinite import FiniteCheck
 from rlhf_jax.run.progress import progress, warn
-from rlhf_jax.run.remedy import remedy
 from rlhf_jax.run.report import write_report
 from rlhf_jax.run.run_directory import (
     RunDirectory,
@@ -167,6 +166,12 @@ class Session(contextlib.ExitStack):
             )
         )
         self._samples = self.enter_context(SamplesWriter(run.samples, start_step=first))
+        self.check_finite = FiniteCheck(
+            config,
+            run,
+            self._checkpointer,
+            skipped=int(sum(self.history("optim/skipped")[-1:])),
+        )
 
     def history(self, metric: str) -> list[float]:
         """Logged values of a metric from before this start."""
@@ -196,7 +201,11 @@ class Session(contextlib.ExitStack):
         """Logs the metrics of a step; shows those in `shown`, by label.
 
         Non-finite metrics are logged as they are, with a warning the first time.
+        `optim/skipped` is the number of steps skipped so far, with on-nonfinite=skip.
         """
+        if self.config.on_nonfinite == "skip":
+            skipped = float(self.check_finite.skipped)
+            metrics = {**metrics, "optim/skipped": skipped}
         self._metrics.write(step, metrics)
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._overflowed:
@@ -209,28 +218,6 @@ class Session(contextlib.ExitStack):
         self._progress.update(
             step, {label: metrics[name] for label, name in found.items()}
         )
-
-    def check_finite(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics without `first_nonfinite/` entries, after checking those.
-
-        Raises:
-            NonFiniteError: if one is set, with advice on how to continue. The state is
-                not saved: it may include earlier optimizer steps of the update or be
-                the cause of the failure, and would replace a good checkpoint.
-        """
-        try:
-            return pop_nonfinite(metrics, step=step)
-        except NonFiniteError as error:
-            line = remedy(
-                error,
-                step=step,
-                stage=self.stage,
-                run_dir=self.run.path,
-                saved=self._checkpointer.steps(),
-                rates=self.config.learning_rates(),
-            )
-            optimizer_step = error.optimizer_step
-            raise NonFiniteError(line, optimizer_step=optimizer_step) from None
 
     def save_and_raise(self, step: int, state: Any, error: ValueError) -> NoReturn:
         """Saves the state after `step` and raises the error, with how to resume."""
