@@ -113,6 +113,8 @@ class FiniteCheck:
             return state, pop_nonfinite(metrics, step=step)
         except NonFiniteError as error:
             problem = error
+        if self._config.undoes_updates:
+            self._save(step - 1, state)
         dump = Dump(
             stage=self._config.stage,
             step=step,
@@ -122,15 +124,11 @@ class FiniteCheck:
             prompts=prompts,
             vocab_size=vocab_size,
         )
-        line = f"{problem}. The batch is in {write_dump(self._run, dump)}"
-        if self._config.undoes_updates:
-            self._save(step - 1, state)
-            where = shlex.quote(str(self._run.path))
-            line += f"; `rlhf-jax replay --run-dir {where} --step {step}` runs it alone"
+        line = f"{problem}. {self._kept(dump)}"
         if self._config.on_nonfinite == "stop":
             raise self._stopped(line, step, problem)
         if self.skipped >= self._config.max_skipped:
-            line += f". {self.skipped} steps were skipped (max-skipped)"
+            line += f". It is not skipped: max-skipped={self.skipped} is reached"
             raise self._stopped(line, step, problem)
         self.skipped += 1
         number = f"number {self.skipped} of at most {self._config.max_skipped}"
@@ -141,6 +139,19 @@ class FiniteCheck:
             if np.ndim(value) == 0 and math.isfinite(value)
         }
         return _advanced(state), finite
+
+    def _kept(self, dump: Dump) -> str:
+        """Writes the batch; says where it is, and how to run it."""
+        try:
+            path = write_dump(self._run, dump)
+        except OSError as error:
+            return f"Its batch could not be saved ({error.strerror})"
+        text = f"Its batch is in {path}"
+        if self._config.undoes_updates:
+            where = shlex.quote(str(self._run.path))
+            command = f"rlhf-jax replay --run-dir {where} --step {dump.step}"
+            text += f"; `{command}` runs it alone"
+        return text
 
     def _stopped(self, line: str, step: int, problem: NonFiniteError) -> NonFiniteError:
         """The error that ends the run, with the command to go on."""
@@ -199,7 +210,9 @@ def write_dump(run: RunDirectory, dump: Dump) -> Path:
         for path, leaf in jax.tree.leaves_with_path(dump.batch)
     }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, about=np.array(json.dumps(about)), **arrays)
+    np.savez_compressed(
+        buffer, about=np.array(json.dumps(about, default=str)), **arrays
+    )
     path = dump_path(run, dump.step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
