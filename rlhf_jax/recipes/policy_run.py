@@ -13,6 +13,7 @@ from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.train_state import TrainState
+from rlhf_jax.recipes.collapse import CollapseWatch
 from rlhf_jax.recipes.held_out import HeldOut
 from rlhf_jax.recipes.networks import save_trained
 from rlhf_jax.recipes.policy_keeper import PolicyKeeper
@@ -21,6 +22,7 @@ from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.recipes.responses import Sampler
 from rlhf_jax.recipes.scorer import RewardFunctions, RewardModelProgram, Rewards, Scorer
 from rlhf_jax.rewards.functions import RewardFunctionError
+from rlhf_jax.run.progress import warn
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import Session
 
@@ -80,6 +82,7 @@ class PolicyRun(contextlib.ExitStack):
             mesh=mesh,
             key=eval_key,
         )
+        self._watch = CollapseWatch(config)
         self._session = Session(config)
         self.directory: RunDirectory = self._session.run
         assert models.network is not None
@@ -176,6 +179,8 @@ class PolicyRun(contextlib.ExitStack):
             vocab_size=self._vocab_size,
         )
         actor = state.params.actor
+        for line in self._watch.see(metrics):
+            warn(f"step {step}: {line}")
         self._tokens += metrics["rollout/tokens"]  # logged as a running total
         metrics["rollout/tokens"] = self._tokens
         if session.is_eval_step(step):
