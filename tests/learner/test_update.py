@@ -317,6 +317,32 @@ def test_undo_changes_nothing_in_a_healthy_update(
     assert_equal(arrays(state), arrays(want))
 
 
+def test_undo_costs_a_copy_only_with_several_steps(on_policy):
+    # A matrix of 256 KiB, and two moments of Adam; everything else is tiny.
+    def objective(params, batch, divisor):
+        loss = jnp.mean(params.actor**2) + 0.0 * jnp.sum(batch.advantages)
+        return loss, {"policy/loss": loss, "policy/approx_kl": loss}
+
+    def temporary(undo, num_minibatches):
+        optimizers = ActorCritic(actor=optax.adam(0.1), critic=optax.identity())
+        params = ActorCritic(actor=jnp.ones((256, 256)), critic={})
+        state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.0)
+        update = make_update(
+            objective,
+            optimizers,
+            num_epochs=1,
+            num_minibatches=num_minibatches,
+            undo=undo,
+        )
+        compiled = update.lower(state, on_policy).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    size = 4 * 256 * 256
+    assert temporary(True, 1) == temporary(False, 1)
+    more = temporary(True, 4) - temporary(False, 4)
+    assert 2 * size <= more <= 3.5 * size
+
+
 @pytest.mark.parametrize("healthy", [True, False])
 def test_what_is_carried_changes_with_the_update_only(
     update, params, experience, healthy
