@@ -32,6 +32,7 @@ from rlhf_jax.config.tools import (
     GenerateConfig,
     MergeConfig,
     PresetsConfig,
+    ReplayConfig,
 )
 from rlhf_jax.files.printable import printable
 from rlhf_jax.run.terminal import escape_controls
@@ -126,6 +127,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             EvaluateConfig,
             "held-out metrics of a language model, policy or reward model",
             "tools.evaluate",
+        ),
+        "replay": Command(
+            ReplayConfig,
+            "run one step again that had a NaN or infinite loss",
+            "tools.replay",
         ),
         "merge": Command(
             MergeConfig, "merge an adapter into its base model", "tools.merge"

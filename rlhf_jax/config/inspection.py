@@ -63,6 +63,9 @@ class InspectConfig:
     """maximum prompt length (ppo, grpo)"""
     max_new_tokens: int | None = None
     """maximum response length (ppo, grpo)"""
+    undo_updates: bool = True
+    """keep a copy of the trainable state during updates of several optimizer steps
+    (ppo, grpo)"""
     critic_trunk: Literal["own", "shared"] = "own"
     """a separate critic network, or a value head on the policy (ppo)"""
     ensemble: int = 0
@@ -98,7 +101,7 @@ class InspectConfig:
             require_defaults(self, "", "critic_trunk", why="has no effect without ppo")
             if "grpo" not in self.stages:
                 why = "has no effect without ppo or grpo"
-                require_defaults(self, "", "ensemble", why=why)
+                require_defaults(self, "", "ensemble", "undo_updates", why=why)
         for stage in self.stages:
             self.of_stage(stage).validate()
 

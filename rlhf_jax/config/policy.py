@@ -110,6 +110,11 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
     microbatches: int = 1
     """gradient accumulation steps per minibatch, to save memory; results depend on them
     only with policy-loss.mean-of-means"""
+    undo_updates: bool = True
+    """undo all optimizer steps of an update if one of them has a NaN or infinite loss
+    or gradient, so that the run can be resumed from the state before it; with several
+    steps per update, this needs memory for a second copy of trainable parameters and
+    optimizer state. False: nothing is saved then"""
     max_prompt_tokens: int = 64
     """maximum prompt length, in tokens"""
     overlong: Overlong = "drop"
@@ -124,6 +129,11 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
     def total_steps(self) -> int:
         """Updates of the whole run."""
         return self.updates
+
+    @property
+    def undoes_updates(self) -> bool:
+        """Whether a failed update leaves the state exactly as it was."""
+        return self.undo_updates or self.epochs * self.minibatches == 1
 
     def models(self) -> dict[str, str]:
         """Option → checkpoint, for all models of the run."""

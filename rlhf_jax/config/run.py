@@ -5,6 +5,7 @@ The string below each field is its command-line help.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -225,6 +226,9 @@ FREE_ON_RESUME = (
     "optimizer.learning_rate",
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
+    "on_nonfinite",
+    "max_skipped",
+    "undo_updates",
     # To change after a reward function has failed.
     "reward_processes",
     "reward_time_limit",
@@ -271,6 +275,11 @@ class RunConfig:
     """the same with the lowest value, for example eval/loss"""
     eval_every: int = 20
     """steps between evaluations on held-out data; also one at start and end"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """after a NaN or infinite loss or gradient: stop, or skip the step and train on the
+    next batch; either way, the batch is saved in nonfinite/ for rlhf-jax replay"""
+    max_skipped: int = 10
+    """steps of the whole run that on-nonfinite=skip may skip before it stops"""
     dtype: Dtype = "float32"
     """dtype of activations and frozen models; trainable parameters are float32"""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -293,7 +302,18 @@ class RunConfig:
         check_numbers(self)
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check_positive(
-            checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
+            checkpoint_every=self.checkpoint_every,
+            eval_every=self.eval_every,
+            max_skipped=self.max_skipped,
+        )
+        if self.on_nonfinite != "skip":
+            why = "has no effect without on-nonfinite=skip"
+            require_defaults(self, "", "max_skipped", why=why)
+        check(
+            self.on_nonfinite != "skip" or self.undoes_updates,
+            "on-nonfinite",
+            self.on_nonfinite,
+            "requires undo-updates: without it, a failed update leaves its first steps",
         )
         check(
             self.resume_step is None or self.resume,
@@ -322,6 +342,11 @@ class RunConfig:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         raise NotImplementedError
+
+    @property
+    def undoes_updates(self) -> bool:
+        """Whether a failed step leaves the state exactly as it was."""
+        return True
 
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rates by flag, without the dashes."""
@@ -357,6 +382,24 @@ class RunConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested plain values, for YAML."""
     return dataclasses.asdict(config)
+
+
+def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The configuration, of a class, of which `to_dict` or JSON has these values.
+
+    Raises:
+        TypeError: an option is unknown.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    options = {}
+    for name, value in values.items():
+        section = types.get(name)
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(section, type) and dataclasses.is_dataclass(section):
+            value = from_dict(section, value)
+        options[name] = value
+    return kind(**options)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

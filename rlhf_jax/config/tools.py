@@ -338,3 +338,23 @@ class AnnotateReadConfig:
             self.output,
             "would overwrite an input file; choose another name",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Run a single step of a run again, one with a NaN or infinite loss or gradient.
+
+    From its batch, which the run saved, and the checkpoint before it. Prints losses and
+    gradient norms of each optimizer step, and the rows with values that are not finite.
+    Neither data nor reward functions are needed; the run is not changed.
+    """
+
+    run_dir: str
+    """directory of the run"""
+    step: int | None = None
+    """the step; None: the last one that was saved in nonfinite/"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        if self.step is not None:
+            check_positive(step=self.step)

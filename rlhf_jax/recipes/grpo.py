@@ -162,16 +162,17 @@ def train(
         experience, kl_coef, shaped = programs.experience(
             state, models.frozen, models.reference, groups.scored, greedy
         )
-        state = dataclasses.replace(state, kl_coef=kl_coef)
+        carried = {"kl_coef": kl_coef}
 
         # Epochs × minibatches of the clipped loss, as one program. The old state is
-        # donated, so only the new one may be used from here on.
-        state, updated = programs.update(state, experience, models.frozen)
+        # donated, so only the new one may be used from here on. It is the old one if a
+        # loss or gradient is not finite.
+        state, updated = programs.update(state, experience, models.frozen, carried)
 
         # Scores are reported over all that was sampled, not over what was kept.
         metrics = jax.device_get(shaped | updated) | groups.metrics() | rates
         metrics |= clock.metrics(metrics["rollout/tokens"])
-        run.finish(step, state, metrics)
+        state = run.finish(step, state, metrics, experience, groups.batch)
     return state
 
 
@@ -297,6 +298,7 @@ def make_programs(
         num_microbatches=config.microbatches,
         max_kl=config.max_update_kl,
         refresh_every=config.refresh_every,
+        undo=config.undo_updates,
         assemble=None if models.lora is None else models.assemble,
         state_sharding=state_sharding,
     )

@@ -119,7 +119,7 @@ def train(
         # One compiled program, to which the old state is donated.
         state, metrics = reward.update(state, batch, reward.network.frozen)
 
-        run.finish(step, state, metrics, clock)
+        state = run.finish(step, state, metrics, batch, clock)
     return state
 
 

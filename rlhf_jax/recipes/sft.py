@@ -105,7 +105,7 @@ def train(
         # One compiled program, to which the old state is donated.
         state, metrics = sft.update(state, batch, sft.network.frozen)
 
-        run.finish(step, state, metrics, clock)
+        state = run.finish(step, state, metrics, batch, clock)
     return state
 
 

@@ -6,6 +6,7 @@ metrics.jsonl   one line of metrics per step
 samples.jsonl   prompts with responses, if the stage samples
 checkpoints/    for `--resume` and `--resume-step`
 tokenizer/      of an SFT run from scratch: the tokenizer trained on its texts
+nonfinite/      batches of steps with a NaN or infinite loss, for `rlhf-jax replay`
 model/          the trained model, as a Hugging Face directory
 adapter/        of a LoRA run: only the adapters, in PEFT's format
 report.html     report with all charts and samples
@@ -77,6 +78,11 @@ class RunDirectory:
     def tokenizer(self) -> Path:
         """Directory of the tokenizer that an SFT run trained."""
         return self.path / "tokenizer"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Directory of the batches of steps that were not finite."""
+        return self.path / "nonfinite"
 
     @property
     def model(self) -> Path:
