@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 
 MAY_IMPORT = {
+    "files": {"yaml"},
     "algo": {"jax", "chex"},
     "interfaces": {"jax", "algo"},
     "rollout": {"jax", "chex", "algo", "interfaces"},
@@ -19,34 +20,55 @@ MAY_IMPORT = {
     "models": {
         *("jax", "numpy", "ml_dtypes", "flax", "huggingface_hub", "jinja2"),
         *("safetensors", "tokenizers", "transformers"),
-        *("algo", "interfaces"),
+        *("files", "algo", "interfaces"),
     },
     "tasks": {"numpy"},
-    "data": {"jax", "numpy", "pyarrow", "transformers", "algo", "models"},
+    "data": {"jax", "numpy", "pyarrow", "transformers", "files", "algo", "models"},
     "config": {
         *("yaml", "algo.options", "algo.scores", "algo.temperature"),
-        *("data", "tasks"),
+        *("files", "data", "tasks"),
     },
     "run": {
         *("jax", "numpy", "jinja2", "markupsafe", "matplotlib", "orbax", "rich"),
         *("tensorboardX", "wandb", "yaml"),
-        *("algo", "interfaces", "config", "learner", "models.hf"),
+        *("files", "algo", "interfaces", "config", "learner", "models.hf"),
     },
-    "rewards": {"jax", "numpy", "algo", "config", "data", "models", "run"},
+    "rewards": {
+        *("jax", "numpy"),
+        *("files", "algo", "config", "data", "models", "run"),
+    },
     "recipes": {
         *("jax", "numpy", "flax", "optax"),
-        *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
+        *(
+            "files",
+            "algo",
+            "interfaces",
+            "rollout",
+            "learner",
+            "models",
+            "data",
+            "config",
+        ),
         *("run", "rewards"),
     },
     "tools": {
         *("jax", "numpy", "flax", "jinja2", "markupsafe", "rich", "yaml"),
-        *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),
+        *(
+            "files",
+            "algo",
+            "interfaces",
+            "rollout",
+            "learner",
+            "models",
+            "data",
+            "config",
+        ),
         *("run", "rewards", "recipes"),
     },
     "demos": {
         *("jax", "numpy", "matplotlib", "rich", "yaml"),
-        *("algo", "rollout", "learner", "models", "data", "config", "run", "rewards"),
-        *("recipes", "tasks"),
+        *("files", "algo", "rollout", "learner", "models", "data", "config", "run"),
+        *("rewards", "recipes", "tasks"),
     },
 }
 """Third-party packages and other parts of ours, besides the standard library. `cli` may
