@@ -315,17 +315,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, malformed or not a mapping.
     """
-    import yaml
+    from rlhf_jax.files.bounded_yaml import read_yaml  # yaml is slow to import
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"config={str(path)!r}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"config={str(path)!r}: invalid YAML: {line}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"config={str(path)!r}: must contain `key: value` lines")
+        raise ValueError(f"{path}: must contain `key: value` lines")
     return values

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.files.bounded_json import read_object
 from rlhf_jax.run.run_directory import write_atomic
 from rlhf_jax.run.session import Interrupted
 
@@ -31,7 +32,7 @@ def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None
     path = root / marker
     text = json.dumps(dict(options)) + "\n"
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = read_object(path)
         # As loaded from JSON: tuples become lists.
         for name, wanted in json.loads(text).items():
             if found.get(name) != wanted:

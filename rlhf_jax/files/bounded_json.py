@@ -34,21 +34,31 @@ class _Refused(ValueError):
     """Found by a hook, which does not know the place."""
 
 
-def parse_json(text: str, where: str, *, most_values: int = MOST_VALUES) -> Any:
+def parse_json(
+    text: str,
+    where: str,
+    *,
+    most_values: int = MOST_VALUES,
+    finite: bool = True,
+    encodable: bool = True,
+) -> Any:
     """The value of a JSON text.
 
     Args:
         text: to parse.
         where: file, or file and line; begins the message of an error.
         most_values: most values of all lists and objects together.
+        finite: numbers must be finite; otherwise `NaN` and `Infinity` are numbers,
+            which JSON has not, but Python writes.
+        encodable: texts must be encodable; otherwise they may have half a character.
 
     Raises:
         ValueError: one line with the place and the problem.
     """
     try:
         _check_structure(text, most_values)
-        value = _DECODER.decode(text)
-        if "\\u" in text and _HALF.search(text):
+        value = (_FINITE if finite else _ANY).decode(text)
+        if encodable and "\\u" in text and _HALF.search(text):
             check_texts(value)
         return value
     except json.JSONDecodeError as error:
@@ -166,7 +176,8 @@ def check_texts(value: Any) -> None:
                 raise _Refused(f"{half} is half a character") from None
 
 
-_DECODER = json.JSONDecoder(
+_ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_FINITE = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_int=_integer,
     parse_float=_number,

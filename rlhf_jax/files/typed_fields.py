@@ -6,7 +6,7 @@ An error is one line, `NAME is VALUE: give …`; callers put the file before it.
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.files.printable import shown
+from rlhf_jax.files.printable import printable, shown
 
 Fields = dict[str, Any]
 MOST_INTEGER = 2**31 - 1
@@ -17,7 +17,7 @@ def _is(kind: Any, value: Any) -> bool:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{name} is {shown(value)}: give {wanted}")
+    return ValueError(f"{printable(name, limit=80)} is {shown(value)}: give {wanted}")
 
 
 def integer(

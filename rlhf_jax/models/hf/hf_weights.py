@@ -151,7 +151,7 @@ def save_pretrained(
 
     Raises:
         ValueError: if `params` do not match the module, the configuration fits no
-            family, or `path` is a file.
+            family, `path` is a file, or a value is NaN or infinite. Nothing is saved.
     """
     config = module.config
     family = family_of(config)

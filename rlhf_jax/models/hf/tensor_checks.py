@@ -7,12 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.files.printable import shown
 from rlhf_jax.models.families import SCORE, Family
 from rlhf_jax.models.hf.leaf_placement import PIECE_BYTES
-from rlhf_jax.models.hf.safetensors_files import TensorReader
+from rlhf_jax.models.hf.safetensors_files import FLOATS, TensorReader
 from rlhf_jax.models.hf.tensor_layout import StoredTensor
-
-_SUPPORTED = ("F32", "F16", "BF16")
 
 
 def check_tensors(
@@ -38,7 +37,7 @@ def check_tensors(
                 f"{tensors.file_of[name]}: tensor {name} has shape "
                 f"{tensors.shape(name)}; config.json says {tensor.shape}"
             )
-        elif tensors.dtype(name) not in _SUPPORTED:
+        elif tensors.dtype(name) not in FLOATS:
             problems.append(
                 f"{tensors.file_of[name]}: tensor {name} is of dtype "
                 f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
@@ -48,8 +47,8 @@ def check_tensors(
         is_known = name in stored or name in heads
         if not is_known and not family.buffers.fullmatch(name):
             problems.append(
-                f"{file}: tensor {name} of shape {tensors.shape(name)} does not belong "
-                f"to a {family.model_type} model with this config.json"
+                f"{file}: tensor {shown(name)} of shape {tensors.shape(name)} does not "
+                f"belong to a {family.model_type} model with this config.json"
             )
     _raise_first(problems)
 
@@ -70,7 +69,7 @@ def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
         return
     is_same = (
         tensors.shape(output) == tensors.shape(embedding)
-        and tensors.dtype(output) in _SUPPORTED
+        and tensors.dtype(output) in FLOATS
     )
     rows, width = tensors.shape(embedding)
     step = max(1, PIECE_BYTES // (4 * width))
