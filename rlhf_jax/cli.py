@@ -32,6 +32,7 @@ from rlhf_jax.config.tools import (
     MergeConfig,
     PresetsConfig,
 )
+from rlhf_jax.files.printable import shown
 from rlhf_jax.tools.preset_table import find_preset
 
 
@@ -214,6 +215,11 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     if presets:
         flags, name = _take(flags, "--preset", f"one of {', '.join(presets)}")
         name_in_file = values.pop("preset", None)
+        if not isinstance(name_in_file, str | None):
+            raise ValueError(
+                f"{path}: preset is {shown(name_in_file)}: give one of "
+                f"{', '.join(presets)}"
+            )
         name = name or name_in_file
         if name is not None:
             method = to_dict(find_preset(name, presets))
@@ -268,7 +274,7 @@ def flags_from(
     for name, value in values.items():
         if name not in fields:
             raise ValueError(
-                f"{where}: unknown option {name!r}{_suggestion(name, fields)}"
+                f"{where}: unknown option {shown(name)}{_suggestion(name, fields)}"
             )
         flag = prefix + name.replace("_", "-")
         section = fields[name].type
@@ -280,11 +286,19 @@ def flags_from(
         elif isinstance(value, bool):
             no = "" if value else "no-"
             flags.append(f"--{prefix}{no}{flag.removeprefix(prefix)}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and not any(map(_is_nested, value)):
             flags += [f"--{flag}", *map(str, value)]
+        elif _is_nested(value):
+            raise ValueError(
+                f"{where}: {name} is {shown(value)}: give one value, or a list of some"
+            )
         else:
             flags += [f"--{flag}", str(value)]
     return flags
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | Mapping)
 
 
 def quieten_libraries() -> None:

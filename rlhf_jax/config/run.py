@@ -87,6 +87,16 @@ def check_unit(prefix: str = "", **fields: float) -> None:
         check(0 <= value <= 1, flag, value, "must be in [0, 1]")
 
 
+MOST_PARAMETERS = 100_000_000_000
+_MOST_FRESH = {
+    "width": 2**16,
+    "num_layers": 1000,
+    "num_heads": 2**12,
+    "max_positions": 2**22,
+    "vocab_size": 2**22,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreshModelConfig:
     """Shape of a model trained from scratch, if no checkpoint is given."""
@@ -106,18 +116,24 @@ class FreshModelConfig:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        check_positive(
-            f"{name}.",
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            max_positions=self.max_positions,
-        )
+        for field, most in _MOST_FRESH.items():
+            value = getattr(self, field)
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(1 <= value <= most, flag, value, f"must be from 1 to {most:,}")
         check(
             self.vocab_size >= 258,
             f"{name}.vocab-size",
             self.vocab_size,
             "must be at least 258, for 256 bytes and two special tokens",
+        )
+        parameters = self.width * (12 * self.num_layers * self.width + self.vocab_size)
+        check(
+            parameters <= MOST_PARAMETERS,
+            f"{name}.width",
+            self.width,
+            f"with {name}.num-layers={self.num_layers} and {name}.vocab-size="
+            f"{self.vocab_size} gives about {parameters:.1e} parameters; at most "
+            f"{MOST_PARAMETERS:.1e} can be made from scratch",
         )
         check(
             self.width % self.num_heads == 0,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.files.printable import shown
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import SCORE, Family
 from rlhf_jax.models.hf.leaf_placement import PIECE_BYTES
-from rlhf_jax.models.hf.safetensors_files import FLOATS, TensorReader
+from rlhf_jax.models.hf.safetensors_files import FLOATS, TensorReader, open_tensors
 from rlhf_jax.models.hf.tensor_layout import StoredTensor
 
 
@@ -51,6 +52,47 @@ def check_tensors(
                 f"belong to a {family.model_type} model with this config.json"
             )
     _raise_first(problems)
+
+
+def check_sizes(path: Path, family: Family, config: DecoderConfig) -> None:
+    """Checks layers and embedding of a configuration against the tensors in files.
+
+    So that no work is begun for a model that is not there. Reads headers only; nothing
+    is checked if there are no files.
+
+    Raises:
+        ValueError: naming the file and what it has.
+    """
+    if not any(path.glob("model*.safetensors")):
+        return
+    with open_tensors(path) as tensors:
+        first, *others = family.trunk
+        prefix = tensor_prefix(family, tensors)
+        embedding = prefix + first.name
+        want = (config.vocab_size, config.width)
+        if embedding in tensors.file_of and tensors.shape(embedding) != want:
+            raise ValueError(
+                f"{tensors.file_of[embedding]}: tensor {embedding} has shape "
+                f"{tensors.shape(embedding)}; config.json says {want}"
+            )
+        inner = next(rule.name for rule in others if "{layer}" in rule.name)
+        last = prefix + inner.format(layer=config.num_layers - 1)
+        if last not in tensors.file_of:
+            raise ValueError(
+                f"{path}: tensor {last} is missing; config.json says that the model "
+                f"has {config.num_layers} layers"
+            )
+
+
+def tensor_prefix(family: Family, tensors: TensorReader) -> str:
+    """The family's prefix of names, or "" if the file has a bare trunk."""
+    embedding = family.trunk[0].name
+    bare = embedding in tensors.file_of
+    return (
+        ""
+        if bare and family.prefix + embedding not in tensors.file_of
+        else family.prefix
+    )
 
 
 def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
