@@ -319,7 +319,10 @@ def use_compilation_cache() -> None:
 
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = ", ".join(known)
+    return f"; known: {names}" if len(names) < 150 else "; --help lists the known ones"
 
 
 def _fail(message: str) -> None:

@@ -1,6 +1,7 @@
 """Rows of JSONL and parquet files, each with its location."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from rlhf_jax.files.bounded_lines import (
     MOST_EXPANSION,
     read_lines,
 )
-from rlhf_jax.files.printable import one_line, shown
+from rlhf_jax.files.printable import one_line, printable, shown
 from rlhf_jax.files.regular_file import open_regular
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -48,7 +49,8 @@ class Row:
     @property
     def column_names(self) -> str:
         """The row's columns for an error message."""
-        return ", ".join(shown(name) for name in self.values) or "none"
+        names = ", ".join(map(shown, itertools.islice(self.values, 20)))
+        return printable(names, limit=150) or "none"
 
     def error(self, problem: str) -> ValueError:
         """An exception that names the location of the problem."""

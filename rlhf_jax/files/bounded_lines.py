@@ -14,7 +14,7 @@ MOST_CHARACTERS = 16 * MEBIBYTE
 """Longest line."""
 MOST_EXPANSION = 200
 """Most characters per byte of a compressed file. Texts have 3 to 20."""
-FREE_CHARACTERS = 64 * MEBIBYTE
+FREE_CHARACTERS = 4 * MEBIBYTE
 """A compressed file may always expand to as many."""
 
 

@@ -101,7 +101,10 @@ def model_file(directory: Path, name: str) -> Path:
     file = directory / name
     if not file.is_symlink():
         return file
-    root, target = directory.resolve(), file.resolve()
+    try:
+        root, target = directory.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise ValueError(f"{printable(str(file))}: a link in a circle") from None
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")

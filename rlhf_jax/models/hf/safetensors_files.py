@@ -42,6 +42,7 @@ FLOATS = ("F32", "F16", "BF16")
 HEADER_BYTES = 32 * MEBIBYTE
 """Largest header of a file, and largest index; 100,000 tensors have a third of it."""
 HEADER_VALUES = 4_000_000
+_LONGEST_NAME = 250
 
 
 class TensorReader:
@@ -169,9 +170,13 @@ def _tensor_files(path: Path) -> list[Path]:
         weight_map = fields.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map of tensors to files")
-        names = {text(weight_map, tensor) for tensor in weight_map}
+        try:
+            names = {text(weight_map, tensor) for tensor in weight_map}
+        except ValueError as error:
+            raise ValueError(f"{index}: tensor {error}") from None
         for name in sorted(names):
-            if Path(name).name != name or Path(name).suffix != ".safetensors":
+            is_plain = Path(name).name == name and len(name) <= _LONGEST_NAME
+            if not is_plain or Path(name).suffix != ".safetensors":
                 raise ValueError(
                     f"{index} names the file {shown(name)}; only .safetensors files in "
                     "the same directory are allowed"
