@@ -115,7 +115,12 @@ TARGETS = {
     "annotations": Target(
         "a.csv.key.json", lambda path: read_key(path / "a.csv"), _seeds(_KEY)
     ),
-    "template": Target("x.jinja", _template, _seeds(*TEMPLATES.values())),
+    "template": Target(
+        "x.jinja",
+        _template,
+        # Without those that only fill their time or memory.
+        [x for x in _seeds(*TEMPLATES.values()) if b"99" not in x and b"**" not in x],
+    ),
 }
 
 

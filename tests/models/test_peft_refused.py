@@ -51,7 +51,7 @@ SCORE = "base_model.model.score.weight"
         ),
         (
             lambda t: t.update({SCORE: np.full((1, 32), np.nan, np.float32)}),
-            r'score\.weight" has 32 values that are NaN',
+            r"score\.weight has 32 values that are NaN",
         ),
     ],
 )

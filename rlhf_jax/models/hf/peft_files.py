@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.files.printable import one_line, shown
+from rlhf_jax.files.printable import one_line, printable, shown
 from rlhf_jax.files.regular_file import model_file
 from rlhf_jax.models.families import SCORE, TensorRule, family_of
 from rlhf_jax.models.hf.leaf_placement import count_not_finite, to_host
@@ -242,15 +242,16 @@ def _written(
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     file = model_file(path, TENSORS)
-    for name, entry in read_header(file)[1].items():
-        is_score = name.startswith(f"{_ROOT}score.")
+    for stored, entry in read_header(file)[1].items():
+        name = printable(stored, limit=100)
+        is_score = stored.startswith(f"{_ROOT}score.")
         if entry["dtype"] not in FLOATS or len(entry["shape"]) != 2:
             raise ValueError(
-                f"{file}: tensor {shown(name)} has dtype {entry['dtype']} and shape "
+                f"{file}: tensor {name} has dtype {entry['dtype']} and shape "
                 f"{shown(entry['shape'])}; adapters are matrices of {', '.join(FLOATS)}"
             )
         if 0 in entry["shape"] and not is_score:
-            raise ValueError(f"{file}: tensor {shown(name)} is empty")
+            raise ValueError(f"{file}: tensor {name} is empty")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -259,8 +260,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         bad = count_not_finite(tensor, np.float32)
         if bad:
             raise ValueError(
-                f"{file}: tensor {shown(name)} has {bad} values that are NaN or "
-                "infinite"
+                f"{file}: tensor {printable(name, limit=100)} has {bad} values "
+                "that are NaN or infinite"
             )
     return tensors
 

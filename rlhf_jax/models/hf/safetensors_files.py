@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.files.bounded_json import parse_json, read_object
-from rlhf_jax.files.printable import one_line, shown
+from rlhf_jax.files.printable import one_line, printable, shown
 from rlhf_jax.files.regular_file import MEBIBYTE, model_file, open_regular
 from rlhf_jax.files.typed_fields import integer, section, text
 from rlhf_jax.models.hf.leaf_placement import count_not_finite
@@ -61,7 +61,7 @@ class TensorReader:
             for name, entry in header.items():
                 if name in self.file_of:
                     raise ValueError(
-                        f"tensor {shown(name)} is stored twice, in "
+                        f"tensor {printable(name, limit=100)} is stored twice, in "
                         f"{self.file_of[name]} and {file}; keep one of the two"
                     )
                 self.file_of[name] = file

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.files.printable import shown
+from rlhf_jax.files.printable import printable
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import SCORE, Family
 from rlhf_jax.models.hf.leaf_placement import PIECE_BYTES
@@ -48,8 +48,9 @@ def check_tensors(
         is_known = name in stored or name in heads
         if not is_known and not family.buffers.fullmatch(name):
             problems.append(
-                f"{file}: tensor {shown(name)} of shape {tensors.shape(name)} does not "
-                f"belong to a {family.model_type} model with this config.json"
+                f"{file}: tensor {printable(name, limit=100)} of shape "
+                f"{tensors.shape(name)} does not belong to a "
+                f"{family.model_type} model with this config.json"
             )
     _raise_first(problems)
 
