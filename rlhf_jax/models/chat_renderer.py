@@ -53,7 +53,7 @@ class _Renderer:
         assert process is not None
         code = process.wait()
         self.stop()
-        if code == -signal.SIGALRM:
+        if hasattr(signal, "SIGALRM") and code == -signal.SIGALRM:
             limit = chat_worker.MOST_SECONDS
             return {"error": f"takes longer than {limit:g} seconds"}
         return {"error": f"ended its process (exit code {code})"}

@@ -13,7 +13,6 @@ import codecs
 import contextlib
 import datetime
 import json
-import resource
 import signal
 import sys
 import textwrap  # noqa: F401 (jinja2 imports it late, when no file may be opened)
@@ -142,6 +141,10 @@ def answer(made: jinja2.Environment, known: dict, job: dict) -> dict[str, str]:
 
 def _limit() -> None:
     """Memory, and no file that is not open yet: no template needs one."""
+    try:
+        import resource
+    except ImportError:  # Windows has neither these limits nor the timer below
+        return
     time.localtime()  # reads the time zone
     codecs.lookup("unicode-escape")  # of texts in a template
     limits = {"RLIMIT_AS": MOST_BYTES, "RLIMIT_NOFILE": 3, "RLIMIT_FSIZE": 0}
@@ -150,17 +153,21 @@ def _limit() -> None:
             resource.setrlimit(getattr(resource, name), (most, most))
 
 
+def _end_after(seconds: float) -> None:
+    """Ends the process, even inside the computation of one long number; 0: never."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def main() -> None:
     """Answers jobs until there are no more."""
     made, known = environment(), {}
     _limit()
-    # The default action ends the process even inside a computation of one long number.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    timer = signal.setitimer
     for line in sys.stdin.buffer:
-        timer(signal.ITIMER_REAL, MOST_SECONDS)
+        _end_after(MOST_SECONDS)
         found = answer(made, known, json.loads(line))
-        timer(signal.ITIMER_REAL, 0)
+        _end_after(0.0)
         sys.stdout.buffer.write(json.dumps(found).encode("ascii") + b"\n")
         sys.stdout.buffer.flush()
 
