@@ -34,7 +34,7 @@ from rlhf_jax.config.tools import (
     PresetsConfig,
     ReplayConfig,
 )
-from rlhf_jax.files.printable import printable
+from rlhf_jax.files.printable import printable, shown
 from rlhf_jax.run.terminal import escape_controls
 from rlhf_jax.tools.preset_table import find_preset
 
@@ -233,6 +233,11 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     if presets:
         flags, name = _take(flags, "--preset", f"one of {', '.join(presets)}")
         name_in_file = values.pop("preset", None)
+        if not isinstance(name_in_file, str | None):
+            raise ValueError(
+                f"{path}: preset is {shown(name_in_file)}: give one of "
+                f"{', '.join(presets)}"
+            )
         name = name or name_in_file
         if name is not None:
             method = to_dict(find_preset(name, presets))
@@ -246,13 +251,13 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     from_flags = functools.partial(
         tyro.cli, config_type, prog=prog, description=described
     )
-    shown = [printable(flag) for flag in flags]
-    if shown == flags:
+    escaped = [printable(flag) for flag in flags]
+    if escaped == flags:
         return from_flags(args=flags)
     try:
         return from_flags(args=flags, console_outputs=False)
     except SystemExit:  # its complaint would quote them
-        return from_flags(args=shown)
+        return from_flags(args=escaped)
 
 
 def _with_names(command: str, flags: list[str]) -> list[str]:
@@ -293,7 +298,7 @@ def flags_from(
     for name, value in values.items():
         if name not in fields:
             raise ValueError(
-                f"{where}: unknown option {name!r}{_suggestion(name, fields)}"
+                f"{where}: unknown option {shown(name)}{_suggestion(name, fields)}"
             )
         flag = prefix + name.replace("_", "-")
         section = fields[name].type
@@ -305,11 +310,19 @@ def flags_from(
         elif isinstance(value, bool):
             no = "" if value else "no-"
             flags.append(f"--{prefix}{no}{flag.removeprefix(prefix)}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and not any(map(_is_nested, value)):
             flags += [f"--{flag}", *map(str, value)]
+        elif _is_nested(value):
+            raise ValueError(
+                f"{where}: {name} is {shown(value)}: give one value, or a list of some"
+            )
         else:
             flags += [f"--{flag}", str(value)]
     return flags
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | Mapping)
 
 
 def quieten_libraries() -> None:
@@ -330,7 +343,10 @@ def use_compilation_cache() -> None:
 
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = ", ".join(known)
+    return f"; known: {names}" if len(names) < 150 else "; --help lists the known ones"
 
 
 def _fail(message: str, *, code: int = 2) -> None:

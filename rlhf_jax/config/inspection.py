@@ -7,13 +7,13 @@ import dataclasses
 from typing import Any, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.policy import PolicyConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.run import (
     Dtype,
-    LoraConfig,
     MeshConfig,
     RunConfig,
     check_positive,

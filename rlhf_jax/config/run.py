@@ -10,67 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.limits import check_numbers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """LoRA: trainable low-rank adapters on frozen matrices."""
-
-    rank: int = 0
-    """rank of the adapters; 0: no adapters, all parameters are trained"""
-    alpha: float = 16.0
-    """adapters are scaled by alpha / rank; their learning rate is usually about ten
-    times that of full training"""
-    rslora: bool = False
-    """scale by alpha / √rank instead, so large ranks learn as fast as small ones"""
-    targets: tuple[str, ...] = ("*",)
-    """linear layers of the blocks that get adapters: query, key, value, output, gate,
-    up, down; * matches any text. All others are frozen, as are embeddings and norms;
-    the score head of a reward model or critic is fully trained"""
-    dropout: float = 0.0
-    """dropout on adapter inputs; ppo and grpo reject it, because
-    the ratio would not be 1 at the first step"""
-    adapter: str | None = None
-    """directory of a PEFT adapter to continue training; sets rank, alpha, rslora and
-    targets"""
-    base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """storage of frozen networks; int8 applies to the blocks' matrices, with a scale
-    per output, the rest uses dtype. None: dtype"""
-    merge: bool = True
-    """also write the merged model to model/, besides adapter/"""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there are adapters."""
-        return self.rank > 0 or self.adapter is not None
-
-    def validate(self, name: str) -> None:
-        """Raises ValueError naming the field that cannot work."""
-        check(self.rank >= 0, f"{name}.rank", self.rank, "must be 0 or more")
-        check(
-            0 < self.alpha < math.inf,
-            f"{name}.alpha",
-            self.alpha,
-            "must be positive and finite",
-        )
-        check(
-            0 <= self.dropout < 1, f"{name}.dropout", self.dropout, "must be in [0, 1)"
-        )
-        check(
-            bool(self.targets),
-            f"{name}.targets",
-            self.targets,
-            "name at least one linear layer, such as query value",
-        )
-        if self.adapter is not None:
-            shape = ("rank", "alpha", "rslora", "targets")
-            require_defaults(self, name, *shape, why=f"comes with {name}.adapter")
-        elif self.rank == 0:
-            others = [f.name for f in dataclasses.fields(self)]
-            why = f"has no effect without {name}.rank"
-            require_defaults(self, name, *others, why=why)
-
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -87,6 +28,16 @@ def check_unit(prefix: str = "", **fields: float) -> None:
     for name, value in fields.items():
         flag = prefix + name.replace("_", "-")
         check(0 <= value <= 1, flag, value, "must be in [0, 1]")
+
+
+MOST_PARAMETERS = 100_000_000_000
+_MOST_FRESH = {
+    "width": 2**16,
+    "num_layers": 1000,
+    "num_heads": 2**12,
+    "max_positions": 2**22,
+    "vocab_size": 2**22,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,18 +59,24 @@ class FreshModelConfig:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        check_positive(
-            f"{name}.",
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            max_positions=self.max_positions,
-        )
+        for field, most in _MOST_FRESH.items():
+            value = getattr(self, field)
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(1 <= value <= most, flag, value, f"must be from 1 to {most:,}")
         check(
             self.vocab_size >= 258,
             f"{name}.vocab-size",
             self.vocab_size,
             "must be at least 258, for 256 bytes and two special tokens",
+        )
+        parameters = self.width * (12 * self.num_layers * self.width + self.vocab_size)
+        check(
+            parameters <= MOST_PARAMETERS,
+            f"{name}.width",
+            self.width,
+            f"with {name}.num-layers={self.num_layers} and {name}.vocab-size="
+            f"{self.vocab_size} gives about {parameters:.1e} parameters; at most "
+            f"{MOST_PARAMETERS:.1e} can be made from scratch",
         )
         check(
             self.width % self.num_heads == 0,
@@ -408,17 +365,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, malformed or not a mapping.
     """
-    import yaml
+    from rlhf_jax.files.bounded_yaml import read_yaml  # yaml is slow to import
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"config={str(path)!r}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"config={str(path)!r}: invalid YAML: {line}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"config={str(path)!r}: must contain `key: value` lines")
+        raise ValueError(f"{path}: must contain `key: value` lines")
     return values

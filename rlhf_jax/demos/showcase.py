@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.bounded_json import read_object
 from rlhf_jax.files.printable import printable
 from rlhf_jax.run.interrupt import Interrupted
 
@@ -33,7 +34,7 @@ def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None
     path = root / marker
     text = json.dumps(dict(options)) + "\n"
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = read_object(path)
         # As loaded from JSON: tuples become lists.
         for name, wanted in json.loads(text).items():
             if found.get(name) != wanted:

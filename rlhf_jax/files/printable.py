@@ -1,6 +1,8 @@
 """Escapes characters that control a terminal or reorder text."""
 
+import json
 import re
+from typing import Any
 
 # C0 and C1, the bidirectional controls, the line and paragraph separators, and lone
 # surrogates, which no encoding can print.
@@ -34,3 +36,22 @@ def _escape(character: str, keep: str) -> str:
     code = ord(character)
     plain = f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
     return _NAMED.get(character, plain)
+
+
+def shown(value: Any) -> str:
+    """A value from a file on one line of at most 80 characters, for messages.
+
+    In JSON's notation, with control characters escaped.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON has not
+        text = repr(value)
+    text = printable(text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: BaseException | str, *, limit: int = 200) -> str:
+    """The message of another library's error on one printable line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return printable(text, limit=limit)

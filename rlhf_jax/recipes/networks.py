@@ -13,7 +13,8 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.config.run import Dtype, FreshModelConfig, LoraConfig, RunConfig
+from rlhf_jax.config.adapters import LoraConfig
+from rlhf_jax.config.run import Dtype, FreshModelConfig, RunConfig
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.gradients import Assemble
 from rlhf_jax.learner.train_state import ActorCritic

@@ -13,8 +13,8 @@ from rlhf_jax.algo.types import Array, Params, Rollout
 from rlhf_jax.config.policy import PolicyConfig
 from rlhf_jax.config.reward_limits import LARGEST_REWARD
 from rlhf_jax.config.reward_sources import function_name
-from rlhf_jax.data.row_files import shown
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.printable import shown
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.recipes.responses import Responses

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.config.reward_limits import LARGEST_MEMORY, LARGEST_REWARD, LONGEST_CALL
 from rlhf_jax.config.reward_sources import function_name
-from rlhf_jax.data.row_files import shown
+from rlhf_jax.files.printable import shown
 from rlhf_jax.rewards.frames import pack
 from rlhf_jax.rewards.loading import (
     RewardError,

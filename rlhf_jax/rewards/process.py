@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.config.reward_limits import LARGEST_REWARD
+from rlhf_jax.files.printable import printable
 from rlhf_jax.rewards import supervisor
 from rlhf_jax.rewards.frames import FrameError, take_frame, to_frame
 from rlhf_jax.rewards.loading import RewardFunctionError
@@ -178,7 +179,7 @@ class RewardProcess:
             return None
         found = message.get("outcome")
         if isinstance(found, str):
-            return _printable(found)
+            return printable(found)
         if not isinstance(found, list) or len(found) != self._rows:
             raise FrameError("a message without a result per row")
         return [_checked(row) for row in found]
@@ -221,7 +222,7 @@ class RewardProcess:
 def _checked(row: Any) -> float | str:
     """The score or error of a row that a worker sent."""
     if isinstance(row, str):
-        return _printable(row)
+        return printable(row)
     if type(row) is not float:
         raise FrameError("a message with a row that is no score")
     if abs(row) <= LARGEST_REWARD:
@@ -232,14 +233,6 @@ def _checked(row: Any) -> float | str:
             f"{LARGEST_REWARD:g}: scale them in the function"
         )
     return f"returned {row}, which is not finite"
-
-
-def _printable(text: str) -> str:
-    """Text on one line, with what could control a terminal escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def _wait(processes: Sequence[RewardProcess], deadline: float) -> None:

@@ -15,9 +15,9 @@ from jax.flatten_util import ravel_pytree
 from safetensors.numpy import load_file
 
 from rlhf_jax import cli
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.run import (
     FreshModelConfig,
-    LoraConfig,
     MeshConfig,
     OptimizerConfig,
 )
