@@ -125,7 +125,8 @@ class Session(contextlib.ExitStack):
         if step is None:
             step = choose_checkpoint(checkpointer, self.run)
         if step > 0:
-            check_fingerprints(config, self.run, checkpointer, step)
+            for change in check_fingerprints(config, self.run, checkpointer, step):
+                warn(change)
             check_history(config, self.run, checkpointer.steps(), step)
         return step
 
