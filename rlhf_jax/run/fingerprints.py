@@ -25,7 +25,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",  # the other stop tokens
 )
+_CONFIG_FILES = ("config.json", "adapter_config.json")
 
 _NAMED_ONLY = ("code", "reward")
 """Changed to mend a run, so they do not have to be accepted."""
@@ -89,12 +91,13 @@ def check_unchanged(
 
 
 def weights_digest(directory: Path) -> str:
-    """A digest of the safetensors files of a directory; empty if there are none.
+    """A digest of the safetensors files of a directory and of what is computed with
+    them; empty if there are none.
 
     Hashes the name and size of each file and evenly spaced blocks of it, which any
     training step changes. It is fast for models of any size.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_files_digest(directory, _CONFIG_FILES).encode())
     files = sorted(directory.glob("*.safetensors"))
     for path in files:
         _add_blocks(digest, path, path.name, _WEIGHT_BLOCKS)

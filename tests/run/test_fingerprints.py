@@ -1,12 +1,19 @@
 """`fingerprints.py`: what tells one file from another, and what a change means."""
 
+import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rlhf_jax.run.fingerprints import check_unchanged, data_digest, weights_digest
+from rlhf_jax.run.fingerprints import (
+    check_unchanged,
+    data_digest,
+    fingerprints,
+    weights_digest,
+)
 
 
 @pytest.fixture
@@ -27,6 +34,25 @@ def test_copies_have_one_and_others_another(weights):
     assert weights_digest(weights("a", 1.0)) != weights_digest(weights("b", 1.5))
     other_name = weights("c", 1.0, file="model-00001-of-00001.safetensors")
     assert weights_digest(weights("a", 1.0)) != weights_digest(other_name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_the_same_weights_in_another_computation_have_another(weights, name):
+    plain, scaled = weights("a", 1.0), weights("b", 1.0)
+    (plain / name).write_text('{"lora_alpha": 8}')
+    (scaled / name).write_text('{"lora_alpha": 8}')
+    assert weights_digest(plain) == weights_digest(scaled)
+    (scaled / name).write_text('{"lora_alpha": 9}')
+    assert weights_digest(plain) != weights_digest(scaled)
+
+
+def test_other_stop_tokens_are_a_change(stages, tmp_path):
+    policy = shutil.copytree(stages.ppo.policy, tmp_path / "policy")
+    config = dataclasses.replace(stages.ppo, policy=str(policy))
+    before = fingerprints(config)
+    (policy / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    now = fingerprints(config)
+    assert [name for name in now if now[name] != before[name]] == ["tokenizer"]
 
 
 def test_directories_without_weights_have_none(tmp_path):
