@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from rlhf_jax.config.run import RunConfig
+from rlhf_jax.models.hf.checkpoint import open_checkpoint
 from rlhf_jax.models.hf.hub import local_directory
 
 _BLOCK_BYTES = 4096
@@ -42,13 +43,14 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     }
     tokenizer = config.tokenizer_source()
     if tokenizer is not None:
-        directory = local_directory(tokenizer, weights=False)
-        found["tokenizer"] = _files_digest(directory, _TOKENIZER_FILES)
-    found |= {
-        f"weights of {option}": weights_digest(local_directory(path))
-        for option, path in config.unsaved_models().items()
-        if path is not None
-    }
+        checkpoint = open_checkpoint(tokenizer, weights=False)
+        directories = (checkpoint.directory, checkpoint.tokenizer_directory)
+        digests = [_files_digest(path, _TOKENIZER_FILES) for path in directories]
+        found["tokenizer"] = "-".join(dict.fromkeys(digests))
+    for option, path in config.unsaved_models().items():
+        if path is not None:
+            digests = [weights_digest(path) for path in _directories(option, path)]
+            found[f"weights of {option}"] = "-".join(digests)
     for spec in config.reward_files():
         found[f"reward {spec}"] = data_digest(Path(spec.rpartition(":")[0]))
     return found | {"code": code_digest()}
@@ -88,6 +90,14 @@ def check_unchanged(
             f"accept it with --accept-changed {flags}"
         )
     return changed
+
+
+def _directories(option: str, path: str) -> list[Path]:
+    """The directories of a model's weights: its own and, of an adapter, its base's."""
+    if option == "lora.adapter":  # its base is the run's model
+        return [local_directory(path)]
+    checkpoint = open_checkpoint(path)
+    return list(dict.fromkeys([checkpoint.own_directory, checkpoint.directory]))
 
 
 def weights_digest(directory: Path) -> str:

@@ -1,6 +1,7 @@
 """`fingerprints.py`: what tells one file from another, and what a change means."""
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -53,6 +54,23 @@ def test_other_stop_tokens_are_a_change(stages, tmp_path):
     (policy / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     now = fingerprints(config)
     assert [name for name in now if now[name] != before[name]] == ["tokenizer"]
+
+
+def test_the_base_of_an_adapter_is_part_of_it(stages, tmp_path):
+    base = shutil.copytree(stages.ppo.policy, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    about["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    save_file({"x": np.zeros(3)}, adapter / "adapter_model.safetensors")
+    config = dataclasses.replace(stages.ppo, policy=str(adapter))
+    before = fingerprints(config)
+    save_file({"x": np.ones(3)}, base / "model.safetensors")
+    (base / "tokenizer.json").write_text("{}")
+    now = fingerprints(config)
+    changed = [name for name in now if now[name] != before[name]]
+    assert changed == ["tokenizer", "weights of policy"]
 
 
 def test_directories_without_weights_have_none(tmp_path):
