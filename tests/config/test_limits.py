@@ -25,6 +25,7 @@ REQUIRED = {
     "evaluate": {"model": "m", "prompts": "p", "reward": ("a.py:b",)},
     "inspect": {"model": "m"},
     "show-data": {"model": "m", "data": "d"},
+    "replay": {"run_dir": "r"},
     "quickstart": {},
     "arithmetic": {},
     "overoptimization": {},
