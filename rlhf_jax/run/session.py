@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files.atomic import remove_temporary
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
@@ -125,7 +124,8 @@ class Session(contextlib.ExitStack):
         if step is None:
             step = choose_checkpoint(checkpointer, self.run)
         if step > 0:
-            check_fingerprints(config, self.run, checkpointer, step)
+            for change in check_fingerprints(config, self.run, checkpointer, step):
+                warn(change)
             check_history(config, self.run, checkpointer.steps(), step)
         return step
 
@@ -228,26 +228,15 @@ class Session(contextlib.ExitStack):
         )
 
     def _rate(self, metrics: Mapping[str, float]) -> None:
-        """Remembers the values by which the best checkpoints are kept.
-
-        Raises:
-            ValueError: if the run has no such metric.
-        """
+        """Remembers the values by which the best checkpoints are kept."""
         config = self.config
         self._values = {}
         best = {"highest": (config.checkpoint_keep_highest, 1.0)}
         best["lowest"] = (config.checkpoint_keep_lowest, -1.0)
-        measured = [name for name in metrics if name.startswith("eval/")]
         for kind, (name, sign) in best.items():
-            if name is not None and measured:
-                check(
-                    name in measured,
-                    f"checkpoint-keep-{kind}",
-                    name,
-                    f"must be a held-out metric of this run: {', '.join(measured)}",
-                )
-                if math.isfinite(metrics[name]):
-                    self._values[f"{kind} {name}"] = sign * float(metrics[name])
+            value = math.nan if name is None else metrics.get(name, math.nan)
+            if math.isfinite(value):
+                self._values[f"{kind} {name}"] = sign * float(value)
 
     def _is_best(self) -> bool:
         """Whether the step that was logged last is the best so far in a metric."""
