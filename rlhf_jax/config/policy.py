@@ -111,10 +111,10 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
     """gradient accumulation steps per minibatch, to save memory; results depend on them
     only with policy-loss.mean-of-means"""
     undo_updates: bool = True
-    """undo all optimizer steps of an update if one of them has a NaN or infinite loss
-    or gradient, so that the run can be resumed from the state before it; with several
+    """if a loss or gradient is NaN or infinite, undo the whole update and save the
+    state before it, so that the run can be resumed from there; with several optimizer
     steps per update, this needs memory for a second copy of trainable parameters and
-    optimizer state. False: nothing is saved then"""
+    optimizer state. False: the run resumes from the last regular checkpoint"""
     max_prompt_tokens: int = 64
     """maximum prompt length, in tokens"""
     overlong: Overlong = "drop"
@@ -215,7 +215,7 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
             f"times epochs {self.epochs} times minibatches {self.minibatches} must be "
             f"at most {MOST_COUNT}",
         )
-        measured = self._held_out_metrics()
+        measured = self.held_out_metrics()
         check(
             self.early_stop is None or self.early_stop in measured,
             "early-stop",
@@ -245,11 +245,13 @@ class PolicyConfig(PolicyMethod, RewardSources, RunConfig):
             "has no effect with kl.place=none",
         )
 
-    def _held_out_metrics(self) -> list[str]:
+    def held_out_metrics(self) -> list[str]:
         """Metrics that `HeldOut` computes."""
         names = ["score_mean", "score_std", "length_mean", "stop_rate"]
         if self.kl.place != "none":
             names.append("kl_sequence")
+        if self.reward_on_failure is not None:
+            names.append("failures")
         functions = [*self.eval_reward, *self.reward]
         names += [f"reward/{function_name(spec)}" for spec in functions]
         if functions and self.eval_pass is not None:

@@ -67,8 +67,8 @@ class RewardSources:
     reward_time_limit: float = 5.0
     """seconds before a reward function call fails"""
     reward_memory_limit: float | None = None
-    """GiB of address space before a reward function call fails, per process and with
-    libraries; None: no limit"""
+    """most address space of each worker process, in GiB, libraries included; a call
+    that needs more fails. None: no limit"""
     reward_on_failure: float | None = None
     """score of responses on which a reward function fails; None: stop the run"""
     eval_reward: tuple[str, ...] = ()

@@ -212,19 +212,19 @@ class RunConfig:
     resume: bool = False
     """resume from the latest checkpoint in the run directory"""
     resume_step: int | None = None
-    """with resume: resume from the checkpoint of this step instead; later checkpoints
-    and logs are removed"""
+    """with resume: resume from the checkpoint of this step, not the latest; later
+    checkpoints and log lines are deleted"""
     seed: int = 0
     """seed of all randomness, from 0 to 2^64 − 1"""
     accept_changed: tuple[Changed, ...] = ()
-    """with resume: continue although this has changed since the checkpoint was saved;
-    history: metrics.jsonl lacks steps"""
+    """with resume: continue although these have changed since the checkpoint was saved;
+    history: steps are missing from metrics.jsonl"""
     checkpoint_every: int = 50
     """steps between checkpoints; also one at the end and on interruption"""
     checkpoint_keep: int = 2
     """latest checkpoints to keep"""
     checkpoint_keep_every: int | None = None
-    """also keep the checkpoints of steps that this divides"""
+    """also keep every checkpoint whose step is a multiple of this"""
     checkpoint_keep_highest: str | None = None
     """also save and keep the checkpoint with the highest value of this held-out metric,
     for example eval/score_mean"""
@@ -236,7 +236,7 @@ class RunConfig:
     """after a NaN or infinite loss or gradient: stop, or skip the step and train on the
     next batch; either way, the batch is saved in nonfinite/ for rlhf-jax replay"""
     max_skipped: int = 10
-    """steps of the whole run that on-nonfinite=skip may skip before it stops"""
+    """most steps that on-nonfinite=skip may skip in the whole run before it stops"""
     dtype: Dtype = "float32"
     """dtype of activations and frozen models; trainable parameters are float32"""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -292,6 +292,15 @@ class RunConfig:
             every,
             f"must be a multiple of checkpoint-every={self.checkpoint_every}",
         )
+        measured = self.held_out_metrics()
+        for kind in ("highest", "lowest"):
+            name = getattr(self, f"checkpoint_keep_{kind}")
+            check(
+                name is None or name in measured,
+                f"checkpoint-keep-{kind}",
+                name,
+                f"must be a held-out metric of this run: {', '.join(measured)}",
+            )
         self.lora.validate("lora")
         self.mesh.validate("mesh")
 
@@ -307,6 +316,10 @@ class RunConfig:
 
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rates by flag, without the dashes."""
+        raise NotImplementedError
+
+    def held_out_metrics(self) -> list[str]:
+        """Metrics of the evaluations on held-out data."""
         raise NotImplementedError
 
     def input_files(self) -> dict[str, str | None]:

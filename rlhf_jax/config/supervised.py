@@ -131,6 +131,10 @@ class SFTConfig(SupervisedConfig):
         """Option → file that the run reads; unchanged when a run resumes."""
         return super().input_files() | {"chat-template": self.chat_template}
 
+    def held_out_metrics(self) -> list[str]:
+        """Metrics of the evaluations on held-out data."""
+        return ["eval/loss", "eval/perplexity"]
+
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
         super().validate()
@@ -204,6 +208,10 @@ class RewardConfig(SupervisedConfig):
         default_factory=lambda: OptimizerConfig(learning_rate=3e-4)
     )
     """optimizer"""
+
+    def held_out_metrics(self) -> list[str]:
+        """Metrics of the evaluations on held-out data."""
+        return ["eval/loss", "eval/accuracy", "eval/score_mean", "eval/score_std"]
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""

@@ -65,8 +65,8 @@ def pop_nonfinite(metrics: Mapping[str, Any], *, step: int) -> dict[str, Any]:
             key=lambda name: (found[name], name in late, rank.get(name, len(rank))),
         )
         raise NonFiniteError(
-            f"step {step}: {term} is not finite (optimizer step {found[term]} of this "
-            "update, counted from 0); neither that step nor a later one was taken",
+            f"step {step}: {term} is not finite, in optimizer step {found[term]} of "
+            "this update (counted from 0)",
             optimizer_step=found[term],
         )
     return {k: v for k, v in metrics.items() if not k.startswith(TERMS)}

@@ -86,7 +86,7 @@ def _no_such_name(module: ModuleType, place: str, name: str) -> str:
     public = [key for key in vars(module) if not key.startswith("_")]
     near = difflib.get_close_matches(name, public, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{place} has no {name}{hint}"
+    return f"{place} does not define {name}{hint}"
 
 
 def _check_callable(spec: str, function: Any) -> None:

@@ -136,11 +136,13 @@ class FiniteCheck:
         if self._config.on_nonfinite == "stop":
             raise self._stopped(line, step, problem)
         if self.skipped >= self._config.max_skipped:
-            line += f". It is not skipped: max-skipped={self.skipped} is reached"
+            line += (
+                f". It is not skipped: max-skipped={self.skipped} steps already were"
+            )
             raise self._stopped(line, step, problem)
         self._counters["optim/skipped"] = self.skipped + 1
-        number = f"number {self.skipped} of at most {self._config.max_skipped}"
-        warn(f"{line}; the step is skipped, {number}")
+        number = f"{self.skipped} of at most {self._config.max_skipped}"
+        warn(f"{line}. The step is skipped ({number})")
         finite = {
             name: value
             for name, value in metrics.items()

@@ -68,7 +68,8 @@ def remedy(
 def _if_that_fails(earlier: Sequence[int]) -> str:
     then = "restart in a new --run-dir"
     if earlier:
-        then = f"use an earlier --resume-step (there are: {_listed(earlier)})"
+        steps = _listed(earlier)
+        then = f"use an earlier --resume-step (there are: {steps}), or {then}"
     return f"If the next command fails too, earlier weights were corrupted: {then}. "
 
 

@@ -25,10 +25,10 @@ REQUIRED = {
     "evaluate": {"model": "m", "prompts": "p", "reward": ("a.py:b",)},
     "inspect": {"model": "m"},
     "show-data": {"model": "m", "data": "d"},
+    "replay": {"run_dir": "r"},
     "quickstart": {},
     "arithmetic": {},
     "overoptimization": {},
-    "replay": {"run_dir": "r"},
 }
 WITHOUT_NUMBERS = {"annotate read", "merge", "presets"}
 

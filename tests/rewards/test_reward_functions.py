@@ -240,7 +240,9 @@ def test_a_batch_that_fails_only_as_a_whole(rewards):
 
 
 def test_unusable_functions_are_refused_on_entering(rewards):
-    with pytest.raises(RewardFunctionError, match=r"my_rewards\.py has no lenght"):
+    with pytest.raises(
+        RewardFunctionError, match=r"my_rewards\.py does not define lenght"
+    ):
         score(rewards, "length", "lenght", processes=2)
     dead = rewards.parent / "dead.py"
     dead.write_text("import os\nos._exit(4)")

@@ -54,8 +54,11 @@ def _same_path(monkeypatch):
         ),
         ("{folder}/exits.py:f", r"failed: SystemExit: 2 \(exits\.py, line 2\)"),
         ("no_such.module:f", "failed: ModuleNotFoundError: No module named 'no_such'"),
-        ("json:dump_it", r"json has no dump_it; did you mean dumps?\?"),
-        ("{file}:lenght", r"my_rewards\.py has no lenght; did you mean length\?"),
+        ("json:dump_it", r"json does not define dump_it; did you mean dumps?\?"),
+        (
+            "{file}:lenght",
+            r"my_rewards\.py does not define lenght; did you mean length\?",
+        ),
         ("{file}:number", r"not a function but a value \(int\)"),
         (
             "{folder}/shapes.py:two",

@@ -153,7 +153,7 @@ def test_a_skipped_step_changes_nothing_but_its_number(skipping, capsys):
     sft.run(config)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
     assert line.startswith("warning: step 2: loss is not finite")
-    assert line.endswith("the step is skipped, number 1 of at most 10")
+    assert line.endswith("The step is skipped (1 of at most 10)")
     got = load_pretrained(Path(config.run_dir) / "model")[1]
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -175,7 +175,7 @@ def test_at_the_limit_the_run_stops(skipping):
     config, _, poison = skipping
     poison(2, 4)
     config = dataclasses.replace(config, max_skipped=1)
-    with pytest.raises(NonFiniteError, match="max-skipped=1 is reached") as stopped:
+    with pytest.raises(NonFiniteError, match="max-skipped=1 steps already") as stopped:
         sft.run(config)
     assert str(stopped.value).startswith("step 4: ")
     assert rows_of(config.run_dir)[-1]["step"] == 3

@@ -135,7 +135,7 @@ def astray(make):
 def failure(error):
     """The step that failed, and the first of its optimizer steps that did."""
     found = re.match(
-        r"step (\d+): \w+ is not finite \(optimizer step (\d+) ", str(error)
+        r"step (\d+): \w+ is not finite, in optimizer step (\d+) ", str(error)
     )
     assert found is not None
     assert int(found[2]) == error.optimizer_step

@@ -128,7 +128,9 @@ def test_the_metric_of_the_best_checkpoint_must_exist(config):
     with pytest.raises(
         ValueError, match=r"checkpoint-keep-highest.*of this run: eval/l"
     ):
-        run_to(config(checkpoint_keep_highest="eval/los"), 5)
+        check_start(config(checkpoint_keep_highest="eval/los"))
+    with pytest.raises(ValueError, match=r"checkpoint-keep-lowest.*eval/perplexity"):
+        check_start(config(checkpoint_keep_lowest="eval/score_mean"))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ def test_changed_data_is_refused_or_accepted_once(tmp_path, config, capsys):
     with pytest.raises(ValueError, match="data changed since"):
         check_start(config(resume=True))
     check_start(config(resume=True, accept_changed=("data",)))
+    assert capsys.readouterr().err == ""
     run_to(config(resume=True, accept_changed=("data",)), 20)
     (line,) = capsys.readouterr().err.splitlines()  # told once
     assert line.startswith("warning: data changed since checkpoint 10")
