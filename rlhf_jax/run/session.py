@@ -12,6 +12,8 @@ import jax
 from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files.atomic import remove_temporary
+from rlhf_jax.files.printable import one_line
+from rlhf_jax.files.typed_fields import section
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
 from rlhf_jax.run.fingerprints import fingerprints
 from rlhf_jax.run.interrupt import Interrupted, Interruptible
@@ -145,7 +147,7 @@ class Session(contextlib.ExitStack):
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # two states of a large model may not fit in memory
         state, data = self._checkpointer.restore(self.start_step, like)
-        self.counters |= data.get("counters", {})
+        self.counters |= section(data, "counters")
         self._clear_after(self.start_step)
         self._open_logs()
         return state
@@ -280,7 +282,14 @@ class Session(contextlib.ExitStack):
         """Saves the state after `step` and raises the error, with how to resume."""
         if step == 0:
             raise error
-        self._rescue(step, state)
+        try:
+            self._rescue(step, state)
+        except (OSError, ValueError) as second:
+            raise type(error)(
+                f"{error}. The state after step {step} could not be saved "
+                f"({one_line(second)}); fix both, then resume from the last "
+                f"checkpoint with: {self._resume_command()}"
+            ) from None
         raise type(error)(
             f"{error}. The run is saved after step {step}; fix this, then resume "
             f"with: {self._resume_command()}"
