@@ -101,13 +101,14 @@ class Session(contextlib.ExitStack):
         self._overflowed: set[str] = set()  # metrics already warned about
         config, run = self.config, self.run
         keep = Keep(latest=config.checkpoint_keep, every=config.checkpoint_keep_every)
+        # Before the checkpointer, so that a signal does not break its last write.
+        self._interrupt = self.enter_context(Interruptible())
         self._checkpointer = self.enter_context(
             Checkpointer(run.checkpoints, keep=keep)
         )
         self.start_step = self._first_step()
         self._fingerprints = fingerprints(config)
         self._values: dict[str, float] = {}  # of the step that was logged last
-        self._interrupt = self.enter_context(Interruptible())
         self._progress = self.enter_context(
             progress(
                 self.total_steps,
