@@ -326,8 +326,11 @@ def _is_nested(value: Any) -> bool:
 
 
 def quieten_libraries() -> None:
-    """Silences advice to install PyTorch, which is not needed."""
+    """Silences advice to install PyTorch, and logs of errors that are raised too."""
+    from absl import logging  # used by Orbax, which logs a traceback per thread
+
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.set_verbosity(logging.FATAL)
 
 
 def use_compilation_cache() -> None:

@@ -298,8 +298,8 @@ def _read_csv(file: Path) -> Iterator[Row]:
     lines = (line for _, line in read_lines(file))
     header = next(lines, "").strip("\r\n")
     delimiter = max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter), [])
     try:
+        names = next(csv.reader([header], delimiter=delimiter), [])
         for number, cells in enumerate(csv.reader(lines, delimiter=delimiter), 2):
             if any(cell.strip() for cell in cells):
                 values = dict(zip(names, cells, strict=False))

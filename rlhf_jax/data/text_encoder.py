@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rlhf_jax.data.dialogues import Span
+from rlhf_jax.files.foreign_errors import one_line_errors
 from rlhf_jax.files.printable import shown
 
 
@@ -122,7 +123,8 @@ class TextEncoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             raise ValueError("nothing to encode: the dataset has no rows")
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        with one_line_errors("the tokenizer cannot encode a text"):
+            ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         rows = [list(row) for row in ids]
         if self.num_ids is not None:
             self._check_known(texts, rows, self.num_ids)

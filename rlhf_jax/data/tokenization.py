@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.algo.types import Prompts
 from rlhf_jax.data.text_encoder import TextEncoder
+from rlhf_jax.files.foreign_errors import one_line_errors
 from rlhf_jax.models.chat import check_spells_none, render_chat, special_token_pattern
 from rlhf_jax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from rlhf_jax.models.hf.generation_config import read_eos_ids, read_generation_config
@@ -86,7 +87,8 @@ class Tokenization:
     def bos_id(self) -> int | None:
         """The BOS id, for tokenizers that prepend it; else None."""
         bos = self.tokenizer.bos_token_id
-        starts_with_bos = self.tokenizer("a")["input_ids"][:1] == [bos]
+        with one_line_errors("the tokenizer cannot encode a text"):
+            starts_with_bos = self.tokenizer("a")["input_ids"][:1] == [bos]
         return bos if starts_with_bos else None  # pyright: ignore[reportReturnType]
 
     def stop_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
@@ -97,7 +99,8 @@ class Tokenization:
         """
         stops = {self.eos_id, *self.end_ids}
         for text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            with one_line_errors(f"the tokenizer cannot encode stop={text!r}"):
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
                 raise ValueError(
                     f"stop={text!r} is {len(ids)} tokens of this tokenizer; give text "
@@ -144,7 +147,7 @@ class Tokenization:
     def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
         """Texts of right-padded rows, without special tokens."""
         rows = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self._texts(rows)
 
     def decode_prompts(self, prompts: Prompts) -> list[str]:
         """Texts of left-padded host prompts, without special tokens."""
@@ -152,7 +155,11 @@ class Tokenization:
         rows = [
             row[len(row) - n :].tolist() for row, n in zip(tokens, lengths, strict=True)
         ]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self._texts(rows)
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
+        with one_line_errors("the tokenizer cannot decode a response"):
+            return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def check_same_as(self, other: "Tokenization", name: str, path: str) -> None:
         """Raises ValueError unless both have the same tokens, EOS and BOS."""

@@ -3,9 +3,19 @@
 import os
 from pathlib import Path
 
+from rlhf_jax.files.printable import printable
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: after a crash it has the old text or the new one."""
+    """Writes a file atomically: after a crash it has the old text or the new one.
+
+    Raises:
+        ValueError: if the path is a device, a pipe or a folder: renaming would replace
+            it, `/dev/null` for root.
+        OSError: if it cannot be written; names the path.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{printable(str(path))}: is not a file; give another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -14,6 +24,11 @@ def write_atomic(path: Path, text: str) -> None:
             os.fsync(file.fileno())  # or a power cut could leave the new name empty
         os.replace(temporary, path)
         sync_directory(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_jax.files.bounded_json import read_object
-from rlhf_jax.files.printable import one_line
+from rlhf_jax.files.foreign_errors import one_line_errors
 from rlhf_jax.files.regular_file import model_file
 from rlhf_jax.files.typed_fields import integer
 from rlhf_jax.models.hf.hub import local_directory
@@ -38,20 +38,13 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a tokenizer directory")
     check_tokenizer_files(path)
-    try:
+    with one_line_errors(f"{path} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(path),
             local_files_only=True,
             trust_remote_code=False,  # otherwise it would ask on the terminal
             padding_side="left",
         )
-    except BaseException as error:  # a panic of tokenizers is not an Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        reason = one_line(str(error).strip().split("\n")[0] or repr(error))
-        raise ValueError(
-            f"{path} has no tokenizer that can be loaded: {reason}"
-        ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {path} has no EOS token, so responses could not end; "
@@ -154,8 +147,9 @@ def token_texts(
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
-    text = tokenizer.decode(
-        list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    with one_line_errors("the tokenizer cannot decode a token"):
+        text = tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
     assert isinstance(text, str)  # lists of lists give lists
     return text

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from rlhf_jax.files.atomic import sync_directory
+from rlhf_jax.files.printable import one_line
 from rlhf_jax.run import checksums
 from rlhf_jax.run.checkpoint_leaves import (
     check_same_leaves,
@@ -21,6 +23,7 @@ from rlhf_jax.run.checkpoint_leaves import (
     storable,
     target,
 )
+from rlhf_jax.run.checkpoint_meta import FORMAT, read_meta
 
 if TYPE_CHECKING:  # slow to import, and most commands do not need it
     import orbax.checkpoint as ocp
@@ -28,8 +31,8 @@ if TYPE_CHECKING:  # slow to import, and most commands do not need it
 Pytree = Any
 Position = dict[str, Any]
 
-_FORMAT = 2  # 1 had no checksums
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # as `save` writes it, and nothing else
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,8 @@ class Checkpointer:
         leaves = named_leaves(state)
         description = {name: describe_leaf(name, leaf) for name, leaf in leaves.items()}
         meta = {
-            "format": _FORMAT,
+            "format": FORMAT,
+            "step": step,
             "leaves": description,
             "data": copy.deepcopy(data),  # written while the caller goes on
             "values": dict(values or {}),
@@ -159,7 +163,7 @@ class Checkpointer:
         if not self._directory.is_dir():
             return []
         names = (path.name for path in self._directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, or None.
@@ -167,13 +171,16 @@ class Checkpointer:
         Reads all its files. Those of checkpoints from before checksums are trusted.
         """
         folder = self._folder(step)
-        if (folder / checksums.NAME).exists():
-            return checksums.damage(folder)
-        try:
-            is_old = "format" not in self._meta(step)
-        except ValueError:
+        reason = checksums.damage(folder)
+        if reason is not None and os.path.lexists(folder / checksums.NAME):
+            return reason
+        if not (folder / "meta").is_dir():
             return "it is incomplete"
-        return None if is_old else f"{checksums.NAME} is missing"
+        try:
+            meta = read_meta(folder)
+        except ValueError as error:
+            return one_line(error)
+        return None if "format" not in meta else reason
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is not listed any more."""
@@ -236,8 +243,6 @@ class Checkpointer:
             ValueError: if there is no such checkpoint, it cannot be read, or a leaf is
                 missing, unexpected, or has a different shape or dtype.
         """
-        import orbax.checkpoint as ocp
-
         steps = self.steps()
         if step not in steps:
             raise ValueError(
@@ -248,7 +253,7 @@ class Checkpointer:
         meta = self._meta(step)
         wanted = {name: describe_leaf(name, leaf) for name, leaf in leaves.items()}
         check_same_leaves(meta["leaves"], wanted, self._folder(step))
-        stored = self._read(step, state=ocp.args.StandardRestore(target(leaves))).state
+        stored = self._read_state(step, target(leaves))
         restored = [
             restored_leaf(leaf, stored.get(name), meta["leaves"][name])
             for name, leaf in leaves.items()
@@ -256,12 +261,26 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(like), restored), meta["data"]
 
     def wait(self) -> None:
-        """Waits until pending writes are committed; raises if they failed."""
-        if self._writer is not None and self._saving is not None:
+        """Waits until pending writes are committed.
+
+        Raises:
+            OSError: if they failed; what they wrote is removed.
+        """
+        if self._writer is None or self._saving is None:
+            return
+        step = self._saving
+        try:
             self._writer.wait_until_finished()
+        except (OSError, ValueError) as error:  # ValueError: of TensorStore
+            self._remove_unfinished(f"{step}{_UNFINISHED}*")
+            raise OSError(
+                f"checkpoint {step} cannot be written to {self._directory}: "
+                f"{_reason(error)}"
+            ) from None
+        finally:
             self._saving = None
-            if jax.process_index() == 0:
-                sync_directory(self._directory)
+        if jax.process_index() == 0:
+            sync_directory(self._directory)
 
     def close(self) -> None:
         """Waits for pending writes, removes superseded checkpoints, and releases all
@@ -296,8 +315,7 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may clean up: a reader could remove the checkpoint that a
             # running process is writing.
-            for unfinished in self._directory.glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(unfinished)
+            self._remove_unfinished(f"*{_UNFINISHED}*")
         self._read_values()
 
         def finish() -> None:  # in the writing thread, before the rename
@@ -308,6 +326,11 @@ class Checkpointer:
             _handler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=finish),
         )
+
+    def _remove_unfinished(self, pattern: str) -> None:
+        if jax.process_index() == 0:
+            for unfinished in self._directory.glob(pattern):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _read_values(self) -> None:
         for step in self.steps():
@@ -333,28 +356,41 @@ class Checkpointer:
         shutil.rmtree(hidden)
 
     def _meta(self, step: int) -> dict[str, Any]:
+        try:
+            return read_meta(self._folder(step))
+        except ValueError as error:
+            raise self._unreadable(step, error) from None
+
+    def _read_state(self, step: int, target: Pytree) -> Pytree:
         import orbax.checkpoint as ocp
 
-        meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-        if not isinstance(meta, dict) or not {"leaves", "data"} <= meta.keys():
-            raise ValueError(f"checkpoint {self._folder(step)} is damaged: no metadata")
-        return meta
-
-    def _read(self, step: int, **items: Any) -> Any:
-        import orbax.checkpoint as ocp
-
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         with ocp.Checkpointer(_handler()) as reader:
             try:
-                return reader.restore(
-                    self._folder(step), args=ocp.args.Composite(**items)
-                )
-            except (KeyError, OSError, ValueError) as error:
-                others = [number for number in self.steps() if number != step]
-                raise ValueError(
-                    f"checkpoint {self._folder(step)} is damaged "
-                    f"({type(error).__name__}); remove that directory, and resume from "
-                    f"another with --resume-step: {others or 'there is none'}"
-                ) from None
+                return reader.restore(self._folder(step), args=args).state
+            except (
+                *(LookupError, OSError, ValueError, TypeError, AttributeError),
+                RecursionError,
+            ) as error:
+                raise self._unreadable(step, error) from None
+
+    def _unreadable(self, step: int, error: Exception) -> ValueError:
+        others = [number for number in self.steps() if number != step]
+        return ValueError(
+            f"checkpoint {self._folder(step)} is damaged ({one_line(error)}); "
+            "remove that directory, and resume from another with --resume-step: "
+            f"{others or 'there is none'}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The system's reason, such as a full disk, which TensorStore puts last."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is not None:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error)
 
 
 def _handler() -> Any:

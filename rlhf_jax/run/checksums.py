@@ -4,10 +4,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.files.atomic import sync_directory, write_atomic
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.regular_file import MEBIBYTE
 
 NAME = "checksums.json"
+_MOST_BYTES = 64 * MEBIBYTE
 
 
 def write_checksums(directory: Path) -> None:
@@ -30,13 +34,16 @@ def write_checksums(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """The first difference between the files and their checksums, or None."""
-    try:
-        digests = json.loads((directory / NAME).read_bytes())
-        wanted = {name: (row["size"], row["sha256"]) for name, row in digests.items()}
-    except FileNotFoundError:
+    """The first difference between the files and their checksums, or None.
+
+    A file that the disk cannot read is damage too, but not one without permission.
+    """
+    if not os.path.lexists(directory / NAME):
         return f"{NAME} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    try:
+        digests = read_object(directory / NAME, most_bytes=_MOST_BYTES)
+        wanted = {name: (row["size"], row["sha256"]) for name, row in digests.items()}
+    except (ValueError, TypeError, KeyError):
         return f"{NAME} cannot be read"
     found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
     for name in sorted(wanted.keys() | found.keys()):
@@ -44,12 +51,23 @@ def damage(directory: Path) -> str | None:
             return f"{name} is missing"
         if name not in wanted:
             return f"{name} does not belong to it"
-        size, digest = wanted[name]
-        if found[name].stat().st_size != size:
-            return f"{name} has {found[name].stat().st_size} bytes instead of {size}"
-        with found[name].open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"the checksum of {name} differs"
+        try:
+            difference = _difference(found[name], *wanted[name])
+        except PermissionError:
+            raise
+        except OSError as error:
+            difference = f"cannot be read: {error.strerror}"
+        if difference is not None:
+            return f"{name} {difference}"
+    return None
+
+
+def _difference(path: Path, size: Any, digest: Any) -> str | None:
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes instead of {size}"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            return "does not match its checksum"
     return None
 
 

@@ -15,7 +15,11 @@ import numpy as np
 
 from rlhf_jax.files.bounded_json import parse_json
 from rlhf_jax.files.bounded_lines import MOST_CHARACTERS
+from rlhf_jax.files.printable import shown
 from rlhf_jax.files.regular_file import open_regular
+from rlhf_jax.files.typed_fields import integer, text
+
+_MOST_STEP = 10**15  # float64, of the charts, holds every step
 
 
 class _JsonLines:
@@ -41,8 +45,11 @@ class _JsonLines:
         lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
         # A lone surrogate has no UTF-8 form; "\\ud800" is what JSON writes for it.
         text = "".join(line + "\n" for line in lines)
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
+        try:
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+        except OSError as error:  # as on a full disk
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def sync(self) -> None:
         """Writes what the system has buffered to disk, in case of a power cut."""
@@ -181,24 +188,45 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     """The lines of a metrics file, without an incomplete last line.
 
     Raises:
-        ValueError: if another line is not a JSON object with a step.
+        ValueError: if another line is not a JSON object of numbers with a step, or its
+            step is before that of the line above. Names the file and the line.
     """
-    return [
-        {
-            name: float(value) if isinstance(value, str) else value
-            for name, value in row.items()
-        }
-        for _, row in _complete_lines(Path(path))
-    ]
+    rows: list[dict[str, int | float]] = []
+    for number, (_, row) in enumerate(_complete_lines(Path(path)), 1):
+        place = f"{path}, line {number}"
+        rows.append({name: _read_number(place, name, row[name]) for name in row})
+    return rows
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a samples file, without an incomplete last line.
 
     Raises:
-        ValueError: if another line is not a JSON object with a step.
+        ValueError: if another line is not a JSON object with a step, the texts `prompt`
+            and `response`, and numbers, or its step is before that of the line above.
+            Names the file and the line.
     """
-    return [row for _, row in _complete_lines(Path(path))]
+    rows: list[dict[str, Any]] = []
+    for number, (_, row) in enumerate(_complete_lines(Path(path)), 1):
+        place = f"{path}, line {number}"
+        try:
+            text(row, "prompt")
+            text(row, "response")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        for name, value in row.items():
+            if value is not None and not isinstance(value, str):
+                _read_number(place, name, value)
+        rows.append(row)
+    return rows
+
+
+def _read_number(place: str, name: str, value: Any) -> int | float:
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if not isinstance(value, int | float):
+        raise ValueError(f"{place}: {shown(name)} is {shown(value)}, not a number")
+    return value
 
 
 def _length_before(path: Path, start_step: int) -> int:
@@ -225,10 +253,15 @@ def _complete_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             row = parse_json(line.decode("utf-8"), place, encodable=False)
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8 text ({error.reason})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(
-                f"{path}, line {number}: not an object with an integer `step`"
-            )
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: {shown(row)} is not an object")
+        try:
+            step = integer(row, "step", least=0, most=_MOST_STEP)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if rows and step < rows[-1][1]["step"]:
+            before = rows[-1][1]["step"]
+            raise ValueError(f"{place}: step {step} comes after step {before}")
         rows.append((end, row))
     return rows
 

@@ -5,7 +5,9 @@ import io
 import json
 import math
 import os
+import re
 import shlex
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,11 @@ from rlhf_jax.algo.types import (
     Sequences,
 )
 from rlhf_jax.config.run import RunConfig, to_dict
+from rlhf_jax.files import typed_fields
+from rlhf_jax.files.bounded_json import parse_json
+from rlhf_jax.files.foreign_errors import one_line_errors
+from rlhf_jax.files.printable import one_line, shown
+from rlhf_jax.files.regular_file import open_regular
 from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.run.progress import warn
 from rlhf_jax.run.remedy import remedy
@@ -29,6 +36,8 @@ from rlhf_jax.run.run_directory import RunDirectory
 State = TypeVar("State")
 Batch = Demonstrations | Preferences | Rankings | Experience
 _BATCHES = {x.__name__: x for x in (Demonstrations, Preferences, Rankings, Experience)}
+
+_MOST_BYTES = 2**30  # of the arrays of a dump; some MiB are usual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +129,7 @@ class FiniteCheck:
             return state, pop_nonfinite(metrics, step=step)
         except NonFiniteError as error:
             problem = error
-        if self._config.undoes_updates:
-            # Its weights may be the cause, and then earlier checkpoints are needed.
-            self._rescue(step - 1, state)
+        rescued = self._rescued(step - 1, state)
         dump = Dump(
             stage=self._config.stage,
             step=step,
@@ -132,7 +139,7 @@ class FiniteCheck:
             prompts=prompts,
             vocab_size=vocab_size,
         )
-        line = f"{problem}. {self._kept(dump)}"
+        line = f"{problem}. {rescued}{self._kept(dump)}"
         if self._config.on_nonfinite == "stop":
             raise self._stopped(line, step, problem)
         if self.skipped >= self._config.max_skipped:
@@ -149,6 +156,17 @@ class FiniteCheck:
             if np.ndim(value) == 0 and math.isfinite(value)
         }
         return _advanced(state), finite
+
+    def _rescued(self, step: int, state: Any) -> str:
+        """Saves the state after `step`; says if that fails, as on a full disk."""
+        if not self._config.undoes_updates:
+            return ""
+        try:
+            # Its weights may be the cause, and then earlier checkpoints are needed.
+            self._rescue(step, state)
+        except (OSError, ValueError) as error:
+            return f"Checkpoint {step} could not be saved ({one_line(error)}). "
+        return ""
 
     def _kept(self, dump: Dump) -> str:
         """Writes the batch; says where it is, and how to run it."""
@@ -231,20 +249,53 @@ def read_dump(run: RunDirectory, step: int) -> Dump:
     if not path.is_file():
         found = ", ".join(map(str, dumped_steps(run))) or "none"
         raise ValueError(f"step={step}: there is no {path}; steps with one: {found}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            arrays = {name: file[name] for name in file.files if name != "about"}
-        batch = _batch(about.pop("batch"), arrays)
-        return Dump(**about, batch=batch)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
+    # zipfile, zlib and NumPy raise many kinds of errors.
+    with one_line_errors(f"{path} is damaged: replay another --step"):
+        arrays = _read_arrays(path)
+        about = parse_json(str(arrays.pop("about")), "about", finite=False)
+        return _checked(Dump(**about | {"batch": _batch(about["batch"], arrays)}))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with open_regular(path) as handle, zipfile.ZipFile(handle) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"it expands to {size:,} bytes")
+        handle.seek(0)
+        with np.load(handle, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+
+def _checked(dump: Dump) -> Dump:
+    """The dump, after checking the types and shapes of what replay uses."""
+    fields = vars(dump)
+    typed_fields.text(fields, "stage")
+    typed_fields.text(fields, "error")
+    typed_fields.section(fields, "config")
+    typed_fields.integer(fields, "step")
+    typed_fields.integer(fields, "vocab_size")
+    arrays = jax.tree.leaves_with_path(dump.batch)
+    for path, array in arrays:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kind = {"tokens": "i", "mask": "b"}.get(re.split("[_/]", name)[-1], "f")
+        if array.dtype.kind != kind or array.ndim < 1 + (kind in "ib"):
+            raise ValueError(f"{shown(name)} is {array.dtype}{list(array.shape)}")
+    rows = {len(array) for _, array in arrays}
+    if len(rows) != 1:
+        raise ValueError("its arrays have different numbers of rows")
+    is_text = isinstance(dump.prompts, list) and all(
+        isinstance(prompt, str) for prompt in dump.prompts
+    )
+    if not is_text or len(dump.prompts) not in (0, *rows):
+        raise ValueError(f"its {next(iter(rows))} rows do not each have a prompt")
+    return dump
 
 
 def dumped_steps(run: RunDirectory) -> list[int]:
     """The steps of which there is a dump."""
-    names = [path.stem.removeprefix("step-") for path in run.nonfinite.glob("*.npz")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    names = [path.name for path in run.nonfinite.glob("*.npz")]
+    found = [re.fullmatch(r"step-([1-9][0-9]{0,17})\.npz", name) for name in names]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _batch(kind: str, arrays: Mapping[str, Any]) -> Any:

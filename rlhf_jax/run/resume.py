@@ -1,6 +1,6 @@
 """Where a resumed run continues, and whether everything it needs is unchanged."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,9 +8,10 @@ import numpy as np
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig
+from rlhf_jax.files.typed_fields import section
 from rlhf_jax.run.checkpointer import Checkpointer
 from rlhf_jax.run.fingerprints import check_unchanged, fingerprints
-from rlhf_jax.run.log_files import read_metrics
+from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.progress import warn
 from rlhf_jax.run.run_directory import RunDirectory
 
@@ -34,8 +35,10 @@ def check_resume(config: RunConfig, run: RunDirectory) -> None:
         if step > 0:
             check_fingerprints(config, run, checkpointer, step)
             check_history(config, run, saved, step)
-            rows = read_metrics(run.metrics) if run.metrics.exists() else []
-            check_best_metrics(config, [name for row in rows for name in row])
+        elif not saved:
+            _check_none_was_saved(config, run)
+        if jax.process_index() == 0 and run.samples.exists():
+            read_samples(run.samples)  # the run would stop at a wrong line later
 
 
 def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
@@ -79,7 +82,7 @@ def check_fingerprints(
     """
     if jax.process_index() != 0:
         return []
-    saved = checkpointer.data(step).get("fingerprints", {})
+    saved = section(checkpointer.data(step), "fingerprints")
     now = fingerprints(config)
     changed = check_unchanged(
         saved, now, accepted=config.accept_changed, run_dir=run.path
@@ -101,7 +104,7 @@ def check_history(
         rows = read_metrics(run.metrics) if run.metrics.exists() else []
     except ValueError as error:
         raise ValueError(
-            f"{error}; restore that line, or delete it and {accept}"
+            f"{error}; restore what was there, or delete it and {accept}"
         ) from None
     missing = sorted(set(range(step + 1)) - {row["step"] for row in rows})
     if not missing:
@@ -115,24 +118,21 @@ def check_history(
     )
 
 
-def check_best_metrics(config: RunConfig, metrics: Iterable[str]) -> None:
-    """Raises ValueError if the best checkpoints are to be kept by an unknown metric.
+def _check_none_was_saved(config: RunConfig, run: RunDirectory) -> None:
+    """Raises ValueError if the logs show that there were checkpoints.
 
-    Args:
-        config: configuration of the run.
-        metrics: names of logged metrics; without held-out ones nothing is checked.
+    Starting over would remove the logs. The checkpoint after `checkpoint_every` steps
+    is complete before the next one is begun.
     """
-    measured = list(dict.fromkeys(x for x in metrics if x.startswith("eval/")))
-    names = {
-        "checkpoint-keep-highest": config.checkpoint_keep_highest,
-        "checkpoint-keep-lowest": config.checkpoint_keep_lowest,
-    }
-    for option, name in names.items():
-        check(
-            name is None or not measured or name in measured,
-            option,
-            name,
-            f"must be a held-out metric of this run: {', '.join(measured)}",
+    if "history" in config.accept_changed or not run.metrics.exists():
+        return
+    steps = [row["step"] for row in read_metrics(run.metrics)]
+    every = run.read_config().get("checkpoint_every")
+    if isinstance(every, int) and max(steps, default=0) > 2 * every:
+        raise ValueError(
+            f"cannot resume --run-dir {run.path}: metrics.jsonl has {max(steps)} "
+            f"steps, but {run.checkpoints} has no checkpoint; restore it, start a new "
+            "run, or start this one over with --accept-changed history"
         )
 
 

@@ -32,6 +32,8 @@ from rlhf_jax.config.run import FREE_ON_RESUME, load_yaml
 from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.files.bounded_json import parse_json
 from rlhf_jax.files.bounded_lines import read_lines
+from rlhf_jax.files.printable import printable, shown
+from rlhf_jax.files.typed_fields import integer, section, text
 
 _PACKAGES = (
     "rlhf-jax",
@@ -108,13 +110,24 @@ class RunDirectory:
         return load_yaml(self.config)
 
     def read_launches(self) -> list[dict[str, Any]]:
-        """All starts of the run, in order."""
+        """All starts of the run, in order.
+
+        Raises:
+            ValueError: a line is not what `open_run` writes.
+        """
         if not self.launches.exists():
             return []
-        return [
-            parse_json(line, f"{self.launches}, line {number}")
-            for number, line in read_lines(self.launches)
-        ]
+        rows = []
+        for number, line in read_lines(self.launches):
+            try:
+                rows.append(_checked_launch(parse_json(line, "it")))
+            except ValueError as error:
+                place = printable(str(self.launches))
+                raise ValueError(
+                    f"{place}, line {number}: not a start of a run ({error}); delete "
+                    "the line: nothing depends on it"
+                ) from None
+        return rows
 
 
 def check_run(
@@ -266,6 +279,20 @@ def _launch(stage: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "process": os.getpid(),
     }
+
+
+def _checked_launch(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{shown(row)} is not an object")
+    fields: dict[str, Any] = row
+    for name in ("stage", "started", "command", "device_kind"):
+        text(fields, name)
+    for name in ("devices", "processes"):
+        integer(fields, name)
+    versions = section(fields, "versions")
+    for name in ("rlhf-jax", "jax"):
+        text(versions, name)
+    return fields
 
 
 def _version(package: str) -> str:

@@ -11,6 +11,8 @@ import jax
 
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files.atomic import remove_temporary
+from rlhf_jax.files.printable import one_line
+from rlhf_jax.files.typed_fields import section
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
 from rlhf_jax.run.fingerprints import fingerprints
 from rlhf_jax.run.interrupt import Interrupted, Interruptible
@@ -19,7 +21,6 @@ from rlhf_jax.run.nonfinite import FiniteCheck
 from rlhf_jax.run.progress import progress, warn
 from rlhf_jax.run.report import write_report
 from rlhf_jax.run.resume import (
-    check_best_metrics,
     check_fingerprints,
     check_history,
     check_resume,
@@ -99,13 +100,14 @@ class Session(contextlib.ExitStack):
         self._overflowed: set[str] = set()  # metrics already warned about
         config, run = self.config, self.run
         keep = Keep(latest=config.checkpoint_keep, every=config.checkpoint_keep_every)
+        # Before the checkpointer, so that a signal does not break its last write.
+        self._interrupt = self.enter_context(Interruptible())
         self._checkpointer = self.enter_context(
             Checkpointer(run.checkpoints, keep=keep)
         )
         self.start_step = self._first_step()
         self._fingerprints = fingerprints(config)
         self._values: dict[str, float] = {}  # of the step that was logged last
-        self._interrupt = self.enter_context(Interruptible())
         self._progress = self.enter_context(
             progress(
                 self.total_steps,
@@ -146,7 +148,7 @@ class Session(contextlib.ExitStack):
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # two states of a large model may not fit in memory
         state, data = self._checkpointer.restore(self.start_step, like)
-        self.counters |= data.get("counters", {})
+        self.counters |= section(data, "counters")
         self._clear_after(self.start_step)
         self._open_logs()
         # Checkpoints lack the values of metrics that were not asked for then, and of
@@ -219,7 +221,6 @@ class Session(contextlib.ExitStack):
         if self.config.on_nonfinite == "skip":
             metrics = {**metrics, "optim/skipped": self.check_finite.skipped}
         self._metrics.write(step, metrics)
-        check_best_metrics(self.config, metrics)
         self._rate(step, metrics)
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._overflowed:
@@ -277,7 +278,14 @@ class Session(contextlib.ExitStack):
         """Saves the state after `step` and raises the error, with how to resume."""
         if step == 0:
             raise error
-        self._rescue(step, state)
+        try:
+            self._rescue(step, state)
+        except (OSError, ValueError) as second:
+            raise type(error)(
+                f"{error}. The state after step {step} could not be saved "
+                f"({one_line(second)}); fix both, then resume from the last "
+                f"checkpoint with: {self._resume_command()}"
+            ) from None
         raise type(error)(
             f"{error}. The run is saved after step {step}; fix this, then resume "
             f"with: {self._resume_command()}"

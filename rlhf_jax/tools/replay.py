@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf_jax.algo.types import Experience
 from rlhf_jax.config.grpo import GRPOConfig
-from rlhf_jax.config.inspection import STAGES, Stage
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.run import RunConfig, from_dict
 from rlhf_jax.config.supervised import RewardConfig, SFTConfig
 from rlhf_jax.config.tools import ReplayConfig
+from rlhf_jax.files.printable import one_line
 from rlhf_jax.learner.finite import TERMS, first_nonfinite
 from rlhf_jax.learner.imitation import imitation_losses
 from rlhf_jax.models.callables import policy, reward_model
@@ -79,7 +79,7 @@ def replay(directory: RunDirectory, dump: Dump) -> Replay:
     Raises:
         ValueError: there is no checkpoint of that state.
     """
-    config = from_dict(STAGES[cast(Stage, dump.stage)], dump.config)
+    config = _config(dump)
     _check_saved(directory, dump.step - 1)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     setup, update, frozen, evidence = _program(config, dump, Networks(config, mesh))
@@ -110,6 +110,21 @@ def replay(directory: RunDirectory, dump: Dump) -> Replay:
         rows=rows,
         largest_weight=largest,
     )
+
+
+def _config(dump: Dump) -> RunConfig:
+    """The configuration of the run, checked like one from flags."""
+    stages = {"sft": SFTConfig, "reward": RewardConfig}
+    stages |= {"ppo": PPOConfig, "grpo": GRPOConfig}
+    try:
+        config = from_dict(stages[dump.stage], dump.config)
+        config.validate()
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the dump of step {dump.step} has no configuration of a run "
+            f"({one_line(error)}); replay another --step"
+        ) from None
+    return config
 
 
 def describe(found: Replay, dump: Dump) -> list[str]:

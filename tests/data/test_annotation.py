@@ -265,3 +265,11 @@ def test_wrong_input_to_writing(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == before
     with pytest.raises(ValueError, match=r'on_unfilled="keep": give "fail" or "drop"'):
         read_annotation_file(tmp_path / "a.csv", on_unfilled="keep")
+
+
+def test_a_header_that_is_too_long_is_one_line(tmp_path):
+    path = tmp_path / "a.csv"
+    write_annotation_file(path, PROMPTS, RESPONSES)
+    path.write_text("x" * 200_000 + "\n1\n")  # the module csv takes 131,072
+    with pytest.raises(ValueError, match=r"a\.csv: not a CSV file"):
+        read_annotation_file(path)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import time
 import unicodedata
 
@@ -19,6 +20,7 @@ from files.hostile_rows import GZIPPED, OPTIONS, ROWS, TEMPLATES, YAML
 from rlhf_jax import cli
 from rlhf_jax.config.supervised import SFTConfig
 from rlhf_jax.data.text_data import read_examples
+from rlhf_jax.data.text_encoder import TextEncoder
 from rlhf_jax.models import load_tokenizer
 from rlhf_jax.models.chat import render_chat, set_chat_template
 from rlhf_jax.models.families import read_config
@@ -197,3 +199,53 @@ def test_field_of_a_tokenizer(tokenizer_directory, name):
         assert name in HARMLESS
     finally:
         path.write_text(before)
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def split(pattern):
+    how = {"behavior": "Isolated", "invert": False}
+    return {"type": "Split", "pattern": {"Regex": pattern}, **how}
+
+
+GROWING = {
+    "doubled 34 times": {
+        "type": "Sequence",
+        "normalizers": [replace({"String": "a"}, "aa")] * 34,
+    },
+    "a long text": replace({"String": "a"}, "b" * 1001),
+    "a long beginning": {"type": "Prepend", "prepend": "b" * 1001},
+}
+FAILING = {
+    "a regex that backtracks": {"pre_tokenizer": split("(?=(a+)+b)a")},
+    "a panic": {"normalizer": replace({"Regex": ""}, "xx")},
+    "no unknown token": {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}},
+}
+
+
+@pytest.fixture
+def changed_tokenizer(tokenizer_directory, tmp_path):
+    def change(parts):
+        shutil.copytree(tokenizer_directory, tmp_path / "changed")
+        path = tmp_path / "changed" / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+        return path
+
+    return change
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_tokenizer_that_multiplies_texts(changed_tokenizer, name):
+    path = changed_tokenizer({"normalizer": GROWING[name]})
+    message = refused(lambda: load_tokenizer(path.parent))
+    assert message.startswith(f"{path}: normalizer can make a text ")
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_tokenizer_that_fails_at_a_text(changed_tokenizer, name, capfd):
+    tokenizer = load_tokenizer(changed_tokenizer(FAILING[name]).parent)
+    encoder = TextEncoder(tokenizer=tokenizer, eos_id=0)
+    message = refused(lambda: encoder.prompts(["a" * 40]))
+    assert message.startswith("the tokenizer cannot encode a text: ")

@@ -304,3 +304,32 @@ def test_half_written_checkpoints_are_not_listed_and_the_next_save_removes_them(
     with Checkpointer(tmp_path) as writer:
         writer.save(3, state, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
+def test_only_names_that_it_writes_are_checkpoints(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(7, make_state(), {})
+    # The last ones are decimal digits too: an Arabic 9, and a 9 of 250 digits.
+    for name in ("007", "-1", "1e3", " 8", "\u0669", "9" * 250):
+        (tmp_path / name).mkdir()
+    (tmp_path / "30").write_text("a file")
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [7]
+
+
+def test_a_full_disk_is_named_and_what_was_written_is_removed(tmp_path, monkeypatch):
+    def fail(*_):
+        # As TensorStore says it, shortened.
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "params/0.0" in OCDBT database: Failed '
+            "to write 224349 bytes to file 20: No space [os_error_code='28']"
+        )
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(), {})
+        checkpointer.wait()
+        monkeypatch.setattr("rlhf_jax.run.checksums.write_checksums", fail)
+        checkpointer.save(2, make_state(), {})
+        with pytest.raises(OSError, match=r"checkpoint 2 cannot.*: No space left on"):
+            checkpointer.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]

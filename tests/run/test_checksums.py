@@ -1,5 +1,7 @@
 """No flipped bit in a checkpoint is restored in silence."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,3 +98,49 @@ def test_a_checkpoint_without_its_checksums_is_damaged(checkpoint):
     (checkpoint.parent / "99").mkdir()
     with Checkpointer(checkpoint.parent) as checkpointer:
         assert checkpointer.damage(99) == "it is incomplete"
+
+
+def test_a_checkpoint_under_the_name_of_another_is_damaged(checkpoint):
+    os.rename(checkpoint, checkpoint.with_name("8"))
+    with Checkpointer(checkpoint.parent) as checkpointer:
+        assert checkpointer.damage(8) == "it is the checkpoint of step 3"
+        with pytest.raises(ValueError, match="it is the checkpoint of step 3"):
+            checkpointer.data(8)
+
+
+def _pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("checksums.json", _pipe),  # opening it would wait for a writer
+        ("checksums.json", lambda path: path.write_text("[" * 100_000)),
+        ("meta/metadata", _pipe),
+        ("meta/metadata", lambda path: path.write_text("[" * 100_000)),
+        ("meta/metadata", lambda path: path.write_text('{"leaves": 1, "data": {}}')),
+    ],
+)
+def test_a_file_that_is_none_or_too_deep_is_damage(checkpoint, file, spoil):
+    spoil(checkpoint / file)
+    with Checkpointer(checkpoint.parent) as checkpointer:
+        assert checkpointer.damage(3) is not None
+        if file != checksums.NAME:
+            with pytest.raises(ValueError, match="is damaged"):
+                checkpointer.data(3)
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage(checkpoint, monkeypatch):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("hashlib.file_digest", failing)
+    error = OSError(5, "Input/output error")
+    reason = checksums.damage(checkpoint)
+    assert reason is not None
+    assert reason.endswith(" cannot be read: Input/output error")
+    error = PermissionError(13, "Permission denied")  # can be repaired
+    with pytest.raises(PermissionError):
+        checksums.damage(checkpoint)

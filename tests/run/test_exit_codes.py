@@ -100,9 +100,9 @@ def log_then_ask(self, step, metrics, *, shown):
     if step == 1 and how == "asked":
         send(signal.SIGTERM)
 
-def save_while_asked(self, *arguments):
+def save_while_asked(self, *arguments, **options):
     send(*[signal.SIGTERM, signal.SIGHUP, signal.SIGINT] * (how == "asked"))
-    save(self, *arguments)
+    save(self, *arguments, **options)
 
 def wait_while_asked(self):
     send(*[signal.SIGTERM] * (how == "asked"))

@@ -203,3 +203,43 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert starts[0]["config"] == {"seed": 1}
     assert ("log", ({"a": 0.5},), {"step": 1}) in calls
     assert calls[-1][0] == "finish"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"step": 2, "x": "abc"}', '"x" is "abc", not a number'),
+        ('{"step": 2, "x": [1]}', '"x" is [1], not a number'),
+        ('{"step": 2, "x": null}', '"x" is null, not a number'),
+        ('{"step": true}', "step is true: give an integer"),
+        ('{"step": -5}', "step is -5: give an integer"),
+        ('{"step": 0}', "step 0 comes after step 1"),
+    ],
+)
+def test_a_line_of_metrics_that_is_wrong_is_named(tmp_path, row, problem):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "x": "nan"}}\n{row}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError) as caught:
+        read_metrics(path)
+    assert str(caught.value).startswith(f"{path}, line 2: {problem}")
+    if "step" in problem:  # such a file is not cut off
+        with pytest.raises(ValueError):
+            MetricsWriter(path, start_step=1)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ('"response": "b"', "prompt is null: give a text"),
+        ('"prompt": ["a"], "response": "b"', 'prompt is ["a"]: give a text'),
+        ('"prompt": "a", "response": "b", "score": {}', '"score" is {}, not a'),
+    ],
+)
+def test_a_line_of_samples_that_is_wrong_is_named(tmp_path, fields, problem):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f'{{"step": 1, {fields}}}\n')
+    with pytest.raises(ValueError) as caught:
+        read_samples(path)
+    assert str(caught.value).startswith(f"{path}, line 1: {problem}")

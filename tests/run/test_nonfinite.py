@@ -42,7 +42,7 @@ def batch_of(kind):
         case "pairs":
             return Preferences(chosen=a, rejected=b, margin=np.float32([1, np.inf]))
         case "rankings":
-            return Rankings(answers=a, grades=np.float32([[1, 0]]), mask=b.mask)
+            return Rankings(answers=a, grades=np.float32([[1, 0], [1, 0]]), mask=b.mask)
         case _:
             zeros = np.zeros((2, 3), np.float32)
             return Experience(mask=a.mask, old_logprobs=zeros, advantages=zeros / 0)
@@ -226,3 +226,46 @@ def test_options_of_skipping_need_each_other(refused, tmp_path):
     steps = ("--no-undo-updates", "--epochs", 2)
     line = refused("ppo", *flags, *policy, *steps)
     assert "on-nonfinite='skip': requires undo-updates" in line
+
+
+def test_a_rescue_that_fails_hides_no_error(stages, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlhf_jax.run.session.Session._rescue", full)
+    rate = dataclasses.replace(stages.sft.optimizer, learning_rate=1e38)
+    config = dataclasses.replace(
+        stages.sft, run_dir=str(tmp_path / "run"), optimizer=rate
+    )
+    with pytest.raises(NonFiniteError, match=r"^step 2: .*Checkpoint 1 could not be"):
+        sft.run(config)
+
+
+def test_hostile_dumps_are_one_line(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    batch = batch_of("sft")
+    dump = Dump(stage="sft", step=1, error="", config={}, batch=batch, vocab_size=9)
+    path = write_dump(run, dump)
+    with np.load(path) as file:
+        good = dict(file)
+    bad = [
+        {"about": np.array("[" * 100_000)},
+        {"about": np.array('{"batch": "Demonstrations"}')},
+        {"about": np.array('"text"')},
+        {"tokens": np.zeros(2, np.int32)},
+        {"tokens": np.zeros((2, 3), np.float32)},
+        {"tokens": np.zeros((3, 3), np.int32)},
+        {"tokens": np.array([{}], object)},
+    ]
+    for arrays in bad:
+        np.savez(path, allow_pickle=True, **good | arrays)
+        with pytest.raises(ValueError, match=r"step-1\.npz is damaged: replay") as one:
+            read_dump(run, 1)
+        assert "\n" not in str(one.value)
+    np.savez_compressed(path, **good)
+    monkeypatch.setattr("rlhf_jax.run.nonfinite._MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="expands to "):
+        read_dump(run, 1)
+    for name in ("step-007.npz", "step-\u0669.npz", "step-x.npz"):
+        (run.nonfinite / name).touch()
+    assert dumped_steps(run) == [1]

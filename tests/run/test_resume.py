@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -262,3 +263,25 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path, config):
     left.write_text("half")
     run_to(config(resume=True), 16)
     assert not left.exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path, config):
+    run_to(config(), 21)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"has 21 steps, but .* has no checkpoint"):
+        check_start(config(resume=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged
+    check_start(config(resume=True, accept_changed=("history",)))
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_over(config):
+    run_to(config(checkpoint_every=50), 21)
+    check_start(config(resume=True, checkpoint_every=5))
+
+
+def test_wrong_samples_are_refused_before_any_work(tmp_path, config):
+    run_to(config(), 10)
+    (tmp_path / "run" / "samples.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: prompt is null"):
+        check_start(config(resume=True))

@@ -135,3 +135,29 @@ def test_other_processes_do_not_touch_the_directory(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run", CONFIG, stage="ppo")
     assert run == RunDirectory(tmp_path / "run")
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"a": 1}', '{"stage": ["ppo"]}', "{"])
+def test_a_start_that_was_not_written_by_a_run_is_named(tmp_path, line):
+    run = open_run(tmp_path, CONFIG, stage="ppo")
+    with run.launches.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"launches\.jsonl, line 2: .*delete the line"):
+        open_run(tmp_path, CONFIG, stage="ppo", resume=True)
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="pipe: is not a file; give another name"):
+        write_atomic(path, "text")
+    assert path.is_fifo()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.html'"):
+        write_atomic(tmp_path / "report.html", "text")

@@ -16,6 +16,8 @@ from rlhf_jax.files.regular_file import (
 VOCABULARY_BYTES = 64 * MEBIBYTE
 """Largest vocabulary; those of 260,000 tokens have half of it."""
 VOCABULARY_VALUES = 8_000_000
+MOST_GROWTH = 1000
+"""Characters that a tokenizer may make of one before it looks up tokens."""
 
 _CONFIG = "tokenizer_config.json"
 _FIELDS = (_CONFIG, "special_tokens_map.json", "config.json", "chat_template.json")
@@ -43,7 +45,11 @@ def check_tokenizer_files(directory: Path) -> None:
 
 def _check_file(file: Path) -> None:
     if file.name in _VOCABULARIES:
-        read_object(file, most_bytes=VOCABULARY_BYTES, most_values=VOCABULARY_VALUES)
+        fields = read_object(
+            file, most_bytes=VOCABULARY_BYTES, most_values=VOCABULARY_VALUES
+        )
+        if file.name == "tokenizer.json":
+            _check_growth(file, fields)
     elif file.name in _FIELDS:
         fields = read_object(file)
         if file.name == _CONFIG:
@@ -55,6 +61,26 @@ def _check_file(file: Path) -> None:
             size = os.fstat(handle.fileno()).st_size
         if size > VOCABULARY_BYTES:
             raise ValueError(f"{file}: larger than {VOCABULARY_BYTES:,} bytes")
+
+
+def _check_growth(file: Path, fields: dict[str, object]) -> None:
+    """A few replacements of a letter by two make a word as large as the memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, left = 1, [fields.get(part)]
+        while left:
+            value = left.pop()
+            if isinstance(value, list):
+                left += value
+            elif isinstance(value, dict):
+                left += value.values()
+                inserted = [value.get(name) for name in ("content", "prepend")]
+                for text in inserted:
+                    growth *= max(1, len(text)) if isinstance(text, str) else 1
+        if growth > MOST_GROWTH:
+            raise ValueError(
+                f"{file}: {part} can make a text {shown(growth)} times as long, of at "
+                f"most {MOST_GROWTH:,}; give another tokenizer"
+            )
 
 
 def _check_names_no_file(file: Path, fields: dict[str, object]) -> None:
