@@ -9,6 +9,7 @@ sizes of the files; at the end it measures the report and the start of a resumed
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -69,13 +70,13 @@ def children() -> list[int]:
 
 def megabytes(path: Path) -> float:
     """Size of a file, or of all files of a folder."""
-    paths = path.rglob("*") if path.is_dir() else [path]
+    if path.is_file():
+        return path.stat().st_size / 1e6
     total = 0
-    for file in paths:
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:  # a checkpoint that was just removed
-            continue
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # was just renamed or removed
+                total += os.stat(os.path.join(folder, name)).st_size
     return total / 1e6
 
 

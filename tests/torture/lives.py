@@ -20,6 +20,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before NumPy is imported: a process is forked only while it has one thread.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 FILE_CALLS = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 PRELOADED = (
     *(f"rlhf_jax.recipes.{name}" for name in ("sft", "reward_model", "ppo", "grpo")),

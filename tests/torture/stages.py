@@ -22,7 +22,6 @@ def environment(work: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
         "HF_HUB_OFFLINE": "1",
-        "OPENBLAS_NUM_THREADS": "1",  # a process is forked before it has threads
     }
 
 

@@ -1,0 +1,436 @@
+"""A table of faults: what was seen, and whether the run ends as if nothing had been.
+
+    python tests/torture/faults.py
+    python tests/torture/faults.py --other-jax FOLDER
+
+Each row breaks a short `sft` run in one way, starts the command, and resumes the run
+once the cause is gone. FOLDER holds another version of jax and jaxlib, from
+`pip install --no-deps --target FOLDER jax==… jaxlib==…`. Full disks and read-only
+folders need the right to mount (Linux, root); their rows are left out otherwise.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lives
+import outcomes
+import stages
+
+STEPS = 12
+LONG = 150  # steps of a run that is interrupted by a signal
+NO_CHECKSUMS = "7f97130"  # the last commit that wrote none
+ROWS: dict[str, Callable[["Bench"], "Row | None"]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    seen: str
+    code: int
+    end: str
+
+
+def row(name: str):
+    """Adds a function to the table."""
+
+    def add(function):
+        ROWS[name] = function
+        return function
+
+    return add
+
+
+class Bench:
+    """Runs to break, and the undisturbed one to compare with."""
+
+    def __init__(self, work: Path, other_jax: Path | None):
+        self.work, self.other_jax = work, other_jax
+        self.reference = work / "reference"
+        self.base = work / "base"  # killed after its checkpoints 2, 4 and 6
+        self._number = 0
+        self.start(self.reference)
+        kill = lives.Kill("rename", 8)
+        process, _ = lives.begin(self._arguments(self.base, STEPS), kill, work / "log")
+        os.waitpid(process, 0)
+
+    def _arguments(self, run: Path, steps: int, *more: object) -> list[str]:
+        given = stages.arguments("sft", self.work, run, steps)
+        without = given.index("--checkpoint-keep-lowest")
+        del given[without : without + 2]
+        given += ["--resume"] * (run / "config.yaml").exists()
+        return [*given, *map(str, more)]
+
+    def copy(self, source: Path | None = None) -> Path:
+        """A run to break."""
+        self._number += 1
+        target = self.work / f"run{self._number}"
+        shutil.copytree(source or self.base, target)
+        return target
+
+    def empty(self) -> Path:
+        """A folder for a new run."""
+        self._number += 1
+        target = self.work / f"run{self._number}"
+        target.mkdir()
+        return target
+
+    def start(
+        self,
+        run: Path,
+        *more: object,
+        steps: int = STEPS,
+        source: Path = stages.ROOT,
+        environment: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> tuple[str, int]:
+        """Starts or resumes the run; its last line on the terminal, its exit code."""
+        ended = subprocess.run(
+            stages.command(*self._arguments(run, steps, *more)),
+            env=self.environment(source) | (environment or {}),
+            cwd=self.work,
+            text=True,
+            capture_output=True,
+            preexec_fn=before,
+            check=False,
+        )
+        return _line(ended.stderr, self.work), ended.returncode
+
+    def environment(self, source: Path = stages.ROOT) -> dict[str, str]:
+        """Of the command, with the package of a folder."""
+        return stages.environment(self.work) | {"PYTHONPATH": str(source)}
+
+    def popen(self, run: Path, *more: object, steps: int) -> subprocess.Popen[str]:
+        """Starts a run without waiting for it."""
+        line = stages.command(*self._arguments(run, steps, *more))
+        return subprocess.Popen(
+            line, env=self.environment(), text=True, stderr=subprocess.PIPE
+        )
+
+    def ended(self, run: Path, reference: Path | None = None, **options) -> str:
+        """Resumes the run; whether it ends as the undisturbed one."""
+        line, code = self.start(run, **options)
+        if code != 0:
+            return f"no: exit code {code}, {line}"
+        found = outcomes.differences(run, reference or self.reference)
+        return f"no: {found[:3]}" if found else "yes"
+
+
+def _line(text: str, work: Path) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 8:
+        return f"{len(lines)} lines, the last: {lines[-1][:200]}"
+    return " / ".join(lines).replace(str(work), "…")[:420]
+
+
+def _largest(run: Path) -> Path:
+    """The largest file of the latest checkpoint."""
+    folder = run / "checkpoints" / str(max(outcomes.complete_checkpoints(run)))
+    return max(folder.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+@contextmanager
+def mounted(target: Path, *options: str) -> Iterator[None]:
+    """A mount for the duration of the block."""
+    subprocess.run(["mount", *options, str(target)], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def _tmpfs(kilobytes: int) -> tuple[str, ...]:
+    return ("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs")
+
+
+def _enlarge(target: Path) -> None:
+    line = ["mount", "-o", "remount,size=64m", str(target)]
+    subprocess.run(line, check=True)
+
+
+def _kilobytes(folder: Path) -> int:
+    """Space of a folder on a tmpfs, in whole pages."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-path.stat().st_size // 4096) * 4 for path in files)
+
+
+@row("disk full while a checkpoint is written")
+def full_at_checkpoint(bench: Bench) -> Row:
+    run = bench.empty()
+    one = _kilobytes(bench.base / "checkpoints" / "2")
+    with mounted(run, *_tmpfs(int(2.5 * one))):
+        line, code = bench.start(run)
+        _enlarge(run)
+        return Row(line, code, bench.ended(run))
+
+
+@row("disk full while the model is saved")
+def full_at_model(bench: Bench) -> Row:
+    run, whole = bench.empty(), bench.copy(bench.reference)
+    shutil.rmtree(whole / "model")
+    (whole / "report.html").unlink()
+    with mounted(run, *_tmpfs(_kilobytes(whole) + 60)):
+        shutil.copytree(whole, run, dirs_exist_ok=True)
+        line, code = bench.start(run)
+        _enlarge(run)
+        return Row(line, code, bench.ended(run))
+
+
+@row("metrics.jsonl cannot grow (file size limit)")
+def full_at_metrics(bench: Bench) -> Row:
+    run = bench.copy()
+    size = (run / "metrics.jsonl").stat().st_size + 100
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    # Programs would be too large for the limit.
+    off = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    line, code = bench.start(
+        run, "--checkpoint-every", 1000, before=limit, environment=off
+    )
+    return Row(line, code, bench.ended(run))
+
+
+@row("read-only run directory, at a start")
+def read_only_new(bench: Bench) -> Row:
+    run = bench.empty()
+    with mounted(run, "--bind", str(run)):
+        _make_read_only(run)
+        line, code = bench.start(run)
+    return Row(line, code, bench.ended(run))
+
+
+@row("read-only run directory, at a resume")
+def read_only(bench: Bench) -> Row:
+    run = bench.copy()
+    with mounted(run, "--bind", str(run)):
+        _make_read_only(run)
+        line, code = bench.start(run)
+    return Row(line, code, bench.ended(run))
+
+
+def _make_read_only(run: Path) -> None:
+    line = ["mount", "-o", "remount,bind,ro", str(run)]
+    subprocess.run(line, check=True)
+
+
+def _damaged(bench: Bench, damage: Callable[[Path], None]) -> Row:
+    run = bench.copy()
+    damage(_largest(run))
+    line, code = bench.start(run)
+    found = outcomes.differences(run, bench.reference)
+    return Row(line, code, f"no: {found[:3]}" if found else "yes")
+
+
+@row("a bit of the latest checkpoint flipped")
+def flipped(bench: Bench) -> Row:
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    return _damaged(bench, flip)
+
+
+@row("a file of the latest checkpoint truncated")
+def truncated(bench: Bench) -> Row:
+    return _damaged(bench, lambda path: path.write_bytes(path.read_bytes()[:-100]))
+
+
+@row("a file of the latest checkpoint lost")
+def lost(bench: Bench) -> Row:
+    return _damaged(bench, lambda path: path.unlink())
+
+
+@row("every checkpoint damaged")
+def all_damaged(bench: Bench) -> Row:
+    run = bench.copy()
+    for step in outcomes.complete_checkpoints(run):
+        for path in (run / "checkpoints" / str(step)).glob("state/**/d/*"):
+            path.write_bytes(path.read_bytes()[:-1])
+    line, code = bench.start(run)
+    return Row(line, code, "no, and says so")
+
+
+@row("a run of an older version, without checksums")
+def older(bench: Bench) -> Row | None:
+    source = bench.work / "older"
+    source.mkdir()
+    archive = subprocess.run(
+        ["git", "-C", str(stages.ROOT), "archive", NO_CHECKSUMS, "rlhf_jax"],
+        capture_output=True,
+        check=False,
+    )
+    if archive.returncode != 0:
+        return None
+    subprocess.run(["tar", "x", "-C", str(source)], input=archive.stdout, check=True)
+    run = bench.empty() / "run"
+    _half(bench, run, source=source)
+    line, code = bench.start(run)
+    found = outcomes.differences(run, bench.reference)
+    return Row(line, code, f"no: {found[:3]}" if found else "yes")
+
+
+def _half(bench: Bench, run: Path, **options) -> tuple[str, int]:
+    """Runs to the end, then takes back all after a middle checkpoint, as a kill."""
+    ended = bench.start(run, "--checkpoint-keep", 6, **options)
+    for path in (run / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > STEPS // 2:
+            shutil.rmtree(path)
+    for name in ("model", "report.html"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return ended
+
+
+@row("saved on 1 device, resumed on 4 (data 2 × fsdp 2)")
+def to_mesh(bench: Bench) -> Row:
+    run = bench.copy()
+    line, code = bench.start(run, *_MESH, environment=_DEVICES)
+    return Row(line, code, _distance(run, bench.reference))
+
+
+@row("saved on 4 devices, resumed on 1")
+def from_mesh(bench: Bench) -> Row:
+    run = bench.empty() / "run"
+    _half(bench, run, environment=_DEVICES)
+    shutil.rmtree(run)
+    bench.start(run, *_MESH, environment=_DEVICES)
+    for path in (run / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > STEPS - 4:
+            shutil.rmtree(path)
+    line, code = bench.start(run)
+    return Row(line, code, _distance(run, bench.reference))
+
+
+_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+_MESH = ("--mesh.data", 2, "--mesh.fsdp", 2)
+
+
+def _distance(run: Path, reference: Path) -> str:
+    """How far the metrics are from those of the undisturbed run."""
+    found = outcomes.differences(run, reference)
+    if not found:
+        return "yes, bit-exact"
+    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    other = (reference / "metrics.jsonl").read_text().splitlines()
+    largest = 0.0
+    for ours, theirs in zip(rows, map(json.loads, other), strict=True):
+        for name, value in theirs.items():
+            if not name.startswith("time/") and value:
+                largest = max(largest, abs(ours[name] - value) / abs(value))
+    return f"to rounding: metrics differ by at most {largest:.0e} relative"
+
+
+@row("saved with this jax, resumed with another")
+def other_jax(bench: Bench) -> Row | None:
+    if bench.other_jax is None:
+        return None
+    run = bench.copy()
+    paths = f"{bench.other_jax}:{stages.ROOT}"
+    line, code = bench.start(run, environment={"PYTHONPATH": paths})
+    return Row(line, code, _distance(run, bench.reference) if code == 0 else "no")
+
+
+@row("a second process on the same run")
+def second(bench: Bench) -> Row:
+    run = bench.empty() / "run"
+    first = _running(bench, run)
+    line, code = bench.start(run, steps=LONG)
+    first.communicate()
+    return Row(line, code, _long_end(bench, run))
+
+
+def _running(bench: Bench, run: Path) -> subprocess.Popen[str]:
+    """A long run that has logged a few steps."""
+    process = bench.popen(run, steps=LONG)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") > 5:
+            break
+        time.sleep(0.005)
+    return process
+
+
+def _long_end(bench: Bench, run: Path) -> str:
+    reference = bench.work / "long"
+    if not reference.exists():
+        bench.start(reference, steps=LONG)
+    return bench.ended(run, reference, steps=LONG)
+
+
+def _signalled(bench: Bench, *numbers: int) -> Row:
+    run = bench.empty() / "run"
+    process = _running(bench, run)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.02)
+    _, error = process.communicate()
+    line = _line(error, bench.work)
+    return Row(line, process.returncode, _long_end(bench, run))
+
+
+@row("SIGTERM")
+def sigterm(bench: Bench) -> Row:
+    return _signalled(bench, signal.SIGTERM)
+
+
+@row("SIGTERM twice")
+def sigterm_twice(bench: Bench) -> Row:
+    return _signalled(bench, signal.SIGTERM, signal.SIGTERM)
+
+
+@row("Ctrl-C")
+def sigint(bench: Bench) -> Row:
+    return _signalled(bench, signal.SIGINT)
+
+
+@row("Ctrl-C twice")
+def sigint_twice(bench: Bench) -> Row:
+    return _signalled(bench, signal.SIGINT, signal.SIGINT)
+
+
+def main() -> None:
+    """The command line; exits with 1 if a traceback was seen or a run was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--other-jax", type=Path, help="folder with another jax")
+    parser.add_argument("--only", help="rows with this text in their name")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        os.environ |= stages.environment(work)
+        stages.prepare(work)
+        lives.preload()
+        bench = Bench(work, options.other_jax)
+        print(
+            "| fault | seen | exit code | ends as if undisturbed |\n|---|---|---|---|"
+        )
+        wrong = 0
+        for name, function in ROWS.items():
+            if options.only and options.only not in name:
+                continue
+            try:
+                found = function(bench)
+            except subprocess.CalledProcessError as error:
+                found = Row(f"not tried: {error}", 0, "–")
+            if found is not None:
+                seen = found.seen.replace("|", "¦")
+                print(f"| {name} | {seen} | {found.code} | {found.end} |", flush=True)
+                wrong += found.end.startswith("no:") or "lines, the last" in seen
+    raise SystemExit(int(wrong > 0))
+
+
+if __name__ == "__main__":
+    main()
