@@ -1,10 +1,12 @@
 """Checkpoints of a training state: atomic, checked, restorable on another mesh."""
 
+import contextlib
 import copy
 import dataclasses
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from rlhf_jax.run.checkpoint_leaves import (
     storable,
     target,
 )
+from rlhf_jax.run.quiet_writer import quieten_writer
 
 if TYPE_CHECKING:  # slow to import, and most commands do not need it
     import orbax.checkpoint as ocp
@@ -139,13 +142,14 @@ class Checkpointer:
             self._writer = self._open_writer()
         self._prune()
         self._saving = step
-        self._writer.save(
-            self._folder(step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(storable(leaves)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        with self._failing(step):
+            self._writer.save(
+                self._folder(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(storable(leaves)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
         self._values[step] = meta["values"]
         self._rotates = not rescue
 
@@ -249,7 +253,8 @@ class Checkpointer:
     def wait(self) -> None:
         """Waits until pending writes are committed; raises if they failed."""
         if self._writer is not None and self._saving is not None:
-            self._writer.wait_until_finished()
+            with self._failing(self._saving):
+                self._writer.wait_until_finished()
             self._saving = None
             if jax.process_index() == 0:
                 sync_directory(self._directory)
@@ -290,6 +295,7 @@ class Checkpointer:
             for unfinished in self._directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(unfinished)
         self._read_values()
+        quieten_writer()
 
         def finish() -> None:  # in the writing thread, before the rename
             for folder in self._directory.glob(f"{self._saving}{_UNFINISHED}*"):
@@ -299,6 +305,19 @@ class Checkpointer:
             _handler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=finish),
         )
+
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """Says in one line which checkpoint could not be written, and why."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._saving = None  # raised once
+            raise OSError(
+                f"checkpoint {step} could not be written to {self._directory}: "
+                f"{reason(error)}; earlier ones are whole. Free space, or mend what is"
+                " wrong, then resume with --resume"
+            ) from None
 
     def _read_values(self) -> None:
         for step in self.steps():
@@ -346,6 +365,13 @@ class Checkpointer:
                     f"({type(error).__name__}); remove that directory, and resume from "
                     f"another with --resume-step: {others or 'there is none'}"
                 ) from None
+
+
+def reason(error: Exception) -> str:
+    """What the system says, without the long description of the array around it."""
+    line = " ".join(str(error).split())
+    found = re.search(r"([^:\[]+) \[os_error_code", line)
+    return found[1].strip() if found else line[:300]
 
 
 def _handler() -> Any:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.files.atomic import errors_name
+
 
 class _JsonLines:
     """A file of JSON lines with a `step` each, truncated on resume.
@@ -37,13 +39,15 @@ class _JsonLines:
         lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
         # A lone surrogate has no UTF-8 form; "\\ud800" is what JSON writes for it.
         text = "".join(line + "\n" for line in lines)
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
+        with errors_name(self._path):
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
 
     def sync(self) -> None:
         """Writes what the system has buffered to disk, in case of a power cut."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with errors_name(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import sys
 import types
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +205,12 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert starts[0]["config"] == {"seed": 1}
     assert ("log", ({"a": 0.5},), {"step": 1}) in calls
     assert calls[-1][0] == "finish"
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    full = OSError(28, "No space left on device")
+    with MetricsWriter(path) as writer:
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            writer.sync()
