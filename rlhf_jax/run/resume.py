@@ -69,20 +69,23 @@ def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
 
 def check_fingerprints(
     config: RunConfig, run: RunDirectory, checkpointer: Checkpointer, step: int
-) -> None:
+) -> list[str]:
     """Raises ValueError if what the run reads has changed since the checkpoint.
 
-    Warns of changes that are accepted.
+    Returns:
+        A line to warn of each change that is accepted.
     """
     if jax.process_index() != 0:
-        return
+        return []
     saved = checkpointer.data(step).get("fingerprints", {})
     now = fingerprints(config)
     changed = check_unchanged(
         saved, now, accepted=config.accept_changed, run_dir=run.path
     )
-    for name in changed:
-        warn(f"{name} changed since checkpoint {step}: {saved[name]}, now {now[name]}")
+    return [
+        f"{name} changed since checkpoint {step}: {saved[name]}, now {now[name]}"
+        for name in changed
+    ]
 
 
 def check_history(

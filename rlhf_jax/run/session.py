@@ -130,7 +130,8 @@ class Session(contextlib.ExitStack):
         if step is None:
             step = choose_checkpoint(checkpointer, self.run)
         if step > 0:
-            check_fingerprints(config, self.run, checkpointer, step)
+            for line in check_fingerprints(config, self.run, checkpointer, step):
+                warn(line)
             check_history(config, self.run, checkpointer.steps(), step)
         return step
 

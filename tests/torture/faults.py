@@ -406,7 +406,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         os.environ |= stages.environment(work)
-        stages.prepare(work)
+        stages.prepare(work, models=False)
         lives.preload()
         bench = Bench(work, options.other_jax)
         print(

@@ -156,7 +156,8 @@ class Torture:
         most = most if in_training else 1_000_000
         kill = lives.Kill(phase, self.random.randint(1, highest), delay, most)
         process, board = lives.begin(given, kill, self.log)
-        self._account(self._end(process), lambda: board.phase)
+        code = self._end(process)
+        self._account(code, board.phase)
 
     def _kill_from_outside(self) -> None:
         """A life that is killed at a random time, half of them after a SIGTERM."""
@@ -168,16 +169,18 @@ class Torture:
             with self.log.open("ab") as log:
                 line = stages.command(*given)
                 started = subprocess.Popen(line, stdout=log, stderr=log)
-            process, phase = started.pid, lambda: "outside: any"
+            process, board = started.pid, None
         else:
             process, board = lives.begin(given, None, self.log)
-            phase = lambda: f"outside: {board.phase}"  # noqa: E731
         self._wait_for_progress(begun, self.random.uniform(0.0, 3.0))
+        # Not yet waited for, so the number is still that of our process.
         if softly:
-            _send(process, signal.SIGTERM)
+            os.kill(process, signal.SIGTERM)
             time.sleep(self.random.uniform(0.0, 0.1))
-        _send(process, signal.SIGKILL)
-        self._account(self._end(process), phase)
+        os.kill(process, signal.SIGKILL)
+        code = self._end(process)
+        where = "any" if board is None else board.phase
+        self._account(code, f"outside: {where}")
 
     def _wait_for_progress(self, begun: float, seconds: float) -> None:
         """Waits until the run is in its loop, then for the given time."""
@@ -203,11 +206,11 @@ class Torture:
         self.faults.append(f"hung for {SECONDS_PER_LIFE} s")
         return 0
 
-    def _account(self, code: int, phase) -> None:
+    def _account(self, code: int, phase: str) -> None:
         """What must hold after every life."""
         self.lives += 1
         if code == -signal.SIGKILL:
-            self.phases[phase()] += 1
+            self.phases[phase] += 1
         elif code not in (0, -signal.SIGTERM) and "stopped after step" not in _tail(
             self.log
         ):
@@ -226,11 +229,6 @@ class Torture:
         self.had_one |= bool(whole)
         if len(self.faults) > 20:
             raise SystemExit(f"{self.stage}: {self.faults}")
-
-
-def _send(process: int, number: int) -> None:
-    # Not yet waited for, so the number is still that of our process.
-    os.kill(process, number)
 
 
 def _tail(log: Path) -> str:
@@ -279,7 +277,7 @@ def every_stage(options: argparse.Namespace) -> list[dict]:
     """Tortures the commands, two at a time; the rows of the table."""
     results = options.work / "results.jsonl"
     results.unlink(missing_ok=True)
-    stages.prepare(options.work)
+    stages.prepare(options.work, models=options.stage != ["sft"])
     waiting, running = list(options.stage), []
     while waiting or running:
         while waiting and len(running) < PARALLEL:

@@ -68,7 +68,7 @@ def flags(options: dict[str, object]) -> list[str]:
     return [text for name, x in options.items() for text in (f"--{name}", str(x))]
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, *, models: bool = True) -> None:
     """Writes the data, and trains the two models that later stages start from."""
     if (work / "judge" / "model").is_dir():
         return
@@ -90,6 +90,6 @@ def prepare(work: Path) -> None:
     for stage, found in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in found)
         (work / f"{stage}.jsonl").write_text(text, "utf-8")
-    for stage, name in (("sft", "start"), ("reward", "judge")):
+    for stage, name in (("sft", "start"), ("reward", "judge")) if models else ():
         line = command(*arguments(stage, work, work / name, steps=4))
         subprocess.run(line, env=environment(work), check=True)
