@@ -106,7 +106,7 @@ def measure(directory: Path, state: dict[str, Any], rounds: int) -> dict[str, An
 
 def main() -> None:
     """The command line; the last line of output is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The cost of saving")
     parser.add_argument("--millions", type=float, default=64, help="of parameters")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="disk to write to")
