@@ -28,10 +28,10 @@ from critic_free_report import Curve, draw, markdown, summarize
 from rlhf_jax.cli import quieten_libraries, use_compilation_cache
 from rlhf_jax.config.demos import ArithmeticConfig, Method
 from rlhf_jax.demos import arithmetic
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.log_files import read_metrics
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import RunDirectory, write_atomic
-from rlhf_jax.run.session import Interrupted
 
 NAME = "critic_free"
 FORMS = ("reasoning", "r1-zero")  # of which the curves tell how well they are kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -31,7 +32,10 @@ from rlhf_jax.config.tools import (
     GenerateConfig,
     MergeConfig,
     PresetsConfig,
+    ReplayConfig,
 )
+from rlhf_jax.files.printable import printable, shown
+from rlhf_jax.run.terminal import escape_controls
 from rlhf_jax.tools.preset_table import find_preset
 
 
@@ -124,6 +128,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "held-out metrics of a language model, policy or reward model",
             "tools.evaluate",
         ),
+        "replay": Command(
+            ReplayConfig,
+            "run one step again that had a NaN or infinite loss",
+            "tools.replay",
+        ),
         "merge": Command(
             MergeConfig, "merge an adapter into its base model", "tools.merge"
         ),
@@ -159,7 +168,8 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; user errors end with one line and exit code 2."""
+    """Entry point; the exit codes are those of docs/exit-codes.md."""
+    escape_controls()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -178,22 +188,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = " or ".join(name.split()[1] for name in halves)
             _fail(f"{command} requires {seconds}: rlhf-jax {halves[0]} --help")
         _fail(f"unknown command {command!r}{_suggestion(command, COMMANDS)}")
-    found = COMMANDS[command]
-    from rlhf_jax.learner.finite import NonFiniteError
+    _run(command, flags)
 
+
+def _run(command: str, flags: list[str]) -> None:
+    from rlhf_jax.learner.finite import NonFiniteError
+    from rlhf_jax.run.interrupt import Interrupted, exits_by_signal
+
+    found = COMMANDS[command]
     try:
         flags = _with_names(command, flags)
         config = parse(found.config, flags, prog=f"rlhf-jax {command}")
         quieten_libraries()
         use_compilation_cache()
-        found.run(config)
+        with exits_by_signal():
+            found.run(config)
     except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError, NonFiniteError) as error:
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        _fail(str(error))
+        _fail(str(error), code=3 if isinstance(error, NonFiniteError) else 2)
+    except Interrupted as stopped:
+        print(f"rlhf-jax: {stopped}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -214,6 +233,11 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     if presets:
         flags, name = _take(flags, "--preset", f"one of {', '.join(presets)}")
         name_in_file = values.pop("preset", None)
+        if not isinstance(name_in_file, str | None):
+            raise ValueError(
+                f"{path}: preset is {shown(name_in_file)}: give one of "
+                f"{', '.join(presets)}"
+            )
         name = name or name_in_file
         if name is not None:
             method = to_dict(find_preset(name, presets))
@@ -221,13 +245,19 @@ def parse(config_type: type, flags: Sequence[str], *, prog: str) -> Any:
     if path is not None:
         flags = flags_from(config_type, values, where=path) + flags
     flags = preset_flags + flags
-    return tyro.cli(
-        config_type,
-        args=flags,
-        prog=prog,
-        description=f"{inspect.getdoc(config_type)}\n\n"
-        "--config FILE reads options from YAML.",
+    described = (
+        f"{inspect.getdoc(config_type)}\n\n--config FILE reads options from YAML."
     )
+    from_flags = functools.partial(
+        tyro.cli, config_type, prog=prog, description=described
+    )
+    escaped = [printable(flag) for flag in flags]
+    if escaped == flags:
+        return from_flags(args=flags)
+    try:
+        return from_flags(args=flags, console_outputs=False)
+    except SystemExit:  # its complaint would quote them
+        return from_flags(args=escaped)
 
 
 def _with_names(command: str, flags: list[str]) -> list[str]:
@@ -268,7 +298,7 @@ def flags_from(
     for name, value in values.items():
         if name not in fields:
             raise ValueError(
-                f"{where}: unknown option {name!r}{_suggestion(name, fields)}"
+                f"{where}: unknown option {shown(name)}{_suggestion(name, fields)}"
             )
         flag = prefix + name.replace("_", "-")
         section = fields[name].type
@@ -280,11 +310,19 @@ def flags_from(
         elif isinstance(value, bool):
             no = "" if value else "no-"
             flags.append(f"--{prefix}{no}{flag.removeprefix(prefix)}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and not any(map(_is_nested, value)):
             flags += [f"--{flag}", *map(str, value)]
+        elif _is_nested(value):
+            raise ValueError(
+                f"{where}: {name} is {shown(value)}: give one value, or a list of some"
+            )
         else:
             flags += [f"--{flag}", str(value)]
     return flags
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | Mapping)
 
 
 def quieten_libraries() -> None:
@@ -305,12 +343,15 @@ def use_compilation_cache() -> None:
 
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = ", ".join(known)
+    return f"; known: {names}" if len(names) < 150 else "; --help lists the known ones"
 
 
-def _fail(message: str) -> None:
-    print(f"rlhf-jax: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(message: str, *, code: int = 2) -> None:
+    print(f"rlhf-jax: error: {printable(message)}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class StubRun:
         scores = jnp.asarray(self._score(rollout))
         return Rewards(scores=scores, metrics={})
 
-    def finish(self, step, state, metrics):
+    def finish(self, step, state, metrics, experience, batch):
         assert state.step == step
         self.metrics.append(metrics)
+        return state

@@ -155,3 +155,19 @@ def test_evaluate_asks_reward_functions(stages, tmp_path):
     # The function pays for two of the four prompts, whatever is answered.
     assert figures["prompts/reward/every_other"] == 0.5
     assert figures["prompts/pass_at_1"] == figures["prompts/pass_at_2"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--reward-memory-limit 0.001", "--reward-memory-limit is 0.001 GiB: try more"),
+        ("--reward-memory-limit 0", "reward-memory-limit=0.0"),
+        ("--reward-time-limit 1e10", "reward-time-limit=10000000000.0"),
+    ],
+)
+def test_evaluate_limits_reward_functions(complaint, stages, flags, named):
+    message = complaint(
+        *("evaluate", "--model", stages.ppo.policy, "--prompts", stages.ppo.data),
+        *("--reward", "rlhf_jax.tasks.verifiable:exact_answer", *flags.split()),
+    )
+    assert named in message

@@ -20,20 +20,23 @@ MAY_IMPORT = {
     "models": {
         *("jax", "numpy", "ml_dtypes", "flax", "huggingface_hub", "jinja2"),
         *("safetensors", "tokenizers", "transformers"),
-        *("algo", "interfaces"),
+        *("files", "algo", "interfaces"),
     },
     "tasks": {"numpy"},
-    "data": {"jax", "numpy", "pyarrow", "transformers", "algo", "models"},
+    "data": {"jax", "numpy", "pyarrow", "transformers", "files", "algo", "models"},
     "config": {
         *("yaml", "algo.options", "algo.scores", "algo.temperature"),
-        *("data", "tasks"),
+        *("files", "data", "tasks"),
     },
     "run": {
         *("jax", "numpy", "filelock", "jinja2", "markupsafe", "matplotlib", "orbax"),
         *("rich", "tensorboardX", "wandb", "yaml"),
         *("algo", "interfaces", "files", "config", "learner", "models.hf"),
     },
-    "rewards": {"jax", "numpy", "algo", "config", "data", "models", "run"},
+    "rewards": {
+        *("jax", "numpy"),
+        *("files", "algo", "config", "data", "models", "run"),
+    },
     "recipes": {
         *("jax", "numpy", "flax", "optax"),
         *("algo", "interfaces", "rollout", "learner", "models", "data", "config"),

@@ -8,8 +8,12 @@ from typing import Literal
 
 from rlhf_jax.algo.options import check
 from rlhf_jax.algo.scores import EnsembleScore
+from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.run import check_positive
 from rlhf_jax.tasks.arithmetic_problems import MOST_DIGITS, OPERATIONS
+
+MOST_DEMO_SEED = 2**57 - 1
+"""The runs of a demo have seeds of about 100 times its own, in 64 bits."""
 
 Form = Literal["plain", "reasoning", "r1-zero"]
 Method = Literal[
@@ -63,12 +67,13 @@ class ArithmeticConfig:
     eval_problems: int = 256
     """held-out problems, with four responses each"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^57 − 1"""
     quiet: bool = False
     """print only the final table"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self, most_seed=MOST_DEMO_SEED)
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check(
             1 <= self.digits <= MOST_DIGITS,
@@ -82,7 +87,6 @@ class ArithmeticConfig:
             self.operations,
             f"use one or more of {OPERATIONS}",
         )
-        check(self.seed >= 0, "seed", self.seed, "must not be negative")
         check(0 <= self.slips < 1, "slips", self.slips, "must be in [0, 1)")
         check_positive(
             demonstrations=self.demonstrations,
@@ -150,12 +154,13 @@ class OveroptimizationConfig:
     patience: int = 3
     """evaluations without a new best before early stopping"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^57 − 1"""
     quiet: bool = False
     """print only the table"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self, most_seed=MOST_DEMO_SEED)
         check(
             self.pairs >= REWARD_BATCH_SIZE,
             "pairs",
@@ -222,6 +227,10 @@ class QuickstartConfig:
     run_dir: str = "runs/quickstart"
     """directory for the three runs, the table and the summary"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^57 − 1"""
     quiet: bool = False
     """print only the final table"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        check_numbers(self, most_seed=MOST_DEMO_SEED)

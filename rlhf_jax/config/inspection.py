@@ -7,12 +7,13 @@ import dataclasses
 from typing import Any, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.grpo import GRPOConfig
+from rlhf_jax.config.limits import check_numbers
 from rlhf_jax.config.policy import PolicyConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.config.run import (
     Dtype,
-    LoraConfig,
     MeshConfig,
     RunConfig,
     check_positive,
@@ -62,6 +63,9 @@ class InspectConfig:
     """maximum prompt length (ppo, grpo)"""
     max_new_tokens: int | None = None
     """maximum response length (ppo, grpo)"""
+    undo_updates: bool = True
+    """keep a copy of the trainable state during updates of several optimizer steps
+    (ppo, grpo)"""
     critic_trunk: Literal["own", "shared"] = "own"
     """a separate critic network, or a value head on the policy (ppo)"""
     ensemble: int = 0
@@ -81,6 +85,7 @@ class InspectConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(bool(self.model), "model", self.model, "name a directory")
         check(bool(self.stages), "stages", self.stages, "name at least one stage")
         check(
@@ -96,7 +101,7 @@ class InspectConfig:
             require_defaults(self, "", "critic_trunk", why="has no effect without ppo")
             if "grpo" not in self.stages:
                 why = "has no effect without ppo or grpo"
-                require_defaults(self, "", "ensemble", why=why)
+                require_defaults(self, "", "ensemble", "undo_updates", why=why)
         for stage in self.stages:
             self.of_stage(stage).validate()
 
@@ -163,6 +168,7 @@ class ShowDataConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check_positive(max_tokens=self.max_tokens, limit=self.limit)
         unused = ["train_on", "chat_template", "completion_column"]
         if self.task == "reward":

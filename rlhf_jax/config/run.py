@@ -5,70 +5,13 @@ The string below each field is its command-line help.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """LoRA: trainable low-rank adapters on frozen matrices."""
-
-    rank: int = 0
-    """rank of the adapters; 0: no adapters, all parameters are trained"""
-    alpha: float = 16.0
-    """adapters are scaled by alpha / rank; their learning rate is usually about ten
-    times that of full training"""
-    rslora: bool = False
-    """scale by alpha / √rank instead, so large ranks learn as fast as small ones"""
-    targets: tuple[str, ...] = ("*",)
-    """linear layers of the blocks that get adapters: query, key, value, output, gate,
-    up, down; * matches any text. All others are frozen, as are embeddings and norms;
-    the score head of a reward model or critic is fully trained"""
-    dropout: float = 0.0
-    """dropout on adapter inputs; ppo and grpo reject it, because
-    the ratio would not be 1 at the first step"""
-    adapter: str | None = None
-    """directory of a PEFT adapter to continue training; sets rank, alpha, rslora and
-    targets"""
-    base_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """storage of frozen networks; int8 applies to the blocks' matrices, with a scale
-    per output, the rest uses dtype. None: dtype"""
-    merge: bool = True
-    """also write the merged model to model/, besides adapter/"""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there are adapters."""
-        return self.rank > 0 or self.adapter is not None
-
-    def validate(self, name: str) -> None:
-        """Raises ValueError naming the field that cannot work."""
-        check(self.rank >= 0, f"{name}.rank", self.rank, "must be 0 or more")
-        check(
-            0 < self.alpha < math.inf,
-            f"{name}.alpha",
-            self.alpha,
-            "must be positive and finite",
-        )
-        check(
-            0 <= self.dropout < 1, f"{name}.dropout", self.dropout, "must be in [0, 1)"
-        )
-        check(
-            bool(self.targets),
-            f"{name}.targets",
-            self.targets,
-            "name at least one linear layer, such as query value",
-        )
-        if self.adapter is not None:
-            shape = ("rank", "alpha", "rslora", "targets")
-            require_defaults(self, name, *shape, why=f"comes with {name}.adapter")
-        elif self.rank == 0:
-            others = [f.name for f in dataclasses.fields(self)]
-            why = f"has no effect without {name}.rank"
-            require_defaults(self, name, *others, why=why)
-
+from rlhf_jax.config.adapters import LoraConfig
+from rlhf_jax.config.limits import check_numbers
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -85,6 +28,16 @@ def check_unit(prefix: str = "", **fields: float) -> None:
     for name, value in fields.items():
         flag = prefix + name.replace("_", "-")
         check(0 <= value <= 1, flag, value, "must be in [0, 1]")
+
+
+MOST_PARAMETERS = 100_000_000_000
+_MOST_FRESH = {
+    "width": 2**16,
+    "num_layers": 1000,
+    "num_heads": 2**12,
+    "max_positions": 2**22,
+    "vocab_size": 2**22,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,18 +59,24 @@ class FreshModelConfig:
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the field that cannot work."""
-        check_positive(
-            f"{name}.",
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            max_positions=self.max_positions,
-        )
+        for field, most in _MOST_FRESH.items():
+            value = getattr(self, field)
+            flag = f"{name}.{field.replace('_', '-')}"
+            check(1 <= value <= most, flag, value, f"must be from 1 to {most:,}")
         check(
             self.vocab_size >= 258,
             f"{name}.vocab-size",
             self.vocab_size,
             "must be at least 258, for 256 bytes and two special tokens",
+        )
+        parameters = self.width * (12 * self.num_layers * self.width + self.vocab_size)
+        check(
+            parameters <= MOST_PARAMETERS,
+            f"{name}.width",
+            self.width,
+            f"with {name}.num-layers={self.num_layers} and {name}.vocab-size="
+            f"{self.vocab_size} gives about {parameters:.1e} parameters; at most "
+            f"{MOST_PARAMETERS:.1e} can be made from scratch",
         )
         check(
             self.width % self.num_heads == 0,
@@ -224,9 +183,13 @@ FREE_ON_RESUME = (
     "optimizer.learning_rate",
     "actor_optimizer.learning_rate",
     "critic_optimizer.learning_rate",
+    "on_nonfinite",
+    "max_skipped",
+    "undo_updates",
     # To change after a reward function has failed.
     "reward_processes",
     "reward_time_limit",
+    "reward_memory_limit",
     "reward_on_failure",
     # Affect memory and time, and training only by rounding.
     "remat",
@@ -252,7 +215,7 @@ class RunConfig:
     """with resume: resume from the checkpoint of this step instead; later checkpoints
     and logs are removed"""
     seed: int = 0
-    """seed of all randomness"""
+    """seed of all randomness, from 0 to 2^64 − 1"""
     accept_changed: tuple[Changed, ...] = ()
     """with resume: continue although this has changed since the checkpoint was saved;
     history: metrics.jsonl lacks steps"""
@@ -269,6 +232,11 @@ class RunConfig:
     """the same with the lowest value, for example eval/loss"""
     eval_every: int = 20
     """steps between evaluations on held-out data; also one at start and end"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """after a NaN or infinite loss or gradient: stop, or skip the step and train on the
+    next batch; either way, the batch is saved in nonfinite/ for rlhf-jax replay"""
+    max_skipped: int = 10
+    """steps of the whole run that on-nonfinite=skip may skip before it stops"""
     dtype: Dtype = "float32"
     """dtype of activations and frozen models; trainable parameters are float32"""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -288,9 +256,21 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(bool(self.run_dir), "run-dir", self.run_dir, "name a directory")
         check_positive(
-            checkpoint_every=self.checkpoint_every, eval_every=self.eval_every
+            checkpoint_every=self.checkpoint_every,
+            eval_every=self.eval_every,
+            max_skipped=self.max_skipped,
+        )
+        if self.on_nonfinite != "skip":
+            why = "has no effect without on-nonfinite=skip"
+            require_defaults(self, "", "max_skipped", why=why)
+        check(
+            self.on_nonfinite != "skip" or self.undoes_updates,
+            "on-nonfinite",
+            self.on_nonfinite,
+            "requires undo-updates: without it, a failed update leaves its first steps",
         )
         check(
             self.resume_step is None or self.resume,
@@ -319,6 +299,11 @@ class RunConfig:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         raise NotImplementedError
+
+    @property
+    def undoes_updates(self) -> bool:
+        """Whether a failed step leaves the state exactly as it was."""
+        return True
 
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rates by flag, without the dashes."""
@@ -356,23 +341,33 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The configuration, of a class, of which `to_dict` or JSON has these values.
+
+    Raises:
+        TypeError: an option is unknown.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    options = {}
+    for name, value in values.items():
+        section = types.get(name)
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(section, type) and dataclasses.is_dataclass(section):
+            value = from_dict(section, value)
+        options[name] = value
+    return kind(**options)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Keys and values of a YAML file.
 
     Raises:
         ValueError: the file is missing, malformed or not a mapping.
     """
-    import yaml
+    from rlhf_jax.files.bounded_yaml import read_yaml  # yaml is slow to import
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"config={str(path)!r}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"config={str(path)!r}: invalid YAML: {line}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"config={str(path)!r}: must contain `key: value` lines")
+        raise ValueError(f"{path}: must contain `key: value` lines")
     return values

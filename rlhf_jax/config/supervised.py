@@ -8,6 +8,7 @@ import math
 from typing import ClassVar, Literal
 
 from rlhf_jax.algo.options import check, require_defaults
+from rlhf_jax.config.limits import check_batch
 from rlhf_jax.config.run import (
     FreshModelConfig,
     OptimizerConfig,
@@ -75,6 +76,7 @@ class SupervisedConfig(RunConfig):
             microbatches=self.microbatches,
             max_tokens=self.max_tokens,
         )
+        check_batch(self.batch_size, self.max_tokens, columns="max-tokens")
         devices = self.mesh.data * self.mesh.fsdp
         parts = self.microbatches * devices
         check(

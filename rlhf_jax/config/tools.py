@@ -9,7 +9,9 @@ from typing import Literal
 
 from rlhf_jax.algo.options import check, require_defaults
 from rlhf_jax.algo.temperature import SMALLEST_TO_LEARN, check_temperature
-from rlhf_jax.config.policy import function_name
+from rlhf_jax.config.limits import check_numbers
+from rlhf_jax.config.reward_limits import check_call_limits
+from rlhf_jax.config.reward_sources import function_name
 from rlhf_jax.config.run import Dtype, check_positive
 from rlhf_jax.data.annotation import LETTERS, Kind
 from rlhf_jax.data.judgements import RatingScale
@@ -54,10 +56,11 @@ class GenerateConfig:
     dtype: Dtype = "float32"
     """dtype of parameters and activations"""
     seed: int = 0
-    """seed of sampling"""
+    """seed of sampling, from 0 to 2^64 − 1"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         check(
             bool(self.prompt) != bool(self.data),
             "prompt",
@@ -142,6 +145,9 @@ class EvaluateConfig:
     not null in the first row"""
     reward_time_limit: float = 5.0
     """seconds before a reward function call fails"""
+    reward_memory_limit: float | None = None
+    """GiB of address space before a reward function call fails, per process and with
+    libraries; None: no limit"""
     samples: int = 1
     """responses per prompt"""
     pass_score: float | None = 1.0
@@ -156,10 +162,11 @@ class EvaluateConfig:
     output: str | None = None
     """JSON file to write the metrics to"""
     seed: int = 0
-    """seed of sampling"""
+    """seed of sampling, from 0 to 2^64 − 1"""
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         given = [f for f in (self.data, self.pairs, self.prompts) if f is not None]
         check(
             len(given) >= 1,
@@ -185,7 +192,8 @@ class EvaluateConfig:
             self.samples,
             "requires --prompts FILE",
         )
-        for name in ("reward_columns", "reward_time_limit", "pass_score"):
+        of_functions = ("reward_columns", "reward_time_limit", "reward_memory_limit")
+        for name in (*of_functions, "pass_score"):
             value = vars(self)[name]
             check(
                 bool(self.reward) or value == vars(type(self))[name],
@@ -193,12 +201,7 @@ class EvaluateConfig:
                 value,
                 "requires --reward",
             )
-        check(
-            self.reward_time_limit > 0,
-            "reward-time-limit",
-            self.reward_time_limit,
-            "must be above 0",
-        )
+        check_call_limits(self.reward_time_limit, self.reward_memory_limit)
         names = [function_name(spec) for spec in self.reward]
         check(
             len(set(names)) == len(names),
@@ -335,3 +338,23 @@ class AnnotateReadConfig:
             self.output,
             "would overwrite an input file; choose another name",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Run a single step of a run again, one with a NaN or infinite loss or gradient.
+
+    From its batch, which the run saved, and the checkpoint before it. Prints losses and
+    gradient norms of each optimizer step, and the rows with values that are not finite.
+    Neither data nor reward functions are needed; the run is not changed.
+    """
+
+    run_dir: str
+    """directory of the run"""
+    step: int | None = None
+    """the step; None: the last one that was saved in nonfinite/"""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field that cannot work."""
+        if self.step is not None:
+            check_positive(step=self.step)

@@ -18,8 +18,13 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.data.judgements import Judgement, RatingScale, grades_of_ranking
-from rlhf_jax.data.row_files import Row, read_lines, read_rows, shown
+from rlhf_jax.data.row_files import Row, read_rows
 from rlhf_jax.data.text_data import OnUnusable, TextRows
+from rlhf_jax.files.bounded_json import parse_json
+from rlhf_jax.files.bounded_lines import read_lines
+from rlhf_jax.files.printable import one_line, shown
+from rlhf_jax.files.regular_file import MEBIBYTE, read_text
+from rlhf_jax.files.typed_fields import Fields, section, text
 
 Kind = Literal["ranking", "rating"]
 
@@ -27,6 +32,8 @@ UNFILLED = "not filled in"
 MAX_CELL = 32_767  # characters, in the usual spreadsheets
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXAMPLE = "B > A = C"
+KEY_BYTES, KEY_VALUES = 256 * MEBIBYTE, 10_000_000
+"""Largest key of an annotation file; it has all its texts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,20 +179,36 @@ def read_key(
         ValueError: if the file is missing or is not a key.
     """
     file = key_path(path) if key is None else Path(key)
-    text = "".join(line for _, line in read_lines(file))
+    written = read_text(file, most_bytes=KEY_BYTES)
     try:
-        values = json.loads(text)
-        scale = values["scale"]
-        return AnnotationKey(
-            kind=values["kind"],
-            scale=RatingScale(**{**scale, "labels": tuple(scale["labels"])}),
-            tasks={id_: _Task(**task) for id_, task in values["tasks"].items()},
+        fields = section(
+            {"it": parse_json(written, "it", most_values=KEY_VALUES)}, "it"
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        kind = text(fields, "kind")
+        if kind not in ("ranking", "rating"):
+            raise ValueError(f"kind is {shown(kind)}")
+        scale = section(fields, "scale")
+        tasks = section(fields, "tasks")
+        return AnnotationKey(
+            kind=kind,
+            scale=RatingScale(**{**scale, "labels": tuple(scale["labels"])}),
+            tasks={id_: _read_task(section(tasks, id_)) for id_ in tasks},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: not the key of an annotation file; give the unmodified key that "
-            "was written with it"
+            f"{file}: not the key of an annotation file ({one_line(error)}); give the "
+            "unmodified key that was written with it"
         ) from error
+
+
+def _read_task(fields: Fields) -> _Task:
+    task = _Task(**fields)
+    texts = [task.prompt, *task.answers]
+    if not all(isinstance(one, str) for one in texts):
+        raise ValueError("a prompt or answer is no text")
+    if sorted(task.order) != list(range(len(task.answers))):
+        raise ValueError("an order does not name each answer once")
+    return task
 
 
 def check_new_file(path: str | os.PathLike[str]) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from rlhf_jax.data.judgements import Judgement
-from rlhf_jax.data.row_files import shown
 from rlhf_jax.data.row_forms import EQUAL, PreferencePair
+from rlhf_jax.files.printable import shown
 
 OnContradiction = Literal["fail", "drop", "keep"]
 

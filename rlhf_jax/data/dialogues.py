@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf_jax.data.row_files import Row, shown
+from rlhf_jax.data.row_files import Row
+from rlhf_jax.files.printable import shown
 
 Message = dict[str, Any]  # {"role": str, "content": str, ...}
 

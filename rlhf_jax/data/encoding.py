@@ -9,9 +9,9 @@ import numpy as np
 
 from rlhf_jax.data.comparisons import RankedResponses
 from rlhf_jax.data.dialogues import Span
-from rlhf_jax.data.row_files import shown
 from rlhf_jax.data.row_forms import Example, PreferencePair
 from rlhf_jax.data.text_encoder import TextEncoder
+from rlhf_jax.files.printable import shown
 
 Overlong = Literal["drop", "truncate", "fail"]
 T = TypeVar("T")

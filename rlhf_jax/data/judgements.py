@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data.dialogues import RenderChat, Unusable
-from rlhf_jax.data.row_files import Row, is_text_file, read_rows, shown
+from rlhf_jax.data.row_files import Row, is_text_file, read_rows
 from rlhf_jax.data.row_forms import EMPTY_PROMPT, Columns, answered_prompt
 from rlhf_jax.data.text_data import OnUnusable, TextRows
+from rlhf_jax.files.printable import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

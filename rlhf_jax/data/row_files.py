@@ -1,16 +1,27 @@
 """Rows of JSONL and parquet files, each with its location."""
 
 import dataclasses
-import gzip
-import json
+import itertools
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.files.bounded_json import parse_json
+from rlhf_jax.files.bounded_lines import (
+    FREE_CHARACTERS,
+    MOST_EXPANSION,
+    read_lines,
+)
+from rlhf_jax.files.printable import one_line, printable, shown
+from rlhf_jax.files.regular_file import open_regular
+
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 TEXT_SUFFIX = ".txt"
+BATCH_ROWS = 1024
+"""Rows of a parquet file in memory at a time."""
+FREE_ROWS = 1_000_000
+"""A parquet file may always have as many; a larger one, one per byte."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +49,12 @@ class Row:
     @property
     def column_names(self) -> str:
         """The row's columns for an error message."""
-        return ", ".join(shown(name) for name in self.values) or "none"
+        names = ", ".join(map(shown, itertools.islice(self.values, 20)))
+        return printable(names, limit=150) or "none"
 
     def error(self, problem: str) -> ValueError:
         """An exception that names the location of the problem."""
         return ValueError(f"{self.where}: {problem}")
-
-
-def shown(value: Any) -> str:
-    """A value on one line, shortened for error messages."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_text_file(path: str | os.PathLike[str]) -> bool:
@@ -66,7 +72,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
             not JSON, or a row is not an object. One line that names the file and, if
             known, the line.
     """
-    file = _existing_file(path)
+    file = Path(path)
     name = file.name.lower()
     if name.endswith(".parquet"):
         rows = _read_parquet(file)
@@ -83,49 +89,12 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
         raise ValueError(f"{file}: the file has no rows")
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yields `(line number from 1, line with its end)` of a text file in UTF-8.
-
-    Raises:
-        ValueError: if the file is missing, not UTF-8, or a corrupt gzip file.
-    """
-    file = _existing_file(path)
-    opener = gzip.open if file.name.lower().endswith(".gz") else open
-    number = 0
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}: not UTF-8 text somewhere after line {number} ({error.reason})"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{file}: corrupt gzip file after line {number} ({error})"
-        ) from error
-
-
-def _existing_file(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    if not file.is_file():
-        kind = "is a folder, not a file" if file.is_dir() else "no such file"
-        raise ValueError(f"{file}: {kind}")
-    return file
-
-
 def _read_jsonl(file: Path) -> Iterator[Row]:
     for number, line in read_lines(file):
         if not line.strip():
             continue
         where = f"{file}:{number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                "each line must be one JSON object"
-            ) from error
+        values = parse_json(line, where, finite=False)
         if not isinstance(values, dict):
             raise ValueError(
                 f"{where}: {shown(values)} is not an object; "
@@ -140,12 +109,31 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{file}, row {number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
-        problem = " ".join(str(error).split())
+        with open_regular(file) as handle, pyarrow.parquet.ParquetFile(handle) as found:
+            _check_parquet(file, found, os.fstat(handle.fileno()).st_size)
+            for batch in found.iter_batches(batch_size=BATCH_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file}, row {number}", values)
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file}: corrupt parquet file after row {number} ({problem})"
-        ) from error
+            f"{file}: not UTF-8 text soon after row {number} ({error.reason})"
+        ) from None
+    except (pyarrow.ArrowException, OSError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{file}: corrupt parquet file after row {number} ({one_line(error)})"
+        ) from None
+
+
+def _check_parquet(file: Path, found: Any, size: int) -> None:
+    """No more rows and bytes than a file of this size can have in earnest."""
+    metadata = found.metadata
+    rows = metadata.num_rows
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    expanded = sum(group.total_byte_size for group in groups)
+    if rows > max(FREE_ROWS, size):
+        raise ValueError(f"{file}: {rows:,} rows in {size:,} bytes cannot be data")
+    if not 0 <= expanded <= max(FREE_CHARACTERS, MOST_EXPANSION * size):
+        raise ValueError(
+            f"{file}: {expanded:,} bytes packed into {size:,} cannot be data"
+        )

@@ -16,7 +16,8 @@ from rlhf_jax.data.dialogues import (
     split_conversations,
     split_dialogues,
 )
-from rlhf_jax.data.row_files import Row, shown
+from rlhf_jax.data.row_files import Row
+from rlhf_jax.files.printable import shown
 
 T = TypeVar("T")
 TrainOn = Literal["last-answer", "all-answers"]

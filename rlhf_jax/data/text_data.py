@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from rlhf_jax.data.dialogues import RenderChat, Unusable
-from rlhf_jax.data.row_files import Row, is_text_file, read_lines, read_rows, shown
+from rlhf_jax.data.row_files import Row, is_text_file, read_rows
 from rlhf_jax.data.row_forms import (
     EMPTY_TEXT,
     Columns,
@@ -34,6 +34,8 @@ from rlhf_jax.data.row_forms import (
     pair_parser,
     prompt_parser,
 )
+from rlhf_jax.files.bounded_lines import read_lines
+from rlhf_jax.files.printable import shown
 
 __all__ = [
     "Columns",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rlhf_jax.data.dialogues import Span
-from rlhf_jax.data.row_files import shown
+from rlhf_jax.files.printable import shown
 
 
 class Tokenizer(Protocol):

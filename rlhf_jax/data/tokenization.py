@@ -86,7 +86,7 @@ class Tokenization:
     def bos_id(self) -> int | None:
         """The BOS id, for tokenizers that prepend it; else None."""
         bos = self.tokenizer.bos_token_id
-        starts_with_bos = self.tokenizer("a")["input_ids"][0] == bos
+        starts_with_bos = self.tokenizer("a")["input_ids"][:1] == [bos]
         return bos if starts_with_bos else None  # pyright: ignore[reportReturnType]
 
     def stop_ids(self, texts: Sequence[str]) -> tuple[int, ...]:

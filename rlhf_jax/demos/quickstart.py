@@ -24,6 +24,7 @@ from rlhf_jax.demos.showcase import (
     write_rows,
 )
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.bounded_json import read_object
 from rlhf_jax.recipes import ppo, sft
 from rlhf_jax.recipes import reward_model as reward_stage
 from rlhf_jax.run.progress import heading
@@ -49,6 +50,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         Interrupted: after saving a checkpoint, when asked to stop; rerun to resume.
     """
     began = time.perf_counter()
+    config.validate()
     root = Path(config.run_dir)
     _check_directory(config, root)
     with resumable("quickstart"):
@@ -110,11 +112,12 @@ def _check_directory(config: QuickstartConfig, root: Path) -> None:
     marker = root / "quickstart.json"
     wanted = {"seed": config.seed}
     if marker.exists():
-        found = json.loads(marker.read_text("utf-8"))
+        found = read_object(marker)
         if found != wanted:
             raise ValueError(
-                f"--run-dir {root} holds a quickstart with seed {found['seed']}; give "
-                f"that seed to resume it, or another --run-dir for seed {config.seed}"
+                f"--run-dir {root} holds a quickstart with seed {found.get('seed')}; "
+                "give that seed to resume it, or another --run-dir for seed "
+                f"{config.seed}"
             )
         return
     make_directory(root)

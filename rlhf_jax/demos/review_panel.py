@@ -17,6 +17,7 @@ from rlhf_jax.models.callables import policy, reward_model
 from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.recipes.responses import ResponseEvaluator, Responses, make_sampler
 from rlhf_jax.recipes.reward_model import make_evaluation
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.tasks import reviews
 
@@ -70,7 +71,7 @@ class ReviewPanel:
             overlong="fail",
         )
         answers = self._evaluator.answers(
-            jax.random.key(seed),
+            seed_key(seed),
             self.reference if params is None else params,
             pad_prompts(
                 encoded.rows, width=MAX_PROMPT_TOKENS, pad_id=self.tokenization.pad_id

@@ -12,9 +12,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_jax.files.atomic import write_atomic
-from rlhf_jax.run.session import Interrupted
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.printable import printable
+from rlhf_jax.run.interrupt import Interrupted
 
 
 def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None:
@@ -31,7 +34,7 @@ def enter_directory(root: Path, marker: str, options: Mapping[str, Any]) -> None
     path = root / marker
     text = json.dumps(dict(options)) + "\n"
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = read_object(path)
         # As loaded from JSON: tuples become lists.
         for name, wanted in json.loads(text).items():
             if found.get(name) != wanted:
@@ -75,11 +78,13 @@ def print_table(
     table = Table()
     for number, column in enumerate(rows[0]):
         table.add_column(
-            column, justify="right" if number else "left", no_wrap=not number
+            Text(printable(column)),
+            justify="right" if number else "left",
+            no_wrap=not number,
         )
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(Text(printable(cell)) for cell in row.values()))
     console = Console()
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(Text(printable(note)))

@@ -1,12 +1,11 @@
 """Detects the first non-finite loss or gradient."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
-
-from rlhf_jax.algo.types import Array
-
-PREFIX = "first_nonfinite/"
+TERMS = "terms/"
+"""prefix of the losses and gradient norms of an update that must be finite"""
 
 
 class NonFiniteError(RuntimeError):
@@ -24,39 +23,37 @@ class NonFiniteError(RuntimeError):
         self.optimizer_step = optimizer_step
 
 
-def first_nonfinite(terms: Mapping[str, Array]) -> dict[str, Array]:
+def first_nonfinite(metrics: Mapping[str, Any]) -> dict[str, int]:
     """First optimizer step of an update with a non-finite value, for each term, or -1.
 
     Args:
-        terms: `[N]` values by name, one per optimizer step.
+        metrics: of one update. Terms are `[N]`, one value per optimizer step, under
+            `terms/<name>`.
 
     Returns:
-        `[]` int32 by `first_nonfinite/<name>`.
+        The step by name of the term.
     """
+    return {
+        name.removeprefix(TERMS): next(
+            (step for step, value in enumerate(values) if not math.isfinite(value)), -1
+        )
+        for name, values in metrics.items()
+        if name.startswith(TERMS)
+    }
 
-    def first(values: Array) -> Array:
-        bad = ~jnp.isfinite(values)
-        return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
-    return {PREFIX + name: first(values) for name, values in terms.items()}
-
-
-def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
-    """Metrics without the `first_nonfinite/` entries; raises if one is set.
+def pop_nonfinite(metrics: Mapping[str, Any], *, step: int) -> dict[str, Any]:
+    """Metrics without the `terms/` entries; raises if one of those is not finite.
 
     Args:
-        metrics: Python numbers of one update.
+        metrics: of one update, on the host.
         step: the update, for the message.
 
     Raises:
         NonFiniteError: naming the update, its optimizer step and the first non-finite
             term.
     """
-    found = {
-        name.removeprefix(PREFIX): int(value)
-        for name, value in metrics.items()
-        if name.startswith(PREFIX) and value >= 0
-    }
+    found = {n: first for n, first in first_nonfinite(metrics).items() if first >= 0}
     if found:
         # The earliest is the cause. Within a step, the loss of one network comes before
         # its consequences: the total, and the gradients.
@@ -72,4 +69,4 @@ def pop_nonfinite(metrics: dict[str, float], *, step: int) -> dict[str, float]:
             "update, counted from 0); neither that step nor a later one was taken",
             optimizer_step=found[term],
         )
-    return {k: v for k, v in metrics.items() if not k.startswith(PREFIX)}
+    return {k: v for k, v in metrics.items() if not k.startswith(TERMS)}

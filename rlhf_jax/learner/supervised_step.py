@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.learner.finite import first_nonfinite
+from rlhf_jax.learner.finite import TERMS
 from rlhf_jax.learner.gradients import (
     Assemble,
     Metrics,
@@ -45,11 +45,10 @@ def make_supervised_step(
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
-        A compiled function. If the loss or the gradient norm is not finite, the step is
-        skipped, `step` does not advance, and `first_nonfinite/…` names the term. The
-        state is then exactly that before the failed step: the same batch would fail
-        again, so use it for debugging, not to continue. Other metrics may overflow
-        without effect.
+        A compiled function. Metrics are float32 scalars, except `terms/loss` and
+        `terms/gradient`, the loss and the gradient norm, `[1]`. If one of them is not
+        finite, the state returned is exactly that before the step. The same batch would
+        fail again: `pop_nonfinite` raises. Other metrics may overflow without effect.
     """
 
     def step(
@@ -70,7 +69,7 @@ def make_supervised_step(
             optimizer, grads, state.opt_state, state.params, accept=accept
         )
         metrics = metrics | {"grad_norm": grad_norm}
-        metrics |= first_nonfinite({"loss": loss[None], "gradient": grad_norm[None]})
+        metrics |= {f"{TERMS}loss": loss[None], f"{TERMS}gradient": grad_norm[None]}
         state = ModelState(
             params=params,
             opt_state=opt_state,

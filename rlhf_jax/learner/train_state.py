@@ -34,7 +34,7 @@ class TrainState:
     slow_critic: Params | None  # moving average of the critic, if used
     old_policy: Params | None  # the behavior policy, if not the current actor
     key: Array  # [] PRNG key of the run; folded with `step`, never replaced
-    step: Array  # [] int32, updates completed
+    step: Array  # [] int32, updates completed or skipped
 
 
 @record
@@ -44,7 +44,7 @@ class ModelState:
     params: Params
     opt_state: optax.OptState
     key: Array  # [] PRNG key of the run
-    step: Array  # [] int32, optimizer steps completed
+    step: Array  # [] int32, optimizer steps completed or skipped
 
 
 def init_train_state(

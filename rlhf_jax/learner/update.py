@@ -1,8 +1,8 @@
 """A full update, epochs × minibatches × microbatches, as one compiled function."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.algo.minibatches import split_minibatches
 from rlhf_jax.algo.types import Array, Experience, Params
 from rlhf_jax.interfaces import BATCH_AXES
-from rlhf_jax.learner.finite import first_nonfinite
+from rlhf_jax.learner.finite import TERMS
 from rlhf_jax.learner.gradients import (
     Assemble,
     Metrics,
@@ -41,11 +41,14 @@ def make_update(
     refresh_every: int = 1,
     assemble: Assemble | None = None,
     objective_key: bool = False,
+    undo: bool = True,
     state_sharding: TrainState | None = None,
 ) -> UpdateFn:
-    """Builds `update(state, experience, frozen=None) -> (state, metrics)`.
+    """Builds `update(state, experience, frozen=None, carried=None)`.
 
-    The state is donated, frozen parameters are not.
+    It returns the next state and metrics. The state is donated, frozen parameters are
+    not. `carried` are fields of the state that change with the update, by name, such
+    as `{"kl_coef": …}`: if the update fails, they do not change either.
 
     Every epoch reshuffles the batch and takes one optimizer step per minibatch, so an
     update takes `num_epochs · num_minibatches` steps with the same old
@@ -75,22 +78,29 @@ def make_update(
             `ActorCritic`; None: all parameters are in the state.
         objective_key: pass a new key to the objective for every microbatch:
             `ppo_objective(…, policy_loss_key=True)`.
+        undo: if an optimizer step fails, also undo those before it. With more than one
+            optimizer step, this needs memory for a second copy of trainable parameters
+            and optimizer state during the update.
         state_sharding: `NamedSharding`s in the shape of the state; None: one device.
 
     Returns:
         A compiled function; rebind the state, its old buffers are donated. Metrics are
         float32 scalars, means over the processed minibatches; with `max_kl`,
-        `policy/steps` is the number of steps taken.
+        `policy/steps` is the number of steps taken. `terms/<name>` has a loss term (see
+        `Objective`) or a gradient norm of every optimizer step, `[N]`.
 
-        If a loss term (see `Objective`) or a gradient norm is not finite, that
-        optimizer step and the later ones of this update are skipped, `step` does not
-        advance, and `first_nonfinite/<term>` is the index of that step. The state is
-        then that before the failed step. It includes earlier steps of the same update,
-        so use it for debugging, not to continue.
+        If a term is not finite, its optimizer step and the later ones are skipped, and
+        with `undo` the state returned is exactly that before the update. Without it,
+        parameters and optimizer states include the steps before the failed one, which
+        may be its cause: use such a state for debugging, not to continue.
+        `pop_nonfinite` raises if there is such a term.
     """
 
     def update(
-        state: TrainState, experience: Experience, frozen: Params | None = None
+        state: TrainState,
+        experience: Experience,
+        frozen: Params | None = None,
+        carried: Mapping[str, Any] | None = None,
     ) -> tuple[TrainState, Metrics]:
         _, key = step_keys(state)
         minibatch_step = _minibatch_step(
@@ -124,14 +134,26 @@ def make_update(
         metrics = _summarize(metrics, looked_at)
         if max_kl is not None:
             metrics["policy/steps"] = jnp.sum(taken).astype(jnp.float32)
-        metrics |= first_nonfinite(jax.tree.map(jnp.ravel, terms))
+        metrics |= {TERMS + name: jnp.ravel(value) for name, value in terms.items()}
+
+        def if_healthy(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(end.healthy, n, o), new, old)
+
+        params, opt_state = end.params, end.opt_state
+        if undo and num_epochs * num_minibatches > 1:  # else the step itself was undone
+            params = if_healthy(params, state.params)
+            opt_state = if_healthy(opt_state, state.opt_state)
         state = dataclasses.replace(
             state,
-            params=end.params,
-            opt_state=end.opt_state,
-            slow_critic=_slow_critic(state, end, slow_critic_decay),
+            params=params,
+            opt_state=opt_state,
+            slow_critic=_slow_critic(state, params, end, slow_critic_decay),
             old_policy=_old_policy(state, end, refresh_every),
             step=state.step + end.healthy,
+            **{
+                name: if_healthy(new, getattr(state, name))
+                for name, new in (carried or {}).items()
+            },
         )
         return state, metrics
 
@@ -153,11 +175,13 @@ class _Carry(NamedTuple):
     going: Array  # [] bool, the KL limit has not been exceeded
 
 
-def _slow_critic(state: TrainState, end: _Carry, decay: float | None) -> Params | None:
+def _slow_critic(
+    state: TrainState, params: ActorCritic, end: _Carry, decay: float | None
+) -> Params | None:
     if state.slow_critic is None or decay is None:
         return state.slow_critic
     share = jnp.where(end.healthy, 1.0 - decay, 0.0)
-    return optax.incremental_update(end.params.critic, state.slow_critic, share)
+    return optax.incremental_update(params.critic, state.slow_critic, share)
 
 
 def _old_policy(state: TrainState, end: _Carry, refresh_every: int) -> Params | None:

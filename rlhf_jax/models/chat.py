@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from rlhf_jax.files.printable import one_line, printable, shown
+from rlhf_jax.files.regular_file import TEMPLATE_BYTES, read_text
+from rlhf_jax.models.chat_renderer import render_template
 
 if TYPE_CHECKING:  # slow import; keeps `rlhf-jax --help` fast
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +40,8 @@ def render_chat(
 
     Raises:
         ValueError: if there are no messages, the default format does not have a role,
-            or the template is broken or rejects the conversation, as some do with a
-            system message. One line.
+            or the template is broken, rejects the conversation, as some do with a
+            system message, or needs too much time or memory. One line.
 
     References:
         Bai et al., 2022, arXiv:2204.05862.
@@ -48,23 +50,25 @@ def render_chat(
         raise ValueError("messages is empty; give at least one")
     if tokenizer is None or tokenizer.chat_template is None:
         return _render_default(messages, add_generation_prompt)
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+    source = tokenizer.get_chat_template()
+    if not isinstance(source, str):
+        raise ValueError(f"the chat template is {shown(source)}, not text")
+    values = {
+        **tokenizer.special_tokens_map,
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    answer = render_template(source, values)
+    if "broken" in answer:
+        raise ValueError(f"the chat template is broken {one_line(answer['broken'])}")
+    if "error" in answer:
+        roles = printable(", ".join(x["role"] for x in messages), limit=80)
+        raise ValueError(
+            f"the chat template rejects the roles {roles}: {one_line(answer['error'])}"
         )
-    except TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat template is broken in line {error.lineno}: {error.message}"
-        ) from None
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the chat template rejects the roles {roles}: {reason}"
-        ) from None
-    return str(text)
+    return answer["text"]
 
 
 def set_chat_template(
@@ -86,11 +90,9 @@ def set_chat_template(
     """
     named = f"{name}={str(path)!r}"
     try:
-        text = Path(path).read_text("utf-8")
-    except OSError as error:
-        raise ValueError(f"{named}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{named}: not UTF-8 text ({error.reason})") from None
+        text = read_text(path, most_bytes=TEMPLATE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     tokenizer.chat_template = text
     try:
         prompt = render_chat(tokenizer, _TRIAL[:1], add_generation_prompt=True)

@@ -1,11 +1,15 @@
 """Loads tokenizers of Hugging Face checkpoints, and trains small ones."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.printable import one_line
+from rlhf_jax.files.regular_file import model_file
+from rlhf_jax.files.typed_fields import integer
 from rlhf_jax.models.hf.hub import local_directory
+from rlhf_jax.models.hf.tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:  # slow import; keeps `rlhf-jax --help` fast
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -33,6 +37,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     path = local_directory(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a tokenizer directory")
+    check_tokenizer_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path),
@@ -40,8 +45,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             trust_remote_code=False,  # otherwise it would ask on the terminal
             padding_side="left",
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except BaseException as error:  # a panic of tokenizers is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = one_line(str(error).strip().split("\n")[0] or repr(error))
         raise ValueError(
             f"{path} has no tokenizer that can be loaded: {reason}"
         ) from None
@@ -61,11 +68,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 def read_num_embeddings(path: str | Path) -> int | None:
     """The number of token embeddings of a checkpoint; None if unknown."""
     try:
-        fields = json.loads((Path(path) / "config.json").read_text("utf-8"))
-        size = fields.get("vocab_size")
-    except (OSError, ValueError, AttributeError):
+        fields = read_object(model_file(Path(path), "config.json"))
+        return integer(fields, "vocab_size")
+    except ValueError:
         return None  # loading the model reports the problem
-    return size if isinstance(size, int) else None
 
 
 def train_tokenizer(

@@ -47,6 +47,7 @@ from rlhf_jax.recipes.scorer import (
     RewardModelProgram,
     reward_model_program,
 )
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.rollout.group_experience import GroupAdvantageFn, make_group_experience
 from rlhf_jax.rollout.sampler_mismatch import sampler_gap
 from rlhf_jax.rollout.scoring import score_rollout
@@ -161,16 +162,17 @@ def train(
         experience, kl_coef, shaped = programs.experience(
             state, models.frozen, models.reference, groups.scored, greedy
         )
-        state = dataclasses.replace(state, kl_coef=kl_coef)
+        carried = {"kl_coef": kl_coef}
 
         # Epochs × minibatches of the clipped loss, as one program. The old state is
-        # donated, so only the new one may be used from here on.
-        state, updated = programs.update(state, experience, models.frozen)
+        # donated, so only the new one may be used from here on. It is the old one if a
+        # loss or gradient is not finite.
+        state, updated = programs.update(state, experience, models.frozen, carried)
 
         # Scores are reported over all that was sampled, not over what was kept.
         metrics = jax.device_get(shaped | updated) | groups.metrics() | rates
         metrics |= clock.metrics(metrics["rollout/tokens"])
-        run.finish(step, state, metrics)
+        state = run.finish(step, state, metrics, experience, groups.batch)
     return state
 
 
@@ -205,7 +207,7 @@ def setup(
             `make_group_experience`.
     """
     models, actor = load_policy_models(config, networks)
-    run_key, eval_key = jax.random.split(jax.random.key(config.seed))
+    run_key, eval_key = jax.random.split(seed_key(config.seed))
     optimizers, schedules = make_grpo_optimizers(config)
     init = partial(
         init_train_state,
@@ -296,6 +298,7 @@ def make_programs(
         num_microbatches=config.microbatches,
         max_kl=config.max_update_kl,
         refresh_every=config.refresh_every,
+        undo=config.undo_updates,
         assemble=None if models.lora is None else models.assemble,
         state_sharding=state_sharding,
     )

@@ -13,7 +13,8 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params
-from rlhf_jax.config.run import Dtype, FreshModelConfig, LoraConfig, RunConfig
+from rlhf_jax.config.adapters import LoraConfig
+from rlhf_jax.config.run import Dtype, FreshModelConfig, RunConfig
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.files.atomic import errors_name
 from rlhf_jax.learner.gradients import Assemble
@@ -37,6 +38,7 @@ from rlhf_jax.models.lora import (
 from rlhf_jax.models.quantize import quantized_leaf
 from rlhf_jax.models.sharding import parameter_sharding
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.run.progress import heading
 from rlhf_jax.run.run_directory import RunDirectory
 
@@ -208,9 +210,7 @@ class Networks:
         if self._options is None:
             self._options = lora_options(lora)
         # Different from the keys that the run derives from its seed.
-        key = jax.random.fold_in(
-            jax.random.key(self.config.seed), 20 + self._num_adapted
-        )
+        key = jax.random.fold_in(seed_key(self.config.seed), 20 + self._num_adapted)
         options = self._options
         init = partial(init_adapters, options=options)
         return self.make(init, key, params), options

@@ -8,6 +8,8 @@ from rlhf_jax.algo.types import Params
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.typed_fields import integer
 from rlhf_jax.run.session import Session
 
 BEST_NOTE = "best.json"  # in the run directory: step and metric of the saved policy
@@ -75,7 +77,7 @@ class PolicyKeeper:
     def _saved_step(self) -> int:
         if not self._note.exists():
             return 0
-        return json.loads(self._note.read_text("utf-8"))["step"]
+        return integer(read_object(self._note), "step", least=0)
 
     def _is_best(self, value: float) -> bool:
         better = value > self._best

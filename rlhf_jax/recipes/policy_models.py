@@ -29,6 +29,7 @@ from rlhf_jax.recipes.networks import (
     check_adapters,
     check_fits,
 )
+from rlhf_jax.recipes.seeds import seed_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def load_four_models(
     """
     models, actor = load_policy_models(config, networks)
     # Different from the keys that the run derives from its seed.
-    head_key = jax.random.fold_in(jax.random.key(config.seed), 10)
+    head_key = jax.random.fold_in(seed_key(config.seed), 10)
     frozen: Params | None = {}
     if config.critic_trunk == "shared":
         forward, values_fn = shared_trunk(models.module)

@@ -8,11 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.kl import adapt_kl_coef
-from rlhf_jax.algo.types import Array, Rollout
+from rlhf_jax.algo.types import Array, Experience, Rollout
 from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.config.ppo import PPOConfig
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.learner.train_state import TrainState
+from rlhf_jax.recipes.collapse import CollapseWatch
 from rlhf_jax.recipes.held_out import HeldOut
 from rlhf_jax.recipes.networks import save_trained
 from rlhf_jax.recipes.policy_keeper import PolicyKeeper
@@ -20,7 +21,8 @@ from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.recipes.responses import Sampler
 from rlhf_jax.recipes.scorer import RewardFunctions, RewardModelProgram, Rewards, Scorer
-from rlhf_jax.rewards.functions import RewardFunctionError
+from rlhf_jax.rewards.functions import RewardError
+from rlhf_jax.run.progress import warn
 from rlhf_jax.run.run_directory import RunDirectory
 from rlhf_jax.run.session import Session
 
@@ -35,7 +37,7 @@ class PolicyRun(contextlib.ExitStack):
                 …
                 rewards = run.rewards(state, rollout, batch)
                 …
-                run.finish(step, state, metrics)
+                state = run.finish(step, state, metrics, experience, batch)
             run.save(state)
         run.report()
 
@@ -80,9 +82,11 @@ class PolicyRun(contextlib.ExitStack):
             mesh=mesh,
             key=eval_key,
         )
+        self._watch = CollapseWatch(config)
         self._session = Session(config)
         self.directory: RunDirectory = self._session.run
         assert models.network is not None
+        self._vocab_size = models.module.config.vocab_size
         self._save = partial(
             save_trained, self.directory, models.network, config, tokenization
         )
@@ -132,43 +136,66 @@ class PolicyRun(contextlib.ExitStack):
     ) -> Rewards:
         """Rewards of B responses; `batch` has the prompt of each.
 
-        If a reward function fails, `state` is saved as the state after the last step.
+        If a reward is unusable, `state` is saved as the state after the last step.
 
         Raises:
-            RewardFunctionError: with the command to resume.
+            RewardError: with the command to resume.
         """
         try:
             return self._scorer.of_rollout(rollout, batch)
-        except RewardFunctionError as error:
+        except RewardError as error:
             self._session.save_and_raise(self._step, state, error)
 
-    def finish(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def finish(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: dict[str, float],
+        experience: Experience,
+        batch: PromptBatch,
+    ) -> TrainState:
         """Ends a step: checks that it is finite, then evaluates, logs and saves if due.
 
         Args:
             step: number of the step.
             state: state after it.
             metrics: metrics of the step, on the host.
+            experience: experience of the step.
+            batch: its prompts, one per response.
+
+        Returns:
+            The state to continue with; if the step was skipped, that before it.
 
         Raises:
             NonFiniteError: if a loss or gradient was not finite.
-            RewardFunctionError: if one fails in the evaluation, after a checkpoint.
+            RewardError: if a reward is unusable in the evaluation, after a checkpoint.
             Interrupted: after a checkpoint, when asked to stop.
         """
-        session, actor = self._session, state.params.actor
-        metrics = session.check_finite(step, metrics)
+        session = self._session
+        state, metrics = session.check_finite(
+            step,
+            state,
+            metrics,
+            experience,
+            prompts=batch.texts,
+            vocab_size=self._vocab_size,
+        )
+        actor = state.params.actor
+        for line in self._watch.see(metrics):
+            warn(f"step {step}: {line}")
         session.counters["rollout/tokens"] += metrics["rollout/tokens"]
         metrics["rollout/tokens"] = session.counters["rollout/tokens"]  # running total
         if session.is_eval_step(step):
             try:
                 metrics |= self._evaluate(session, step, actor)
-            except RewardFunctionError as error:
+            except RewardError as error:
                 session.log(step, metrics, shown=self._shown)
                 session.save_and_raise(step, state, error)
             self._keeper.see(step, metrics, actor)
         session.log(step, metrics, shown=self._shown)
         session.checkpoint(step, state, last=self._keeper.is_done)
         self._step = step
+        return state
 
     def save(self, state: TrainState) -> None:
         """Saves the last policy, unless the best one is saved already."""

@@ -36,6 +36,7 @@ from rlhf_jax.recipes.scorer import (
     RewardModelProgram,
     reward_model_program,
 )
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.rollout.experience import AdvantageFn, make_experience, whiten_minibatch
 from rlhf_jax.rollout.sampler_mismatch import sampler_gap
 from rlhf_jax.rollout.scoring import mark_stops, score_rollout
@@ -130,16 +131,17 @@ def train(ppo: "PPOSetup", run: PolicyRun, data: PromptData, mesh: Mesh) -> Trai
         experience, kl_coef, moments, shaped = programs.experience(
             state, models.frozen, models.reference, rewards.scores, rollout
         )
-        state = dataclasses.replace(state, kl_coef=kl_coef, score_moments=moments)
+        carried = {"kl_coef": kl_coef, "score_moments": moments}
 
         # Epochs × minibatches of the clipped losses, as one program. The old state is
-        # donated, so only the new one may be used from here on.
-        state, updated = programs.update(state, experience, models.frozen)
+        # donated, so only the new one may be used from here on. It is the old one if a
+        # loss or gradient is not finite.
+        state, updated = programs.update(state, experience, models.frozen, carried)
 
         metrics = jax.device_get(shaped | updated) | rewards.metrics | rates
         metrics["rollout/tokens"] = float(jnp.sum(rollout.lengths))
         metrics |= clock.metrics(metrics["rollout/tokens"])
-        run.finish(step, state, metrics)
+        state = run.finish(step, state, metrics, experience, batch)
     return state
 
 
@@ -175,7 +177,7 @@ def setup(
             `make_experience`.
     """
     models, params = load_four_models(config, networks)
-    run_key, eval_key, moments_key = jax.random.split(jax.random.key(config.seed), 3)
+    run_key, eval_key, moments_key = jax.random.split(seed_key(config.seed), 3)
     optimizers, schedules = make_ppo_optimizers(config)
     init = partial(
         init_train_state,
@@ -268,6 +270,7 @@ def make_programs(
         max_kl=config.max_update_kl,
         critic_warmup=config.critic_warmup,
         slow_critic_decay=config.advantages.slow_critic_decay,
+        undo=config.undo_updates,
         assemble=None if models.lora is None else models.assemble,
         state_sharding=state_sharding,
     )

@@ -39,6 +39,7 @@ from rlhf_jax.learner.train_state import ModelState
 from rlhf_jax.models.callables import reward_model
 from rlhf_jax.models.hf.checkpoint import open_checkpoint
 from rlhf_jax.recipes.networks import Networks, check_adapters, check_fits
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import hold_out_groups, read_reported, read_split
 from rlhf_jax.recipes.supervised_run import (
     SupervisedRun,
@@ -118,7 +119,7 @@ def train(
         # One compiled program, to which the old state is donated.
         state, metrics = reward.update(state, batch, reward.network.frozen)
 
-        run.finish(step, state, metrics, clock)
+        state = run.finish(step, state, metrics, batch, clock)
     return state
 
 
@@ -129,7 +130,7 @@ def setup(config: RewardConfig, networks: Networks) -> SupervisedSetup:
         config: validated configuration.
         networks: builds the network, or its shapes.
     """
-    head_key, run_key = jax.random.split(jax.random.key(config.seed))
+    head_key, run_key = jax.random.split(seed_key(config.seed))
     network, params = networks.trained(config.model, "reward", key=head_key)
     objective, count = _objective(config, reward_model(network.module))
     return supervised_setup(

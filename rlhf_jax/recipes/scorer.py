@@ -10,12 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Array, Params, Rollout
-from rlhf_jax.config.policy import PolicyConfig, function_name
+from rlhf_jax.config.policy import PolicyConfig
+from rlhf_jax.config.reward_limits import LARGEST_REWARD
+from rlhf_jax.config.reward_sources import function_name
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.printable import shown
 from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, PromptData
 from rlhf_jax.recipes.responses import Responses
-from rlhf_jax.rewards.functions import RewardScores, RewardWorkers
+from rlhf_jax.rewards.functions import RewardError, RewardScores, RewardWorkers
 from rlhf_jax.rollout.scoring import mark_stops
 from rlhf_jax.run.devices import put_batch
 from rlhf_jax.run.progress import heading
@@ -149,6 +152,7 @@ class Scorer:
         mesh: Mesh,
     ):
         self._weight = config.reward_model_weight
+        self._path = config.reward_model
         self._states_failures = config.reward_on_failure is not None
         self._has_complained = False
         self._quiet = config.quiet
@@ -163,16 +167,23 @@ class Scorer:
 
         Raises:
             RewardFunctionError: if a function fails, without `reward_on_failure`.
+            RewardError: if a reward is not finite, or too large.
         """
         by_model, lengths = self._score(self._models.reward, rollout)
         scores = by_model if self._weight == 1.0 else self._weight * by_model
+
+        def texts() -> list[str]:
+            return self._tokenization.decode(
+                *jax.device_get((rollout.responses, lengths))
+            )
+
         functions = self._functions.train
         if functions is None:
+            self._check(by_model, 0, texts)
             return Rewards(scores=scores, metrics={})
-        responses, lengths = jax.device_get((rollout.responses, lengths))
-        found = self._ask(
-            functions, self._tokenization.decode(responses, lengths), batch
-        )
+        responses = texts()
+        found = self._ask(functions, responses, batch)
+        self._check(by_model, found.scores, lambda: responses)
         metrics = {
             f"reward/{name}": float(np.mean(row))
             for name, row in _by_name(functions, found).items()
@@ -197,10 +208,9 @@ class Scorer:
 
         Raises:
             RewardFunctionError: if a function fails, without `reward_on_failure`.
+            RewardError: if a reward is not finite, or too large.
         """
         scores = np.zeros(len(texts), np.float32)
-        if answers.scores is not None:
-            scores += self._weight * answers.scores
         by_function, failures = {}, 0
         for workers in (self._functions.held_out, self._functions.train):
             if workers is None:
@@ -210,10 +220,37 @@ class Scorer:
             failures += int(found.failures.sum())
             if workers is self._functions.train:
                 scores += found.scores
+        if answers.scores is not None:
+            self._check(answers.scores, scores, lambda: texts)
+            scores += self._weight * answers.scores
         return HeldOutRewards(
             scores=scores,
             by_function=by_function,
             failures=failures if self._states_failures else None,
+        )
+
+    def _check(
+        self,
+        by_model: Array | np.ndarray,
+        by_functions: np.ndarray | int,
+        texts: Callable[[], Sequence[str]],
+    ) -> None:
+        """Raises RewardError if a score of the reward model or a sum is unusable."""
+        if self._models.score_fn is None:
+            return  # the functions' scores and sums are checked
+        by_model = np.asarray(by_model, np.float64)
+        total = self._weight * by_model + by_functions
+        # Negated: NaN is in no range.
+        unusable = ~(np.maximum(abs(by_model), abs(total)) <= LARGEST_REWARD)
+        if not unusable.any():
+            return
+        row = int(unusable.argmax())
+        raise RewardError(
+            f"the reward of row {row} (response {shown(texts()[row])}) is "
+            f"{total[row]:g}, with {by_model[row]:g} from the reward model times "
+            f"reward-model-weight={self._weight:g}; both go from "
+            f"{-LARGEST_REWARD:g} to {LARGEST_REWARD:g}: repair the model at "
+            f"reward-model={self._path!r}, or lower the weight"
         )
 
     def _ask(
@@ -240,6 +277,7 @@ def _workers(
         weights=weights or None,
         processes=config.reward_processes,
         time_limit=config.reward_time_limit,
+        memory_limit=config.reward_memory_limit,
         on_failure="stop" if failing is None else failing,
     )
 

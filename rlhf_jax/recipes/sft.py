@@ -30,6 +30,7 @@ from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.hf.checkpoint import open_checkpoint
 from rlhf_jax.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.recipes.networks import Networks, check_adapters, check_fits, fresh_shape
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import hold_out_groups, read_reported
 from rlhf_jax.recipes.supervised_run import (
     SupervisedRun,
@@ -104,7 +105,7 @@ def train(
         # One compiled program, to which the old state is donated.
         state, metrics = sft.update(state, batch, sft.network.frozen)
 
-        run.finish(step, state, metrics, clock)
+        state = run.finish(step, state, metrics, batch, clock)
     return state
 
 
@@ -118,7 +119,7 @@ def setup(
         networks: builds the network, or its shapes.
         shape: shape of a network that is trained from scratch.
     """
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    init_key, run_key = jax.random.split(seed_key(config.seed))
     if config.model is None:
         network, params = networks.fresh(shape, init_key)
     else:

@@ -78,7 +78,7 @@ class SupervisedRun(contextlib.ExitStack):
             run.evaluate_start(state)
             for step in run.steps():
                 …
-                run.finish(step, state, metrics, clock)
+                state = run.finish(step, state, metrics, batch, clock)
             run.save(state)
         run.report()
 
@@ -134,32 +134,48 @@ class SupervisedRun(contextlib.ExitStack):
         return self._session.steps()
 
     def finish(
-        self, step: int, state: ModelState, metrics: dict[str, Array], clock: Stopwatch
-    ) -> None:
+        self,
+        step: int,
+        state: ModelState,
+        metrics: dict[str, Array],
+        batch: Any,
+        clock: Stopwatch,
+    ) -> ModelState:
         """Ends a step: checks that it is finite, then evaluates, logs and saves if due.
 
         Args:
             step: number of the step.
             state: state after it.
             metrics: metrics of the step, on device.
+            batch: batch of the step.
             clock: started with the step.
+
+        Returns:
+            The state to continue with; if the step was skipped, that before it.
 
         Raises:
             NonFiniteError: if the loss or a gradient was not finite.
             Interrupted: after a checkpoint, when asked to stop.
         """
         session = self._session
-        found = session.check_finite(step, jax.device_get(metrics))
-        line = {
-            "optim/grad_norm": found.pop("grad_norm"),
-            "optim/learning_rate": self._setup.schedule(step - 1),
-        }
+        taken = step - 1 - session.check_finite.skipped  # optimizer steps so far
+        state, found = session.check_finite(
+            step,
+            state,
+            jax.device_get(metrics),
+            batch,
+            vocab_size=self._setup.network.module.config.vocab_size,
+        )
+        line: dict[str, Any] = {"optim/learning_rate": self._setup.schedule(taken)}
+        if "grad_norm" in found:  # finite
+            line["optim/grad_norm"] = found.pop("grad_norm")
         line |= clock.metrics(self._tokens_per_step)
         line |= {f"train/{name}": value for name, value in found.items()}
         if session.is_eval_step(step):
             line |= self._held_out(state)
         session.log(step, line, shown=self._shown)
         session.checkpoint(step, state)
+        return state
 
     def save(self, state: ModelState) -> None:
         """Saves the model."""

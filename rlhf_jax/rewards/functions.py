@@ -1,30 +1,33 @@
 """Python reward functions, called in worker processes.
 
-A user's function may raise, hang, print or crash the interpreter; in a worker process
-it cannot affect the run.
+A user's function may raise, hang, fork, fill memory or crash the interpreter; in a
+worker process these mistakes do not affect the run. It is no sandbox: a function may do
+whatever the user may do.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
-from rlhf_jax.config.policy import function_name
-from rlhf_jax.data.row_files import shown
-from rlhf_jax.rewards.process import RewardProcess, run_jobs
-from rlhf_jax.rewards.worker import (
-    Job,
-    Outcome,
+from rlhf_jax.config.reward_limits import LARGEST_MEMORY, LARGEST_REWARD, LONGEST_CALL
+from rlhf_jax.config.reward_sources import function_name
+from rlhf_jax.files.printable import shown
+from rlhf_jax.rewards.frames import pack
+from rlhf_jax.rewards.loading import (
+    RewardError,
     RewardFunctionError,
     load_reward_function,
 )
+from rlhf_jax.rewards.process import Job, RewardProcess, run_jobs
+from rlhf_jax.rewards.worker import Outcome
 
 __all__ = [
     "OnFailure",
+    "RewardError",
     "RewardFunctionError",
     "RewardScores",
     "RewardWorkers",
@@ -54,17 +57,25 @@ class RewardWorkers:
     Each function is called as `function(prompts, responses, columns)`, with lists of
     equal length (`columns` is a dictionary of them), and returns that many numbers in a
     list, a tuple or an array. True and False count as 1 and 0. None, text, NaN,
-    infinity and anything else that is not a finite float32 are failures; so are
-    exceptions, a wrong length, timeouts and crashes.
+    infinity and numbers beyond ±`LARGEST_REWARD` are failures; so are exceptions, a
+    wrong length, timeouts and crashes.
 
     A function must score each row independently, because it sees only part of a batch:
     the batch is split among the workers, and if a call fails as a whole, its rows are
     scored again one at a time to find the cause. Only rows that fail on their own are
-    failures. A worker that hangs is killed, with all its child processes, and its
-    replacement imports the files again.
+    failures. A worker that hangs is killed, and its replacement imports the files
+    again.
 
-    Workers do not use accelerators (`JAX_PLATFORMS=cpu`), do not receive Ctrl-C and
-    exit with this process, however it exits. They print to this process's output.
+    Workers do not use accelerators (`JAX_PLATFORMS=cpu`), ignore SIGINT, SIGTERM and
+    SIGHUP, and exit with this process, however it exits. They print to this process's
+    output. What a function started is killed with its worker: on Linux every process
+    below it, even in a session of its own, unless it runs as another user; elsewhere
+    only its process group. Only memory on disk (`/dev/shm`, files) stays.
+
+    A call that forks fails if the child returns from it within 0.2 s, since nobody
+    could tell its answer from the right one; a child that returns later just exits.
+    Values of columns arrive as the row file holds them. Other values than those of
+    JSON and parquet files are refused.
 
     Entering the block starts the workers and imports and checks every function: enter
     it before any expensive work.
@@ -75,6 +86,8 @@ class RewardWorkers:
         weights: of the functions in the sum; default 1 each.
         processes: number of workers.
         time_limit: seconds per call, for a worker's part of a batch or one row.
+        memory_limit: GiB of address space per process, with libraries and the stacks
+            of threads, which NumPy needs about 1 GiB of; None: no limit.
         on_failure: "stop", or the score of a row that fails.
 
     Raises:
@@ -89,12 +102,14 @@ class RewardWorkers:
         weights: Sequence[float] | None = None,
         processes: int = 2,
         time_limit: float = 5.0,
+        memory_limit: float | None = None,
         on_failure: OnFailure = "stop",
     ):
         self.specs = list(specs)
         self.weights = [1.0] * len(self.specs) if weights is None else list(weights)
         self.processes = processes
         self.time_limit = time_limit
+        self.memory_limit = memory_limit
         self.on_failure: OnFailure = on_failure
         self._check_options()
         self._workers: list[RewardProcess] = []
@@ -102,7 +117,7 @@ class RewardWorkers:
     def __enter__(self) -> "RewardWorkers":
         try:
             for _ in range(self.processes):
-                self._workers.append(RewardProcess(self.specs))
+                self._workers.append(RewardProcess(self.specs, self.memory_limit))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
@@ -134,7 +149,9 @@ class RewardWorkers:
         Raises:
             RewardFunctionError: with `on_failure="stop"`, if a row fails: one line with
                 the function, the row (from 0) and the start of its response.
-            ValueError: if the lengths differ, or outside the `with` block.
+            RewardError: if a weighted sum is beyond ±`LARGEST_REWARD`.
+            ValueError: if the lengths differ, a column holds a value that is not of a
+                row file, or outside the `with` block.
         """
         if not self._workers:
             raise ValueError("RewardWorkers.score: call it inside the `with` block")
@@ -150,11 +167,33 @@ class RewardWorkers:
             found.append(self._score_one(function, batch, complaints))
             failures.append(len(complaints) - before)
         by_function = np.array(found, np.float64)
+        scores = np.array(self.weights) @ by_function
+        self._check_sums(scores, by_function, responses)
         return RewardScores(
-            scores=(np.array(self.weights) @ by_function).astype(np.float32),
+            scores=scores.astype(np.float32),
             by_function=by_function.astype(np.float32),
             failures=np.array(failures, np.int32),
             complaints=tuple(complaints),
+        )
+
+    def _check_sums(
+        self, scores: np.ndarray, by_function: np.ndarray, responses: Sequence[str]
+    ) -> None:
+        too_large = np.abs(scores) > LARGEST_REWARD
+        if not too_large.any():
+            return
+        row = int(too_large.argmax())
+        terms = [
+            f"{weight:g} · {score:g} of {spec}"
+            for weight, score, spec in zip(
+                self.weights, by_function[:, row], self.specs, strict=True
+            )
+        ]
+        raise RewardError(
+            f"the reward of row {row} (response {shown(responses[row])}) is "
+            f"{scores[row]:g} = {' + '.join(terms)}; rewards go from "
+            f"{-LARGEST_REWARD:g} to {LARGEST_REWARD:g}: scale the function or "
+            "--reward-weights down"
         )
 
     def _score_one(
@@ -221,16 +260,30 @@ class RewardWorkers:
                 f"{len(self.weights)} weights for {len(self.specs)} reward functions: "
                 "give one each"
             )
-        if not all(map(math.isfinite, self.weights)):
-            raise ValueError(f"weights={self.weights}: give finite numbers")
+        if not all(abs(weight) <= LARGEST_REWARD for weight in self.weights):
+            raise ValueError(
+                f"weights={self.weights}: give numbers from {-LARGEST_REWARD:g} to "
+                f"{LARGEST_REWARD:g}"
+            )
         if self.processes < 1:
             raise ValueError(f"processes={self.processes}: give at least 1")
-        if not 0 < self.time_limit < math.inf:
-            raise ValueError(f"time_limit={self.time_limit}: give seconds above 0")
-        value = self.on_failure
-        if value != "stop" and (isinstance(value, str) or not math.isfinite(value)):
+        if not 0 < self.time_limit <= LONGEST_CALL:
             raise ValueError(
-                f'on_failure={shown(value)}: give "stop" or the score of failed rows'
+                f"time_limit={self.time_limit}: give seconds above 0, at most "
+                f"{LONGEST_CALL:g}"
+            )
+        limit = self.memory_limit
+        if limit is not None and not 0 < limit <= LARGEST_MEMORY:
+            raise ValueError(
+                f"memory_limit={limit}: give GiB above 0, at most {LARGEST_MEMORY:g}"
+            )
+        value = self.on_failure
+        if value != "stop" and (
+            isinstance(value, str) or not abs(value) <= LARGEST_REWARD
+        ):
+            raise ValueError(
+                f'on_failure={shown(value)}: give "stop" or the score of failed rows, '
+                f"from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
             )
 
 
@@ -249,5 +302,19 @@ class _Batch:
 
     def job(self, function: int, rows: range) -> Job:
         part = slice(rows.start, rows.stop)
-        columns = {name: list(column[part]) for name, column in self.columns.items()}
-        return function, list(self.prompts[part]), list(self.responses[part]), columns
+        columns = {}
+        for name, column in self.columns.items():
+            try:
+                columns[name] = [pack(value) for value in column[part]]
+            except ValueError as error:
+                raise ValueError(
+                    f"column {shown(name)}, rows {rows.start} to {rows.stop - 1}: "
+                    f"{error} cannot be given to a reward function; leave the column "
+                    "out of --reward-columns"
+                ) from None
+        return Job(
+            function,
+            list(self.prompts[part]),
+            list(self.responses[part]),
+            {"dict": list(map(list, columns.items()))},
+        )

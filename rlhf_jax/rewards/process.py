@@ -1,25 +1,42 @@
 """Processes that run reward functions: the parent's side.
 
-They run `worker.py` as a script rather than with `multiprocessing`: fork is unsafe
+They run `supervisor.py` as a script rather than with `multiprocessing`: fork is unsafe
 in a process that uses jax, and spawn would import the run's main module, and jax with
 it, in every worker.
 """
 
 import collections
 import contextlib
+import dataclasses
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rlhf_jax.rewards import worker as reward_worker
-from rlhf_jax.rewards.worker import Job, Outcome, RewardFunctionError, Setup
+from rlhf_jax.config.reward_limits import LARGEST_REWARD
+from rlhf_jax.files.printable import printable
+from rlhf_jax.rewards import supervisor
+from rlhf_jax.rewards.frames import FrameError, take_frame, to_frame
+from rlhf_jax.rewards.loading import RewardFunctionError
+from rlhf_jax.rewards.worker import DISCONNECTED, LONGEST_TEXT, Outcome
 
 _START_LIMIT = 120.0  # seconds; large imports are slow on a busy machine
+_END_LIMIT = 5.0  # seconds for a supervisor to kill everything below it and exit
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A call of a reward function."""
+
+    function: int  # its index
+    prompts: list[str]
+    responses: list[str]
+    columns: Any  # packed
 
 
 class RewardProcess:
@@ -30,26 +47,44 @@ class RewardProcess:
 
     Args:
         specs: the functions, see `load_reward_function`; a job names one by its index.
+        memory_limit: GiB of its address space; None: no limit.
     """
 
-    def __init__(self, specs: Sequence[str]):
+    def __init__(self, specs: Sequence[str], memory_limit: float | None = None):
         self._specs = list(specs)
+        self._memory_limit = memory_limit
         self._start()
 
     def _start(self) -> None:
-        self.connection, theirs = Pipe()
-        handle = theirs.fileno()
-        with theirs:
+        self.socket, theirs = socket.socketpair()
+        self._lifeline, its_lifeline = socket.socketpair()
+        handles = [theirs.fileno(), its_lifeline.fileno()]
+        with theirs, its_lifeline:
             self._process = subprocess.Popen(
                 # -P: modules next to the script must not shadow libraries.
-                [sys.executable, "-P", reward_worker.__file__, str(handle)],
+                [
+                    *(sys.executable, "-P", supervisor.__file__),
+                    *map(str, (*handles, os.getpid())),
+                ],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[handle],
-                start_new_session=True,  # no Ctrl-C; its children are killed with it
+                pass_fds=handles,
+                start_new_session=True,  # no Ctrl-C
                 # Accelerator memory is for the run.
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
             )
-        self._send((self._specs, [*sys.path, os.getcwd()]))
+        self.socket.setblocking(False)
+        self._received = bytearray()
+        self._worker: int | None = None  # its process id
+        self._job = 0  # number of the current one
+        limit = self._memory_limit
+        self._send(
+            {
+                "specs": self._specs,
+                "path": [*sys.path, os.getcwd()],
+                "memory": limit if limit is None else int(limit * 2**30),
+            },
+            rows=0,
+        )
 
     def wait_until_ready(self) -> None:
         """Returns once the functions are imported and checked.
@@ -58,52 +93,155 @@ class RewardProcess:
             RewardFunctionError: if one of them cannot be used.
         """
         names = ", ".join(self._specs)
-        if not self.connection.poll(_START_LIMIT):
-            self.kill()
-            raise RewardFunctionError(
-                f"{names}: importing took longer than {_START_LIMIT:g} s"
-            )
-        try:
-            complaint = self.connection.recv()
-        except (EOFError, OSError):
-            complaint = f"{names}: importing crashed the process: {self._ending()}"
-        if complaint is not None:
-            raise RewardFunctionError(complaint)
+        found = None
+        deadline = time.monotonic() + _START_LIMIT
+        while found is None:
+            _wait([self], deadline)
+            found = self.advance()
+            if found is None and time.monotonic() >= deadline:
+                self.kill()
+                found = f"took longer than {_START_LIMIT:g} s"
+        if isinstance(found, str):
+            if not found.startswith((*self._specs, "reward-memory-limit")):
+                found = f"{names}: importing {found}"
+            raise RewardFunctionError(found)
 
     def begin(self, job: Job) -> None:
-        """Sends a job; `connection` becomes readable when the result is ready."""
-        if self._process.poll() is not None:
-            self.connection.close()
+        """Sends a job; ask for its result with `advance`."""
+        if self._process.poll() is not None or self._has_unread():
+            self.kill()
             self._start()
             self.wait_until_ready()
-        self._send(job)
+        self._send(vars(job), rows=len(job.responses))
 
-    def answer(self) -> Outcome:
-        """Waits for the result of the job."""
+    def _has_unread(self) -> bool:
+        """Whether something came after the last result: only garbage can."""
+        with contextlib.suppress(BlockingIOError):
+            self._received += self.socket.recv(1)
+        return bool(self._received)
+
+    def _send(self, message: Mapping[str, Any], *, rows: int) -> None:
+        self._job += 1
+        self._rows = rows
+        self._unsent = memoryview(to_frame({"job": self._job, **message}))
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a part of the job is still here."""
+        return bool(self._unsent)
+
+    def advance(self) -> Outcome | None:
+        """The result of the job, or None if it is not there yet; never waits.
+
+        Sends what the process takes and receives what is there.
+        """
         try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            return f"crashed its process: {self._ending()}"
+            self._exchange()
+            while (message := self._next_message()) is not None:
+                found = self._outcome_in(message)
+                if found is not None:
+                    return self._with_hint(found)
+        except FrameError as error:
+            self.kill()
+            return (
+                f"wrote to the socket of its process ({error}); a function must not "
+                "write to descriptors that it did not open"
+            )
+        except OSError:
+            return self._with_hint(self._ending())
+        return None
+
+    def _exchange(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        with contextlib.suppress(BlockingIOError):
+            data = self.socket.recv(1 << 20)
+            if not data:
+                raise ConnectionResetError
+            self._received += data
+
+    def _next_message(self) -> dict[str, Any] | None:
+        # JSON needs up to 12 bytes per character.
+        longest = (self._rows + 1) * (12 * LONGEST_TEXT + 200)
+        return take_frame(self._received, longest=longest)
+
+    def _outcome_in(self, message: dict[str, Any]) -> Outcome | None:
+        """The result in a message; None if it is not from this worker and job.
+
+        Raises:
+            FrameError: if it cannot be a result.
+        """
+        if self._worker is None:  # the first message is sent before any user code runs
+            self._worker = message.get("pid")
+            return None
+        if message.get("pid") != self._worker or message.get("job") != self._job:
+            return None
+        found = message.get("outcome")
+        if isinstance(found, str):
+            return printable(found)
+        if not isinstance(found, list) or len(found) != self._rows:
+            raise FrameError("a message without a result per row")
+        return [_checked(row) for row in found]
+
+    def _with_hint(self, found: Outcome) -> Outcome:
+        """Names the memory limit where it may be the cause."""
+        limit = self._memory_limit
+        if limit is None or isinstance(found, list):
+            return found
+        if "MemoryError" in found or found.startswith("crashed"):
+            return f"{found}; --reward-memory-limit is {limit:g} GiB: try more"
+        return found
 
     def kill(self) -> None:
-        """Kills the process and its children."""
-        if self._process.returncode is None:  # otherwise the pid may have been reused
-            # macOS raises if only the exited leader of the group is left.
-            with contextlib.suppress(PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self.connection.close()
-
-    def _send(self, message: Setup | Job) -> None:
-        # If the process has just exited, reading its result will show it.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(message)
+        """Kills the process and everything that it started."""
+        if self._process.returncode is None:
+            # Not only `close`: a process forked from this one may hold a copy.
+            with contextlib.suppress(OSError):
+                self._lifeline.shutdown(socket.SHUT_RDWR)
+            try:
+                self._process.wait(_END_LIMIT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._lifeline.close()
+        self.socket.close()
 
     def _ending(self) -> str:
-        """How the process exited, after killing its children."""
-        self.kill()
+        """How the process exited, after killing what it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_LIMIT)
         code = self._process.returncode
-        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        self.kill()
+        if code is None or code == DISCONNECTED:
+            return "closed its connection to the run"
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return f"crashed its process: {how}"
+
+
+def _checked(row: Any) -> float | str:
+    """The score or error of a row that a worker sent."""
+    if isinstance(row, str):
+        return printable(row)
+    if type(row) is not float:
+        raise FrameError("a message with a row that is no score")
+    if abs(row) <= LARGEST_REWARD:
+        return row
+    if abs(row) < float("inf"):
+        return (
+            f"returned {row:g}; scores go from {-LARGEST_REWARD:g} to "
+            f"{LARGEST_REWARD:g}: scale them in the function"
+        )
+    return f"returned {row}, which is not finite"
+
+
+def _wait(processes: Sequence[RewardProcess], deadline: float) -> None:
+    """Until a process can go on, at most until a deadline of `time.monotonic`."""
+    poll = select.poll()  # `select` cannot take descriptors above 1023
+    for process in processes:
+        events = select.POLLIN | (select.POLLOUT if process.has_unsent else 0)
+        poll.register(process.socket, events)
+    poll.poll(1000 * max(0.0, deadline - time.monotonic()))
 
 
 def run_jobs(
@@ -135,21 +273,21 @@ def run_jobs(
                 (index, job), process = waiting.popleft(), idle.pop()
                 process.begin(job)
                 running.append((process, index, time.monotonic() + time_limit))
-            connections = [process.connection for process, _, _ in running]
-            first_deadline = min(deadline for _, _, deadline in running)
-            ready = wait(connections, max(0.0, first_deadline - time.monotonic()))
-            now = time.monotonic()
+            _wait(
+                [process for process, _, _ in running],
+                min(deadline for _, _, deadline in running),
+            )
             for process, index, deadline in running[:]:
-                if process.connection in ready:
-                    outcomes[index] = process.answer()
-                elif now >= deadline:
+                found = process.advance()
+                if found is None and time.monotonic() >= deadline:
                     process.kill()
-                    outcomes[index] = f"took longer than {time_limit:g} s"
-                else:
+                    found = f"took longer than {time_limit:g} s"
+                if found is None:
                     continue
+                outcomes[index] = found
                 running.remove((process, index, deadline))
                 idle.append(process)
-                if until_failure and _has_failed(outcomes[index]):
+                if until_failure and _has_failed(found):
                     waiting.clear()
     finally:
         for process, _, _ in running:  # interrupted: nobody will read their results

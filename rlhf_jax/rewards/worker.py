@@ -1,161 +1,64 @@
-"""A worker process of `functions.py`: loads reward functions and calls them.
+"""A worker process: loads reward functions and calls them.
 
-Runs as a script with only the standard library: importing this package by name would
-load jax, which takes a second in a process that may be replaced at any time.
+`supervisor.py` starts it. It uses only the standard library: jax would take a second
+to load in a process that may be replaced at any time.
 
-Messages are plain data over a socket. The worker receives a `Setup`, returns `None` or
-an error message, and then receives a `Job` and returns an `Outcome`, until the socket
-closes.
+It sends its process id, receives the names of the functions, and then one job after
+the other. Each message carries the number of its job, each reply also the process id.
 """
 
-import difflib
-import importlib
-import importlib.util
-import inspect
+import contextlib
 import math
 import numbers
 import os
-import queue
+import resource
+import select
 import signal
+import socket
 import sys
-import threading
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-Setup = tuple[list[str], list[str]]  # specs of the functions, and `sys.path`
-Job = tuple[int, list[str], list[str], dict[str, list]]  # which function, and its batch
+from rlhf_jax.rewards.frames import LONGEST_FRAME, take_frame, to_frame, unpack
+from rlhf_jax.rewards.loading import (
+    RewardFunction,
+    RewardFunctionError,
+    described,
+    load_reward_function,
+)
+
 Outcome = list[float | str] | str
 """The score or error of each row, or the error of the whole call."""
 
-RewardFunction = Callable[[list[str], list[str], dict[str, list]], Any]
+LONGEST_TEXT = 400  # characters of an error
+DISCONNECTED = 74  # exit code
 
-_LARGEST_SCORE = 3.4e38  # limit of float32
-_PACKAGE = "rlhf_jax"
-
-
-class RewardFunctionError(ValueError):
-    """A reward function cannot be loaded, or returned invalid scores."""
+_FORK_PATIENCE = 200  # milliseconds after a call for its forked children to return
 
 
-def load_reward_function(spec: str) -> RewardFunction:
-    """Loads and checks the function that a spec names.
-
-    Imports the file or module in this process. The folder of a file is added to
-    `sys.path`, as if the file were run, so that it can import files next to it.
-
-    Args:
-        spec: `path/to/file.py:function` or `package.module:function`.
-
-    Returns:
-        A callable of `(prompts, responses, columns)`.
-
-    Raises:
-        RewardFunctionError: if there is no such file, module or function, importing it
-            fails, or it cannot be called with three arguments. One line that begins
-            with the spec.
-    """
-    place, _, name = spec.rpartition(":")
-    if not place or not name.isidentifier():
-        raise RewardFunctionError(
-            f"{spec}: give a reward as file.py:function or package.module:function"
-        )
-    is_file = place.endswith(".py")
-    path = Path(place).expanduser().resolve()
-    if is_file and not path.is_file():
-        raise RewardFunctionError(f"{spec}: no such file: {path}")
-    try:
-        module = _import_file(path) if is_file else importlib.import_module(place)
-    except BaseException as error:  # includes SystemExit: a script without a main guard
-        raise RewardFunctionError(
-            f"{spec}: importing {place} failed: {_described(error)}"
-        ) from None
-    function = vars(module).get(name)
-    if function is None:
-        raise RewardFunctionError(f"{spec}: {_no_such_name(module, place, name)}")
-    _check_callable(spec, function)
-    return function
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"reward_file_{path.stem}"  # must not clash with other modules
-    known = sys.modules.get(name)
-    if known is not None and known.__file__ == str(path):
-        return known
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look up a class's module
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _no_such_name(module: ModuleType, place: str, name: str) -> str:
-    public = [key for key in vars(module) if not key.startswith("_")]
-    near = difflib.get_close_matches(name, public, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{place} has no {name}{hint}"
-
-
-def _check_callable(spec: str, function: Any) -> None:
-    if not callable(function):
-        kind = type(function).__name__
-        raise RewardFunctionError(f"{spec}: not a function but a value ({kind})")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise RewardFunctionError(
-            f"{spec}: an async function or a generator; return a list instead"
-        )
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a builtin without a signature
-        return
-    try:
-        signature.bind([], [], {})
-    except TypeError as error:
-        raise RewardFunctionError(
-            f"{spec}: it is called as function(prompts, responses, columns) but takes "
-            f"{signature}: {error}"
-        ) from None
-
-
-def _described(error: BaseException) -> str:
-    """Type and first line of an exception, and the line in the user's file."""
-    first_line = (str(error).splitlines() or [""])[0][:200]
-    text = f"{type(error).__name__}: {first_line}".removesuffix(": ")
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in (__file__, importlib.__file__)
-        and not frame.filename.startswith("<frozen ")
-    ]
-    # Deeper frames are libraries, and not informative.
-    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
-    where = f" ({Path(frames[0].filename).name}, line {lines[-1]})" if lines else ""
-    return text + where
-
-
-def outcome(function: RewardFunction, job: Job) -> Outcome:
+def outcome(
+    function: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    columns: dict[str, list],
+) -> Outcome:
     """Calls the function; converts any result or failure to plain data."""
-    _, prompts, responses, columns = job
+    caller = os.getpid()
     try:
         result = function(prompts, responses, columns)
+        if os.getpid() != caller:
+            return ""  # of a forked child; nobody will see it
         rows = _plain(result)
         if not isinstance(rows, list | tuple):
             return f"returned {_shown(result)} instead of a list of numbers"
+        rows = list(rows)  # a class of the user's may lie about its length
         if len(rows) != len(responses):
             return f"returned {len(rows)} numbers for {len(responses)} responses"
         return [_score(row) for row in rows]
     except BaseException as error:  # includes SystemExit: the worker must continue
-        return _described(error)
+        if os.getpid() != caller:
+            os._exit(1)
+        return described(error)[:LONGEST_TEXT]
 
 
 def _plain(value: Any) -> Any:
@@ -168,12 +71,9 @@ def _score(row: Any) -> float | str:
     if not isinstance(value, numbers.Real):
         return f"returned {_shown(value)}, which is not a number"
     try:
-        score = float(value)
+        return float(value)
     except OverflowError:
-        score = math.inf
-    if not abs(score) <= _LARGEST_SCORE:
-        return f"returned {score}, which is not a finite float32"
-    return score
+        return math.inf
 
 
 def _shown(value: Any) -> str:
@@ -181,62 +81,126 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _defer_package_init() -> None:
-    """Makes the modules of this package importable without its `__init__` and jax.
+class _Forks:
+    """Notices children that return from a call as if they were the worker."""
 
-    Reward files import `rlhf_jax.tasks.verifiable`. The `__init__` runs when a name of
-    the package itself is accessed.
+    def __init__(self):
+        self._worker = os.getpid()
+        self._pipe: list[int] = []
+        os.register_at_fork(before=self._open)
+
+    def _open(self) -> None:
+        """Before the first fork of a call: a pipe that all its children inherit."""
+        if not self._pipe:
+            self._pipe += os.pipe()
+
+    def watch(self, call: Callable[[], Outcome]) -> Outcome:
+        """The result of `call`; in a forked child it does not return."""
+        self._pipe.clear()
+        result = call()
+        if not self._pipe:
+            return result
+        readable, mine = self._pipe
+        if os.getpid() != self._worker:
+            os.write(mine, b"1")
+            os._exit(1)
+        os.close(mine)
+        # Ready when a child writes, or when all have ended or run another program.
+        poll = select.poll()
+        poll.register(readable, select.POLLIN)
+        has_returned = bool(poll.poll(_FORK_PATIENCE) and os.read(readable, 1))
+        os.close(readable)
+        if has_returned:
+            return "forked, and the child returned too; end it with os._exit"
+        return result
+
+
+def _ignore_requests() -> None:
+    """Ignores SIGINT, SIGTERM and SIGHUP, but not in the worker's own children.
+
+    A scheduler may send them to every process of the run, which ends its step.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.loader is None:
-        return
-    loader, module = spec.loader, importlib.util.module_from_spec(spec)
 
-    def load_and_get(name: str) -> Any:
-        if "__getattr__" not in vars(module):
-            raise AttributeError(f"module {_PACKAGE} has no attribute {name}")
-        del vars(module)["__getattr__"]
-        loader.exec_module(module)
-        return getattr(module, name)
+    def set_all(handler: Callable | int) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, handler)
 
-    vars(module)["__getattr__"] = load_and_get
-    sys.modules[_PACKAGE] = module
+    def ignore() -> None:
+        set_all(lambda *_: None)  # not SIG_IGN, which other programs would inherit
+
+    ignore()
+    os.register_at_fork(before=lambda: set_all(signal.SIG_DFL), after_in_parent=ignore)
 
 
-def _receive(connection: Connection, messages: queue.SimpleQueue) -> None:
-    """Forwards messages; kills the worker and its children when the socket closes.
+class _Connection:
+    """The worker's end of the socket."""
 
-    Runs in a separate thread, so that a worker whose parent is gone exits even if its
-    function never returns. Functions run in the main thread, because `signal.alarm`,
-    which they may use for timeouts, only works there.
-    """
+    def __init__(self, handle: int):
+        self._socket = socket.socket(fileno=handle)
+        self._received = bytearray()
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; exits if the run is gone."""
+        while (message := take_frame(self._received, longest=LONGEST_FRAME)) is None:
+            try:
+                data = self._socket.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(DISCONNECTED)
+            self._received += data
+        return message
+
+    def send(self, job: int, result: Outcome) -> None:
+        """Sends the result of a job."""
+        reply = {"pid": os.getpid(), "job": job, "outcome": result}
+        try:
+            self._socket.sendall(to_frame(reply))
+        except OSError:  # a reward function has closed it, or the run is gone
+            os._exit(DISCONNECTED)
+
+
+def serve(handle: int) -> NoReturn:
+    """Serves the socket of this file descriptor, until it closes."""
+    _ignore_requests()
+    connection, forks = _Connection(handle), _Forks()
+    connection.send(0, [])
+    setup = connection.receive()
+    functions = []
+    connection.send(setup["job"], forks.watch(lambda: _load(setup, functions)))
+    while True:
+        job = connection.receive()
+        batch = (job["prompts"], job["responses"], unpack(job["columns"]))
+        call = functions[job["function"]]
+        result = forks.watch(lambda call=call, batch=batch: outcome(call, *batch))
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()  # what is printed must not wait for later calls
+        signal.setitimer(signal.ITIMER_REAL, 0)  # must not go off in the next call
+        connection.send(job["job"], result)
+
+
+def _load(setup: dict[str, Any], functions: list[RewardFunction]) -> Outcome:
+    """Appends the functions; returns [] or what is wrong."""
+    sys.path[:] = setup["path"]
     try:
-        while True:
-            messages.put(connection.recv())
-    finally:
-        os.killpg(0, signal.SIGKILL)
-
-
-def main(handle: int) -> None:
-    """Serves the socket of this file descriptor. The process must be a session
-    leader."""
-    os.set_inheritable(handle, False)
-    connection = Connection(handle)
-    messages = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
-    specs, sys.path[:] = messages.get()
-    _defer_package_init()
-    try:
-        functions = [load_reward_function(spec) for spec in specs]
+        _limit_memory(setup["memory"])
+        functions += map(load_reward_function, setup["specs"])
     except RewardFunctionError as error:
-        connection.send(str(error))
-    else:
-        connection.send(None)
-        while True:
-            job = messages.get()
-            connection.send(outcome(functions[job[0]], job))
-    threading.Event().wait()  # until the parent has read the error
+        return str(error)[:LONGEST_TEXT]
+    return []
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def _limit_memory(size: int | None) -> None:
+    """Limits the address space to `size` bytes."""
+    if size is None:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        size = min(size, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except (ValueError, OSError):
+        raise RewardFunctionError(
+            "reward-memory-limit: this system has no such limit; leave it out"
+        ) from None

@@ -336,6 +336,22 @@ def _advantages_and_returns(
     return advantages, returns
 
 
+def distinct_share(rollout: Rollout) -> Array:
+    """`[]` float32 in [1 / B, 1]: distinct responses, as a share of all B.
+
+    Responses are compared by a 32-bit hash: of 1,000 distinct ones, two have the same
+    hash with a probability of about 1e-4.
+    """
+    mask = rollout.mask
+    tokens = jnp.where(mask, rollout.responses + 1, 0).astype(jnp.uint32)
+    # A polynomial in an odd base, modulo 2³².
+    powers = jnp.cumprod(jnp.full(mask.shape[1:], 2654435761, jnp.uint32))
+    hashes = jnp.sum(tokens * powers[None], axis=1, dtype=jnp.uint32)
+    hashes = jnp.sort(hashes)
+    changes = jnp.sum(hashes[1:] != hashes[:-1])
+    return (1 + changes).astype(jnp.float32) / mask.shape[0]
+
+
 def rollout_metrics(
     scored: ScoredRollout, rewards: Array, *, kl_coef: Scalar, kl: KLOptions
 ) -> dict[str, Array]:
@@ -347,6 +363,7 @@ def rollout_metrics(
         "reward/shaped_mean": jnp.mean(jnp.sum(rewards, axis=1)),
         "response/length_mean": jnp.mean(rollout.lengths.astype(jnp.float32)),
         "response/stop_rate": 1.0 - jnp.mean(rollout.truncated.astype(jnp.float32)),
+        "response/distinct": distinct_share(rollout),
     }
     if scored.ref_logprobs is not None:
         log_ratio = jnp.where(mask, scored.logprobs - scored.ref_logprobs, 0.0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_jax.files.printable import printable
 from rlhf_jax.run.charts import COLORS, Chart
 
 if TYPE_CHECKING:  # Matplotlib is slow to import, and only a report needs it
@@ -33,7 +34,8 @@ def draw(chart: Chart, series: Mapping[str, Series]) -> str:
     style: Any = {
         "svg.fonttype": "none",  # text stays text, in the font of the page
         "font.family": "DejaVu Sans",  # measures the text; comes with Matplotlib
-        "svg.hashsalt": "".join(chart.lines),  # ids differ between charts, not calls
+        # Ids differ between charts, not calls. Lone surrogates cannot be hashed.
+        "svg.hashsalt": printable("".join(chart.lines)),
         "path.simplify_threshold": 0.5,
     }
     with matplotlib.rc_context(style):

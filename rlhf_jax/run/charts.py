@@ -158,6 +158,11 @@ SECTIONS = (
                     "eval/stop_rate": "held-out data",
                 },
             ),
+            Chart(
+                "Distinct responses",
+                "share of a batch",
+                {"response/distinct": "training data"},
+            ),
         ),
     ),
     Section(

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.files.atomic import errors_name
+from rlhf_jax.files.bounded_json import parse_json
+from rlhf_jax.files.bounded_lines import MOST_CHARACTERS
+from rlhf_jax.files.regular_file import open_regular
 
 
 class _JsonLines:
@@ -216,20 +219,27 @@ def _length_before(path: Path, start_step: int) -> int:
 def _complete_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Each complete line: its end, in bytes, and its content."""
     rows, end = [], 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    for number, line in enumerate(_raw_lines(path), 1):
         if not line.endswith(b"\n"):
             break
         end += len(line)
+        place = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: invalid JSON: {error}") from error
+            row = parse_json(line.decode("utf-8"), place, encodable=False)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 text ({error.reason})") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise ValueError(
                 f"{path}, line {number}: not an object with an integer `step`"
             )
         rows.append((end, row))
     return rows
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
+        while line := file.readline(MOST_CHARACTERS + 1):
+            yield line
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -17,7 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf_jax.files.printable import printable
+
 SECONDS_BETWEEN_LINES = 10.0
+
+_LAYOUT = "\n\t"  # all other control characters are escaped
 
 
 class StepProgress:
@@ -92,23 +96,28 @@ def progress(
         yield _Lines(console, total, description, start)
     else:
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]eta"),
             TimeRemainingColumn(),
-            TextColumn("[cyan]{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", style="cyan", markup=False),
         )
         with Progress(*columns, console=console) as bar:
             yield _Bar(bar, total, description, start)
 
 
 def heading(text: str, *, quiet: bool = False, console: Console | None = None) -> None:
-    """Prints a heading."""
+    """Prints a heading, with controls of the terminal escaped."""
     if quiet or jax.process_index() != 0:
         return
     _print(console or Console(), text, style="bold")
+
+
+def say(text: str) -> None:
+    """Prints a text that may come from a file or a model, with controls escaped."""
+    print(printable(text, keep=_LAYOUT), flush=True)
 
 
 def warn(text: str) -> None:
@@ -117,17 +126,18 @@ def warn(text: str) -> None:
     Processes other than 0 print nothing.
     """
     if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
     # Plain text: no markup, no highlighting of numbers, no line breaks.
+    text = printable(text, keep=_LAYOUT)
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _line(metrics: Mapping[str, Any] | None) -> str:
     values = (metrics or {}).items()
-    return "  ".join(f"{name} {float(value):.4g}" for name, value in values)
+    return "  ".join(f"{printable(name)} {float(value):.4g}" for name, value in values)
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,8 @@ from rlhf_jax.learner.finite import NonFiniteError
 
 RATE_SHARE = 0.1
 """factor for a learning rate at which a run diverged"""
+HIGHEST_RATE = 0.01
+"""the most that is suggested: AdamW moves each weight by about the rate per step"""
 
 
 def remedy(
@@ -40,7 +42,10 @@ def remedy(
             "is not the cause: check the data and the initial weights"
         )
     command = f"rlhf-jax {stage} --config {shlex.quote(str(run_dir / 'config.yaml'))}"
-    lower = [f"--{name} {rate * RATE_SHARE:.6g}" for name, rate in rates.items()]
+    lower = [
+        f"--{name} {min(rate * RATE_SHARE, HIGHEST_RATE):.6g}"
+        for name, rate in rates.items()
+    ]
     useful = sorted(number for number in saved if number < step - 1 or not at_once)
     if not useful:
         found = "none was saved"

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.printable import printable
 from rlhf_jax.run import chart_svg, charts
 from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.run_directory import RunDirectory
@@ -33,6 +34,14 @@ KEY_NUMBERS = {
     "time/tokens_per_second": "Tokens per second",
 }
 """Key metrics, the most informative first; `*` as in `charts.Chart`."""
+
+CONTENT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+"""Of every page we write: a browser runs no script in it and requests nothing for it.
+
+Text in it is escaped; this is for what escaping might miss.
+"""
 
 SAMPLES_OPEN = 6
 SAMPLES_MAX = 200
@@ -77,12 +86,16 @@ def write_report(
     series = _series(rows)
     stage = launches[0]["stage"] if launches else ""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_without_controls,
     )
     environment.filters["number"] = format_number
     template = importlib.resources.files("rlhf_jax.run") / "report.html.jinja"
     compared = compare_samples(samples)
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
+        policy=CONTENT_POLICY,
         title=title or f"{stage or 'run'}: {run.path.resolve().name}",
         facts=_facts(rows, config, launches) | _totals(series),
         notes=[notes] if isinstance(notes, str) else list(notes or ()),
@@ -138,6 +151,11 @@ def _spread(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shown = min(len(answers), STEPS_SHOWN)
     places = np.linspace(0, len(answers) - 1, shown).round().astype(int)
     return [answers[place] for place in places]
+
+
+def _without_controls(value: Any) -> Any:
+    """Text with control characters escaped; markup and numbers as they are."""
+    return printable(value, keep="\n\t") if type(value) is str else value
 
 
 def format_number(value: Any) -> str:

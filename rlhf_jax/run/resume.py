@@ -70,10 +70,10 @@ def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
 def check_fingerprints(
     config: RunConfig, run: RunDirectory, checkpointer: Checkpointer, step: int
 ) -> list[str]:
-    """Raises ValueError if what the run reads has changed since the checkpoint.
+    """What changed since the checkpoint and is accepted, as lines to warn with.
 
-    Returns:
-        A line to warn of each change that is accepted.
+    Raises:
+        ValueError: if something else that the run reads has changed.
     """
     if jax.process_index() != 0:
         return []

@@ -6,6 +6,7 @@ metrics.jsonl   one line of metrics per step
 samples.jsonl   prompts with responses, if the stage samples
 checkpoints/    for `--resume` and `--resume-step`
 tokenizer/      of an SFT run from scratch: the tokenizer trained on its texts
+nonfinite/      batches of steps with a NaN or infinite loss, for `rlhf-jax replay`
 model/          the trained model, as a Hugging Face directory
 adapter/        of a LoRA run: only the adapters, in PEFT's format
 report.html     report with all charts and samples
@@ -27,8 +28,10 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax.config.run import FREE_ON_RESUME
+from rlhf_jax.config.run import FREE_ON_RESUME, load_yaml
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.bounded_json import parse_json
+from rlhf_jax.files.bounded_lines import read_lines
 
 _PACKAGES = (
     "rlhf-jax",
@@ -79,6 +82,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def nonfinite(self) -> Path:
+        """Directory of the batches of steps that were not finite."""
+        return self.path / "nonfinite"
+
+    @property
     def model(self) -> Path:
         """Directory of the trained model in Hugging Face format."""
         return self.path / "model"
@@ -97,14 +105,16 @@ class RunDirectory:
         """The stored configuration; empty if there is none."""
         if not self.config.exists():
             return {}
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        return load_yaml(self.config)
 
     def read_launches(self) -> list[dict[str, Any]]:
         """All starts of the run, in order."""
         if not self.launches.exists():
             return []
-        lines = self.launches.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [
+            parse_json(line, f"{self.launches}, line {number}")
+            for number, line in read_lines(self.launches)
+        ]
 
 
 def check_run(

@@ -12,13 +12,12 @@ import jax
 from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files.atomic import remove_temporary
-from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
 from rlhf_jax.run.fingerprints import fingerprints
-from rlhf_jax.run.interrupt import Interruptible
+from rlhf_jax.run.interrupt import Interrupted, Interruptible
 from rlhf_jax.run.log_files import MetricsWriter, SamplesWriter, read_metrics
+from rlhf_jax.run.nonfinite import FiniteCheck
 from rlhf_jax.run.progress import progress, warn
-from rlhf_jax.run.remedy import remedy
 from rlhf_jax.run.report import write_report
 from rlhf_jax.run.resume import (
     check_fingerprints,
@@ -56,10 +55,6 @@ def _start(config: RunConfig) -> dict[str, Any]:
         "resume": config.resume,
         "free_on_resume": config.free_on_resume(),
     }
-
-
-class Interrupted(SystemExit):
-    """The run was stopped on request and can be resumed."""
 
 
 class Session(contextlib.ExitStack):
@@ -130,8 +125,8 @@ class Session(contextlib.ExitStack):
         if step is None:
             step = choose_checkpoint(checkpointer, self.run)
         if step > 0:
-            for line in check_fingerprints(config, self.run, checkpointer, step):
-                warn(line)
+            for change in check_fingerprints(config, self.run, checkpointer, step):
+                warn(change)
             check_history(config, self.run, checkpointer.steps(), step)
         return step
 
@@ -179,6 +174,13 @@ class Session(contextlib.ExitStack):
             )
         )
         self._samples = self.enter_context(SamplesWriter(run.samples, start_step=first))
+        self.check_finite = FiniteCheck(
+            config,
+            run,
+            rescue=self._rescue,
+            saved=self._checkpointer.steps,
+            counters=self.counters,
+        )
 
     def history(self, metric: str) -> list[float]:
         """Logged values of a metric from before this start."""
@@ -208,7 +210,10 @@ class Session(contextlib.ExitStack):
         """Logs the metrics of a step; shows those in `shown`, by label.
 
         Non-finite metrics are logged as they are, with a warning the first time.
+        `optim/skipped` is the number of steps skipped so far, with on-nonfinite=skip.
         """
+        if self.config.on_nonfinite == "skip":
+            metrics = {**metrics, "optim/skipped": self.check_finite.skipped}
         self._metrics.write(step, metrics)
         self._rate(metrics)
         for name, value in metrics.items():
@@ -252,6 +257,15 @@ class Session(contextlib.ExitStack):
             for name, value in self._values.items()
         )
 
+    def _rescue(self, step: int, state: Any) -> None:
+        """Saves the state after `step`, if it is not saved; removes no checkpoint.
+
+        Step 0 is not saved: the configuration determines it.
+        """
+        if step > (self._checkpointer.latest_step() or 0):
+            self._save(step, state, rescue=True)
+            self._checkpointer.wait()
+
     def _save(self, step: int, state: Any, *, rescue: bool = False) -> None:
         # Before the checkpoint: after a power cut it must not lack its own history.
         self._metrics.sync()
@@ -263,35 +277,11 @@ class Session(contextlib.ExitStack):
         }
         self._checkpointer.save(step, state, data, values=self._values, rescue=rescue)
 
-    def check_finite(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics without `first_nonfinite/` entries, after checking those.
-
-        Raises:
-            NonFiniteError: if one is set, with advice on how to continue. The state is
-                not saved: it may include earlier optimizer steps of the update or be
-                the cause of the failure, and would replace a good checkpoint.
-        """
-        try:
-            return pop_nonfinite(metrics, step=step)
-        except NonFiniteError as error:
-            line = remedy(
-                error,
-                step=step,
-                stage=self.stage,
-                run_dir=self.run.path,
-                saved=self._checkpointer.steps(),
-                rates=self.config.learning_rates(),
-            )
-            optimizer_step = error.optimizer_step
-            raise NonFiniteError(line, optimizer_step=optimizer_step) from None
-
     def save_and_raise(self, step: int, state: Any, error: ValueError) -> NoReturn:
         """Saves the state after `step` and raises the error, with how to resume."""
         if step == 0:
             raise error
-        if (self._checkpointer.latest_step() or 0) < step:
-            self._save(step, state, rescue=True)
-            self._checkpointer.wait()
+        self._rescue(step, state)
         raise type(error)(
             f"{error}. The run is saved after step {step}; fix this, then resume "
             f"with: {self._resume_command()}"

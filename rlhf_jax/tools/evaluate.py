@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.algo.types import Params
-from rlhf_jax.config.policy import function_name
+from rlhf_jax.config.reward_sources import function_name
 from rlhf_jax.config.tools import EvaluateConfig
 from rlhf_jax.data.batches import pad_examples, pad_pairs
 from rlhf_jax.data.encoding import encode_examples, encode_pairs
@@ -27,10 +27,11 @@ from rlhf_jax.recipes.policy_models import PolicyModels
 from rlhf_jax.recipes.prompt_batches import PromptBatch, collate, encode_rows
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
 from rlhf_jax.recipes.scorer import probe
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.recipes.splits import read_reported
 from rlhf_jax.rewards.functions import RewardWorkers
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 
 
 def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, float]:
@@ -46,7 +47,10 @@ def policy_figures(config: EvaluateConfig, path: str, mesh: Mesh) -> dict[str, f
     if not config.reward:
         return _measure(config, tokenization, batch, mesh, None)
     with RewardWorkers(
-        config.reward, processes=2, time_limit=config.reward_time_limit
+        config.reward,
+        processes=2,
+        time_limit=config.reward_time_limit,
+        memory_limit=config.reward_memory_limit,
     ) as workers:
         probe(workers, batch.take(range(min(config.samples + 1, len(batch.rows)))))
         return _measure(config, tokenization, batch, mesh, workers)
@@ -99,7 +103,7 @@ def _measure(
         mesh=mesh,
     )
     answers = evaluator.answers(
-        jax.random.key(config.seed),
+        seed_key(config.seed),
         params,
         batch.prompts,
         reference=models.reference,
@@ -181,7 +185,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         figures |= policy_figures(config, config.prompts, mesh)
     width = max(map(len, figures))
     for name, value in figures.items():
-        print(f"{name:>{width}}  {value:.6g}")
+        say(f"{name:>{width}}  {value:.6g}")
     if config.output is not None:
         write_atomic(Path(config.output), json.dumps(figures, indent=2) + "\n")
     return figures

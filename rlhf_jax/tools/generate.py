@@ -16,8 +16,9 @@ from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.models.callables import policy
 from rlhf_jax.recipes.networks import check_fits, read_network
 from rlhf_jax.recipes.responses import ResponseEvaluator, make_sampler
+from rlhf_jax.recipes.seeds import seed_key
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def answer(config: GenerateConfig, *, distinct: bool = False) -> list[dict[str, 
         encoded.rows, width=encoded.width, pad_id=tokenization.pad_id
     )
 
-    key = jax.random.key(config.seed)
+    key = seed_key(config.seed)
     rows = []
     for number in range(config.samples):
         answers = evaluator.answers(jax.random.fold_in(key, number), params, prompts)
@@ -129,4 +130,4 @@ def _show(config: GenerateConfig, rows: list[dict[str, Any]]) -> None:
         return
     for row in rows:
         heading(row["prompt"])
-        print(row["response"], end="\n\n")
+        say(f"{row['response']}\n")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rlhf_jax.models.hf.safetensors_files import open_tensors
 from rlhf_jax.models.hf.tensor_layout import parameter_shapes
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.run.devices import make_mesh
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 from rlhf_jax.tools.memory_plan import StageMemory, stage_memory
 
 EXAMPLE = (
@@ -187,7 +186,7 @@ def run(config: InspectConfig) -> None:
     told = Console(stderr=True)
     mesh, is_simulated = simulated_mesh(config.mesh.data, config.mesh.fsdp)
     if not config.json:
-        print("\n".join(describe(facts)), flush=True)
+        say("\n".join(describe(facts)))
     stages = [
         stage_memory(
             config.of_stage(stage),
@@ -205,15 +204,14 @@ def run(config: InspectConfig) -> None:
         memory = [to_dict(stage) for stage in stages]
         devices = {"kind": where, "number": mesh.size, "simulated": is_simulated}
         result = {"model": facts.to_dict(), "devices": devices, "memory": memory}
-        json.dump(result, sys.stdout, indent=2)
-        print()
+        say(json.dumps(result, indent=2))
         return
     simulated = ", simulated" if is_simulated else ""
-    print(f"\nMemory per device, of {mesh.size} ({where}{simulated}):")
+    say(f"\nMemory per device, of {mesh.size} ({where}{simulated}):")
     for stage in stages:
-        print("\n" + "\n".join(table(stage)))
+        say("\n" + "\n".join(table(stage)))
     if config.compile:
-        print("\nPlans depend on the device and the XLA version.")
+        say("\nPlans depend on the device and the XLA version.")
 
 
 def simulated_mesh(data: int, fsdp: int) -> tuple[Mesh, bool]:

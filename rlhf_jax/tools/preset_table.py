@@ -11,12 +11,13 @@ from rlhf_jax.config.ppo import PPOMethod
 from rlhf_jax.config.ppo_presets import PPO_PRESETS
 from rlhf_jax.config.run import to_dict
 from rlhf_jax.config.tools import PresetsConfig
+from rlhf_jax.run.progress import say
 
 
 def run(config: PresetsConfig) -> None:
     """Prints the table, or one preset as YAML."""
     if config.preset is None:
-        print(table(config.command or "ppo"))
+        say(table(config.command or "ppo"))
         return
     import yaml
 
@@ -26,7 +27,7 @@ def run(config: PresetsConfig) -> None:
         None: PPO_PRESETS | GRPO_PRESETS,
     }
     method = to_dict(find_preset(config.preset, presets[config.command]))
-    print(yaml.safe_dump(method, sort_keys=False, allow_unicode=True), end="")
+    say(yaml.safe_dump(method, sort_keys=False, allow_unicode=True).rstrip())
 
 
 def find_preset(name: str, presets: Mapping[str, Callable[[], Any]]) -> Any:

@@ -14,12 +14,14 @@ from rlhf_jax.config.inspection import ShowDataConfig
 from rlhf_jax.data.encoding import Encoded
 from rlhf_jax.data.tokenization import Tokenization
 from rlhf_jax.files.atomic import write_atomic
+from rlhf_jax.files.printable import printable
 from rlhf_jax.models.tokenizer import token_texts
 from rlhf_jax.recipes import prompt_batches
 from rlhf_jax.recipes import reward_model as feedback
 from rlhf_jax.recipes import sft as sft_data
 from rlhf_jax.recipes.splits import read_reported
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
+from rlhf_jax.run.report import CONTENT_POLICY
 
 BEGIN, END = "⟦", "⟧"
 
@@ -43,10 +45,15 @@ _LEARNT = ("black on #a8e6a3", "black on #d4f5c4")
 _LEARNT_SPECIAL = "bold #a0007a on #a8e6a3"
 
 
-_PAGE = """\
+_HEAD = f"""\
 <!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+"""
+_PAGE = (
+    _HEAD
+    + """\
 <title>Tokens</title>
 <style>
 {stylesheet}
@@ -57,6 +64,7 @@ pre {{ font: 14px/1.7 Menlo, Consolas, "DejaVu Sans Mono", monospace;
 <pre>{code}</pre>
 </html>
 """
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,11 +130,11 @@ def show(
         counts = f"{len(row.tokens)} tokens"
         if row.learnt.any():
             counts += f", {int(row.learnt.sum())} {learnt}"
-        _print(console, Text(f"\n── {row.title} · {counts}", style="bold"))
+        _print(console, Text(f"\n── {printable(row.title)} · {counts}", style="bold"))
         text = token_text(row, tokenization, colour=colour)
         if row.note:
             text.append("" if text.plain.endswith("\n") else "\n")
-            text.append(f"▸ {row.note}", style=_NOTE if colour else "")
+            text.append(f"▸ {printable(row.note)}", style=_NOTE if colour else "")
         _print(console, text)
 
 
@@ -143,7 +151,7 @@ def page(
     )
     show(console, rows, tokenization, learnt=learnt)
     for line in ["", *summary]:
-        _print(console, Text(line))
+        _print(console, Text(printable(line)))
     return console.export_html(code_format=_PAGE, inline_styles=False)
 
 
@@ -154,13 +162,16 @@ def _style(learnt: bool, *, is_special: bool, number: int) -> str:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The lines of a text; line breaks are visible, and outside of colored spans."""
+    """The lines of a text; line breaks are visible, and outside of colored spans.
+
+    Control characters are escaped, since a terminal would obey them.
+    """
     *lines, last = text.split("\n")
     for line in lines:
-        yield line + LINE_BREAK
+        yield printable(line, keep="\t") + LINE_BREAK
         yield "\n"
     if last:
-        yield last
+        yield printable(last, keep="\t")
 
 
 def _print(console: Console, text: Text) -> None:
@@ -194,7 +205,7 @@ def run(config: ShowDataConfig) -> list[str]:
     learnt = _LEARNT_BY_TASK[config.task]
     summary = _summary(config, encoded, rows_of)
     show(Console(), rows, tokenization, learnt=learnt)
-    print()
+    say("")
     for line in summary:
         heading(line)
     if config.html is not None:

@@ -103,7 +103,7 @@ def test_text_of_another_encoding(tmp_path, reader):
 def test_broken_json(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "t"}}\n{line}\n')
-    assert message_of(path).startswith(":2: not JSON (")
+    assert message_of(path).startswith(":2: not valid JSON (")
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "3", "null"])

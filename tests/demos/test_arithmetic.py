@@ -11,8 +11,8 @@ from rlhf_jax.demos import arithmetic
 from rlhf_jax.demos.arithmetic import PROBLEMS, TEXTS, TEXTS_HELD_OUT, write_data
 from rlhf_jax.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.recipes import grpo
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.run_directory import RunDirectory
-from rlhf_jax.run.session import Interrupted
 from rlhf_jax.tasks.arithmetic_problems import is_correct
 
 TINY = ArithmeticConfig(

@@ -17,19 +17,20 @@ from rlhf_jax.learner import (
     make_optimizer,
     make_update,
 )
-from rlhf_jax.learner.finite import NonFiniteError, pop_nonfinite
+from rlhf_jax.learner.finite import NonFiniteError, first_nonfinite, pop_nonfinite
 
 EPOCHS, MINIBATCHES = 2, 4
 adamw = make_optimizer(0.02)
 
 
-def state_of(params, optimizer=adamw, seed=3):
+def state_of(params, optimizer=adamw, seed=3, **options):
     # A copy: the update donates its state.
     return init_train_state(
         jax.random.key(seed),
         jax.tree.map(jnp.copy, params),
         ActorCritic(actor=optimizer, critic=optimizer),
         kl_coef=0.05,
+        **options,
     )
 
 
@@ -104,10 +105,10 @@ def test_epochs_times_minibatches_optimizer_steps(update, params, experience):
         assert count(state.opt_state.critic) == updates_done * EPOCHS * MINIBATCHES
         assert state.step == updates_done
     for name, metric in metrics.items():
-        assert metric.shape == ()
-        is_flag = name.startswith("first_nonfinite/")
-        assert metric.dtype == (jnp.int32 if is_flag else jnp.float32)
-        assert np.isfinite(metric)
+        is_term = name.startswith("terms/")
+        assert metric.shape == ((EPOCHS * MINIBATCHES,) if is_term else ())
+        assert metric.dtype == jnp.float32
+        assert np.isfinite(metric).all()
 
 
 def test_the_key_and_the_kl_coefficient_pass_through(update, params, experience):
@@ -271,42 +272,114 @@ def assert_finite(state: TrainState):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bad_advantage_stops_at_its_minibatch(update, params, experience, seed):
-    state, metrics = update(state_of(params, seed=seed), poisoned(experience, 5))
-    first = int(metrics["first_nonfinite/policy_loss"])
-    # Somewhere in the first epoch; Adam has counted the steps before it.
-    assert 0 <= first < MINIBATCHES
-    assert count(state.opt_state.actor) == count(state.opt_state.critic) == first
-    assert state.step == 0
-    assert_finite(state)
-    assert metrics["first_nonfinite/value_loss"] == -1
-    assert metrics["first_nonfinite/critic_gradient"] == -1
+def test_a_bad_advantage_undoes_the_whole_update(update, params, experience, seed):
+    before = state_of(params, seed=seed)
+    before, _ = update(before, experience)  # moments of Adam are not 0
+    want = arrays(before)
+    state, metrics = update(before, poisoned(experience, 5))
+    first = first_nonfinite(metrics)["policy_loss"]
+    assert 0 <= first < MINIBATCHES  # somewhere in the first epoch
+    assert_equal(arrays(state), want)
+    assert first_nonfinite(metrics)["value_loss"] == -1
+    assert first_nonfinite(metrics)["critic_gradient"] == -1
+    losses = metrics["terms/policy_loss"]
+    assert losses.shape == (EPOCHS * MINIBATCHES,)
+    assert np.isfinite(losses[:first]).all() and np.isnan(losses[first])
     with pytest.raises(
         NonFiniteError, match=rf"step 7: policy_loss .*optimizer step {first} of"
     ):
         pop_nonfinite(jax.device_get(metrics), step=7)
 
 
-def test_steps_before_the_bad_one_count_and_those_after_it_do_not(
-    update, params, experience
+def test_without_undo_the_steps_before_the_bad_one_remain(
+    update_of, params, experience
 ):
-    seeds = range(12)
+    update, seeds = update_of(undo=False), range(12)
     results = [update(state_of(params, seed=s), poisoned(experience, 5)) for s in seeds]
-    firsts = [int(m["first_nonfinite/policy_loss"]) for _, m in results]
+    firsts = [first_nonfinite(m)["policy_loss"] for _, m in results]
     assert len(set(firsts)) > 1  # the shuffle decides when the row comes
+    for first, (state, _) in zip(firsts, results, strict=True):
+        # Adam has counted the steps before it, and none after it.
+        assert count(state.opt_state.actor) == count(state.opt_state.critic) == first
+        assert state.step == 0
+        assert_finite(state)
     at_once = results[firsts.index(0)][0]
     assert_equal(arrays(at_once.params), arrays(params))
     later = results[firsts.index(max(firsts))][0]
     assert np.abs(later.params.actor["kernel"] - params.actor["kernel"]).max() > 1e-3
 
 
+def test_undo_changes_nothing_in_a_healthy_update(
+    update, update_of, params, experience
+):
+    want, _ = update_of(undo=False)(state_of(params), experience)
+    state, _ = update(state_of(params), experience)
+    assert_equal(arrays(state), arrays(want))
+
+
+def test_undo_costs_a_copy_only_with_several_steps(on_policy):
+    # A matrix of 256 KiB, and two moments of Adam; everything else is tiny.
+    def objective(params, batch, divisor):
+        loss = jnp.mean(params.actor**2) + 0.0 * jnp.sum(batch.advantages)
+        return loss, {"policy/loss": loss, "policy/approx_kl": loss}
+
+    def temporary(undo, num_minibatches):
+        optimizers = ActorCritic(actor=optax.adam(0.1), critic=optax.identity())
+        params = ActorCritic(actor=jnp.ones((256, 256)), critic={})
+        state = init_train_state(jax.random.key(0), params, optimizers, kl_coef=0.0)
+        update = make_update(
+            objective,
+            optimizers,
+            num_epochs=1,
+            num_minibatches=num_minibatches,
+            undo=undo,
+        )
+        compiled = update.lower(state, on_policy).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    size = 4 * 256 * 256
+    assert temporary(True, 1) == temporary(False, 1)
+    more = temporary(True, 4) - temporary(False, 4)
+    assert 2 * size <= more <= 4 * size
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_what_is_carried_changes_with_the_update_only(
+    update, params, experience, healthy
+):
+    before = state_of(params, slow_critic=True)
+    coef, moments = float(before.kl_coef), arrays(before.score_moments)
+    carried = {
+        "kl_coef": jnp.float32(0.75),
+        "score_moments": jax.tree.map(lambda x: x + 2, before.score_moments),
+    }
+    batch = experience if healthy else poisoned(experience, 5)
+    state, _ = update(before, batch, None, carried)
+    assert state.kl_coef == (0.75 if healthy else coef)
+    want = jax.tree.map(lambda x: x + 2, moments) if healthy else moments
+    assert_equal(arrays(state.score_moments), want)
+
+
+def test_an_infinite_weight_leaves_the_slow_critic_as_it_was(
+    update_of, params, experience
+):
+    # The first step of a rate of inf makes the weights infinite; the second one fails.
+    wild = optax.sgd(np.inf)
+    update = update_of(wild, slow_critic_decay=0.75)
+    before = state_of(params, wild, slow_critic=True)
+    want = arrays(before)
+    state, metrics = update(before, experience)
+    assert min(s for s in first_nonfinite(metrics).values() if s >= 0) == 1
+    assert_equal(arrays(state), want)
+
+
 def test_a_bad_critic_parameter_stops_the_first_step(update, params, experience):
     critic = params.critic | {"score": params.critic["score"].at[2].set(jnp.nan)}
     bad = ActorCritic(actor=params.actor, critic=critic)
     state, metrics = update(state_of(bad), experience)
-    assert metrics["first_nonfinite/value_loss"] == 0
-    assert metrics["first_nonfinite/critic_gradient"] == 0
-    assert metrics["first_nonfinite/policy_loss"] == -1
+    assert first_nonfinite(metrics)["value_loss"] == 0
+    assert first_nonfinite(metrics)["critic_gradient"] == 0
+    assert first_nonfinite(metrics)["policy_loss"] == -1
     assert state.step == 0
     assert_equal(arrays(state.params), arrays(bad))  # the actor as well
     assert count(state.opt_state.actor) == 0
@@ -321,4 +394,4 @@ def test_training_goes_on_from_a_kept_state(update, params, experience):
     assert went_on.step == 1
     metrics = pop_nonfinite(jax.device_get(metrics), step=1)
     assert "policy/loss" in metrics
-    assert not any(name.startswith("first_nonfinite") for name in metrics)
+    assert not any(name.startswith("terms/") for name in metrics)

@@ -134,36 +134,36 @@ def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (GPT2 | {"activation_function": "tanh"}, "activation_function='tanh'"),
-        (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        (GPT2 | {"activation_function": "tanh"}, 'activation_function="tanh"'),
+        (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=false"),
         (
             GPT2 | {"scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx=True",
+            "scale_attn_by_inverse_layer_idx=true",
         ),
-        (GPT2 | {"add_cross_attention": True}, "add_cross_attention=True"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention=true"),
         (GPT2 | {"quantization_config": {"bits": 4}}, "quantization_config="),
         (GPT2 | {"n_head": 5}, "num_heads=5"),
-        (GPT2 | {"n_layer": "3"}, "n_layer is '3'"),
+        (GPT2 | {"n_layer": "3"}, 'n_layer is "3"'),
         (GPT2 | {"n_layer": 0}, "n_layer is 0"),
         (GPT2 | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
-        ({k: v for k, v in GPT2.items() if k != "n_embd"}, "n_embd is None"),
-        (LLAMA | {"hidden_act": "mish"}, "hidden_act='mish'"),
+        ({k: v for k, v in GPT2.items() if k != "n_embd"}, "n_embd is null"),
+        (LLAMA | {"hidden_act": "mish"}, 'hidden_act="mish"'),
         (LLAMA | {"num_key_value_heads": 3}, "num_kv_heads=3"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config="),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA | {"rope_theta": -1}, "rope_theta is -1"),
         (
             LLAMA | {"rope_scaling": {"type": "ntk", "factor": 2.0}},
-            "rope_type='ntk' in rope_scaling",
+            'rope_type="ntk" in rope_scaling',
         ),
         (
             LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn"}},
-            r"\['high_freq_factor', 'low_freq_factor'\]",
+            r'\["high_freq_factor", "low_freq_factor"\]',
         ),
-        (LLAMA | {"rope_scaling": {"type": "longrope"}}, "short_factor is None"),
+        (LLAMA | {"rope_scaling": {"type": "longrope"}}, "short_factor is null"),
         (
             LLAMA | {"rope_scaling": {"type": "dynamic", "factor": "2"}},
-            "factor is '2'",
+            'factor is "2"',
         ),
         (
             PHI3
@@ -176,21 +176,21 @@ def test_rope_of_transformers_4_and_5(fields, theta, scaling, read):
             },
             r"short_factor and long_factor have \[4, 5\] numbers; .* of the 4 pairs",
         ),
-        (QWEN2 | {"max_window_layers": "2"}, "max_window_layers is '2'"),
+        (QWEN2 | {"max_window_layers": "2"}, 'max_window_layers is "2"'),
         (NEOX | {"rotary_pct": 1.5}, "partial_rotary_factor=1.5"),
         (PHI3 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type="),
-        (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before=false"),
         (OPT | {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA2 | {"layer_types": ["chunked_attention"]}, "layer_types is"),
         (GEMMA2 | {"layer_types": ["sliding_attention"] * 2}, "sliding_layers has 2"),
         (MISTRAL | {"sliding_window": 0}, "sliding_window is 0"),
-        (LLAMA | {"rope_parameters": {"factor": 2.0}}, r"\['factor'\]"),
+        (LLAMA | {"rope_parameters": {"factor": 2.0}}, r'\["factor"\]'),
         (
             LLAMA | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5",
         ),
-        (LLAMA | {"rope_parameters": ROPE | {"factor": None}}, "factor is None"),
+        (LLAMA | {"rope_parameters": ROPE | {"factor": None}}, "factor is null"),
         (
             LLAMA | {"rope_scaling": ROPE, "original_max_position_embeddings": 32},
             "original_max_position_embeddings=32",
@@ -214,7 +214,7 @@ def test_unknown_family_names_directory_and_supported_ones(read, tmp_path):
     with pytest.raises(ValueError) as error:
         read(GPT2 | {"model_type": "bert"})
     assert str(error.value) == (
-        f"{tmp_path} has a model of model_type='bert'; supported: gpt2, gpt_neox, "
+        f'{tmp_path} has a model of model_type="bert"; supported: gpt2, gpt_neox, '
         "opt, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2"
     )
 
@@ -223,7 +223,7 @@ def test_directory_without_a_config(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist; .*hf download"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         read_config(tmp_path)
 
 

@@ -248,7 +248,7 @@ def test_another_size_is_refused(adapter, tmp_path):
 
 
 def test_no_directory(tmp_path):
-    with pytest.raises(ValueError, match=r"adapter_config\.json: No such file"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: no such file"):
         read_adapter(tmp_path / "no", tiny_llama()[0])
 
 

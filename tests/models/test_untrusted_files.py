@@ -47,7 +47,7 @@ def test_a_model_that_only_its_own_code_knows_is_refused(tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     fields |= {"model_type": "trap", "auto_map": {"AutoConfig": "modeling_trap.Trap"}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="model_type='trap'"):
+    with pytest.raises(ValueError, match='model_type="trap"'):
         load_pretrained(tmp_path)
 
 
@@ -59,7 +59,7 @@ def test_an_index_names_files_beside_it(name, tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["lm_head.weight"] = name
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"names the file '{name}'"):
+    with pytest.raises(ValueError, match=f'names the file "{name}"'):
         load_pretrained(tmp_path)
 
 

@@ -113,6 +113,7 @@ def test_metrics_of_the_experience(batch):
         unexplained = np.var(returns - batch["values"][mask])
         want["value/explained_variance"] = 1 - unexplained / np.var(returns)
         metrics["value/explained_variance"] = explained
+    assert 0 < metrics.pop("response/distinct") <= 1
     assert set(metrics) == set(want)
     for name, value in want.items():
         np.testing.assert_allclose(

@@ -308,7 +308,7 @@ def test_ends_without_a_generation_config_come_from_the_model(tmp_path):
     [
         ("{", "not valid JSON"),
         ("[1]", "must contain one JSON object"),
-        ('{"eos_token_id": "x"}', "eos_token_id='x' must be a token id"),
+        ('{"eos_token_id": "x"}', 'eos_token_id="x" must be a token id'),
         ('{"eos_token_id": [1, -1]}', "must be a token id"),
         ('{"eos_token_id": true}', "must be a token id"),
     ],

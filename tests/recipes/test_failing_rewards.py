@@ -82,8 +82,9 @@ def test_the_run_goes_on_when_the_function_is_repaired(
     assert "--resume" in str(stopped.value) and "\n" not in str(stopped.value)
 
     broken.unlink()
-    # More time for the function may be what repairs it.
-    resumed = grpo.run(dataclasses.replace(config, resume=True, reward_time_limit=9.0))
+    # More time or memory for the function may be what repairs it.
+    limits = {"reward_time_limit": 9.0, "reward_memory_limit": 100.0}
+    resumed = grpo.run(dataclasses.replace(config, resume=True, **limits))
     whole = grpo.run(dataclasses.replace(config, run_dir=str(tmp_path / "whole")))
     assert undisturbed(read_metrics(resumed.metrics)) == undisturbed(
         read_metrics(whole.metrics)

@@ -15,9 +15,10 @@ from rlhf_jax.config.grpo import GRPOConfig
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo
 from rlhf_jax.rewards.functions import RewardWorkers
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.log_files import read_metrics, read_samples
 from rlhf_jax.run.run_directory import RunDirectory
-from rlhf_jax.run.session import Interrupted, Session
+from rlhf_jax.run.session import Session
 
 PATIENCE, SAMPLES, EVAL_EVERY = 2, 8, 4
 
@@ -130,7 +131,8 @@ def test_every_metric_of_every_step(recorded):
         *("reward/score_mean", "reward/score_std", "reward/letters"),
         *("group/score_std", "group/no_signal", "group/resampled"),
         *("group/kept_without_signal", "response/length_mean"),
-        *("response/stop_rate", "rollout/tokens", "kl/sequence", "kl/token"),
+        *("response/stop_rate", "response/distinct", "rollout/tokens"),
+        *("kl/sequence", "kl/token"),
         *("kl/coef", "policy/loss", "policy/entropy"),
         *("policy/clip_fraction", "policy/approx_kl", "optim/actor_learning_rate"),
         "time/step_seconds",

@@ -167,10 +167,28 @@ def test_no_reward_at_all(refused, grpo_on, grpo_config):
         ("--preset remax --resample 1", ["resample=1", "greedy"]),
         ("--refresh-every 0", ["refresh-every=0"]),
         ("--reward-weights 1 2", ["reward-weights=(1.0, 2.0)", "each of the 1"]),
-        ("--reward-weights nan", ["reward-weights=(nan,)"]),
+        ("--reward-weights nan", ["reward-weights=nan: must be finite"]),
         ("--reward-on-failure nan", ["reward-on-failure=nan"]),
         ("--reward-time-limit 0", ["reward-time-limit=0"]),
         ("--reward-time-limit inf", ["reward-time-limit=inf"]),
+        (
+            "--reward-time-limit 1e10",
+            ["reward-time-limit=1", "at most 604800 (a week)"],
+        ),
+        ("--reward-memory-limit 0", ["reward-memory-limit=0.0", "above 0"]),
+        ("--reward-memory-limit nan", ["reward-memory-limit=nan", "or None"]),
+        (
+            "--reward-memory-limit 1e300",
+            ["reward-memory-limit=1e+300", "at most 1e+06"],
+        ),
+        (
+            "--reward-weights 1e300",
+            ["reward-weights=(1e+300,)", "from -1e+12 to 1e+12"],
+        ),
+        (
+            "--reward-on-failure 1e308",
+            ["reward-on-failure=1e+308", "from -1e+12 to 1e"],
+        ),
         ("--reward-processes 0", ["reward-processes=0"]),
         ("--eval-samples 0", ["eval-samples=0"]),
         ("--early-stop-patience 2", ["early-stop-patience=2", "early-stop"]),
@@ -199,6 +217,8 @@ def test_options_that_cannot_work(refused, letters_on, tmp_path, flags, named):
         ("--reward-columns answer", "reward-columns=('answer',)"),
         ("--reward-processes 3", "reward-processes=3"),
         ("--reward-time-limit 3", "reward-time-limit=3.0"),
+        ("--reward-memory-limit 3", "reward-memory-limit=3.0"),
+        ("--reward-model-weight -1e300", "reward-model-weight=-1e+300"),
         ("--eval-pass 0.5", "eval-pass=0.5"),
     ],
 )
@@ -249,6 +269,11 @@ def test_a_function_that_hangs(complaint, letters_on):
     message = complaint(*letters_on("hang", "--reward-time-limit", 0.3))
     assert f"{REWARDS}:hang, row 0" in message and "0.3 s" in message
     assert time.perf_counter() - began < 120  # it would sleep for 600
+
+
+def test_a_function_that_needs_more_memory(refused, letters_on):
+    message = refused(*letters_on("letters", "--reward-memory-limit", 0.001))
+    assert message.endswith("; --reward-memory-limit is 0.001 GiB: try more")
 
 
 def test_failures_may_have_a_score(letters_on, tmp_path):

@@ -15,9 +15,9 @@ from jax.flatten_util import ravel_pytree
 from safetensors.numpy import load_file
 
 from rlhf_jax import cli
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.run import (
     FreshModelConfig,
-    LoraConfig,
     MeshConfig,
     OptimizerConfig,
 )
@@ -29,8 +29,9 @@ from rlhf_jax.recipes.networks import Networks
 from rlhf_jax.recipes.optimizers import make_ppo_optimizers
 from rlhf_jax.recipes.policy_models import load_four_models
 from rlhf_jax.run.devices import make_mesh
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.log_files import read_metrics
-from rlhf_jax.run.session import Interrupted, Session
+from rlhf_jax.run.session import Session
 
 FAST = OptimizerConfig(learning_rate=0.03, schedule="constant", warmup_fraction=0.0)
 LORA = LoraConfig(rank=4, alpha=8)

@@ -13,6 +13,7 @@ from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import grpo, ppo
 from rlhf_jax.recipes.networks import Networks
 from rlhf_jax.recipes.policy_models import load_four_models
+from rlhf_jax.rewards.functions import RewardError
 from rlhf_jax.run.devices import make_mesh
 from rlhf_jax.run.log_files import read_metrics, read_samples
 
@@ -35,10 +36,8 @@ def judged(grpo_config, stages, tmp_path_factory):
     def run(name, **changes):
         config = dataclasses.replace(
             grpo_config,
+            **{"reward_model": stages.ppo.reward_model, "updates": 1, **changes},
             run_dir=str(root / name),
-            reward_model=stages.ppo.reward_model,
-            updates=1,
-            **changes,
         )
         return grpo.run(config)
 
@@ -98,6 +97,36 @@ def test_functions_beside_a_reward_model_are_a_weighted_sum(
     functions = 2 * trained["reward/letters"] - 0.5 * trained["reward/brevity"]
     want = 0.25 * model + functions
     np.testing.assert_allclose(trained["reward/score_mean"], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "score"), [(1e20, r"-?\d\S*e\+(19|20)"), (3e38, r"(-?inf|nan)")]
+)
+def test_a_reward_model_with_unusable_scores_is_named(
+    judged, stages, grpo_config, tmp_path, scale, score
+):
+    path = tmp_path / "model"
+    shutil.copytree(stages.ppo.reward_model, path)
+    tensors = load_file(path / "model.safetensors")
+    head = tensors["score.weight"]
+    tensors["score.weight"] = head / np.abs(head).max() * np.float32(scale)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for name, functions in (("alone", NO_FUNCTION), ("sum", {})):
+        message = (
+            rf'^the reward of row \d+ \(response ".*"\) is {score}, with {score} from '
+            r"the reward model times reward-model-weight=1; both go from -1e\+12 to "
+            rf"1e\+12: repair the model at reward-model='{path}', or lower the weight$"
+        )
+        with pytest.raises(RewardError, match=message):
+            judged(f"{scale}-{name}", **functions, reward_model=str(path))
+
+
+def test_a_weight_that_makes_the_sum_too_large_is_named(judged):
+    message = (
+        r"is -?\d\S*e\+12, with -?\d\S* from the reward model times reward-model-weight"
+    )
+    with pytest.raises(RewardError, match=message):
+        judged("weight", **NO_FUNCTION, reward_model_weight=1e12)
 
 
 def test_the_worst_of_an_ensemble(judged, by_model, opponent):

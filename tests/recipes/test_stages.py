@@ -13,8 +13,9 @@ import yaml
 
 from rlhf_jax.models import load_pretrained
 from rlhf_jax.recipes import ppo, sft
+from rlhf_jax.run.interrupt import Interrupted
 from rlhf_jax.run.log_files import read_metrics, read_samples
-from rlhf_jax.run.session import Interrupted, Session
+from rlhf_jax.run.session import Session
 
 
 def trained_params(run_dir):

@@ -146,7 +146,7 @@ def test_a_batch_is_divided_evenly(rewards):
 
 FAILURES = [
     ("fails_on_b", r"ValueError: invalid literal for int.*\(my_rewards\.py, line 15\)"),
-    ("nan_on_b", "returned nan, which is not a finite float32"),
+    ("nan_on_b", "returned nan, which is not finite"),
     ("skips_b", "returned 0 numbers for 1 responses"),
     ("hangs_on_b", "took longer than 1 s"),
     ("dies_on_b", "crashed its process: exit code 3"),
@@ -246,7 +246,7 @@ def test_unusable_functions_are_refused_on_entering(rewards):
     dead.write_text("import os\nos._exit(4)")
     with pytest.raises(
         RewardFunctionError,
-        match=r"dead\.py:f: importing crashed the process: exit code 4",
+        match=r"dead\.py:f: importing crashed its process: exit code 4",
     ):
         score(dead, "f")
 
@@ -309,6 +309,15 @@ def test_workers_load_jax_only_for_those_who_ask(rewards, monkeypatch):
         ({"processes": 0}, "processes=0"),
         ({"time_limit": 0.0}, r"time_limit=0\.0"),
         ({"time_limit": float("inf")}, "time_limit=inf"),
+        ({"time_limit": 1e10}, r"time_limit=1.*: give seconds above 0, at most 604800"),
+        ({"weights": [1e300]}, r"weights=\[1e\+300\]: give numbers from -1e\+12 to 1e"),
+        ({"on_failure": 1e308}, r"on_failure=1e\+308.*from -1e\+12 to 1e\+12"),
+        ({"memory_limit": 0.0}, r"memory_limit=0\.0: give GiB above 0"),
+        (
+            {"memory_limit": 1e300},
+            r"memory_limit=1e\+300: give GiB above 0, at most 1e",
+        ),
+        ({"memory_limit": float("nan")}, "memory_limit=nan"),
         ({"on_failure": "skip"}, 'on_failure="skip": give "stop" or the score'),
         ({"on_failure": float("nan")}, "on_failure=NaN"),
     ],

@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards.worker import RewardFunctionError, load_reward_function, outcome
+from rlhf_jax.rewards.loading import RewardFunctionError, load_reward_function
+from rlhf_jax.rewards.worker import outcome
 
 REWARDS = """
 def length(prompts, responses, columns):
@@ -129,16 +130,15 @@ def test_files_and_modules_are_loaded(rewards, monkeypatch):
         ([1.0], "returned [1.0], which is not a number"),
         (np.array([1.0]), "returned [1.0], which is not a number"),
         (1j, "returned 1j, which is not a number"),
-        (float("nan"), "returned nan, which is not a finite float32"),
-        (float("-inf"), "returned -inf, which is not a finite float32"),
-        (np.float64("nan"), "returned nan, which is not a finite float32"),
-        (1e39, "returned 1e+39, which is not a finite float32"),
-        (10**400, "returned inf, which is not a finite float32"),
+        # The run judges these.
+        (float("-inf"), float("-inf")),
+        (1e39, 1e39),
+        (10**400, float("inf")),
     ],
 )
 def test_what_counts_as_a_number(value, score):
-    job = (0, ["a", "b"], ["c", "d"], {})
-    assert outcome(lambda *batch: [0, value], job) == [0.0, score]
+    job = (["a", "b"], ["c", "d"], {})
+    assert outcome(lambda *batch: [0, value], *job) == [0.0, score]
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_what_counts_as_a_number(value, score):
     ],
 )
 def test_what_counts_as_a_list(result, expected):
-    assert outcome(lambda *batch: result, (0, ["a"] * 2, ["b"] * 2, {})) == expected
+    assert outcome(lambda *batch: result, ["a"] * 2, ["b"] * 2, {}) == expected

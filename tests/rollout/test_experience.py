@@ -94,6 +94,7 @@ def test_by_hand(maybe_jit, scored):
         "value/return_mean": -0.0235,
         "response/length_mean": 2.5,
         "response/stop_rate": 0.5,
+        "response/distinct": 1.0,
     }
     assert set(metrics) == set(want)
     for name, value in want.items():

@@ -93,7 +93,7 @@ def test_where_no_checkpoint_can_help_the_run_starts_again(
     assert printed_command(line) == [
         *("ppo", "--config", "my runs/a/config.yaml"),
         *("--run-dir", "my runs/a-lower-rate"),
-        *("--actor-optimizer.learning-rate", "0.1"),
+        *("--actor-optimizer.learning-rate", "0.01"),  # never more than that
         *("--critic-optimizer.learning-rate", "0"),
     ]
 
@@ -155,9 +155,9 @@ def test_sft_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch
     with pytest.raises(NonFiniteError, match="lower learning rate") as stopped:
         sft.run(config)
     failed, _ = failure(stopped.value)
-    # What was due is there and nothing else: no state of the step that failed.
+    # What was due is there, and the state before the step that failed.
     due = list(range(2, failed, 2))[-2:]
-    assert saved_steps(config.run_dir) == due
+    assert saved_steps(config.run_dir) == sorted({*due, failed - 1})
     assert logged_steps(config.run_dir) == list(range(failed))
     # The state right before it fails again, for it is the weights that make the NaN.
     named = max(step for step in due if step < failed - 1)
@@ -178,22 +178,43 @@ def test_sft_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(params)) < LIMIT
 
 
+RUINOUS = dataclasses.replace(ASTRAY, learning_rate=1e38)
+"""Overflows at the second step; the weights after the first one are of no use."""
+
+
 def test_a_rate_that_ruins_everything_at_once(stages, tmp_path):
-    # 1e38 overflows at the second step; the first one's state is of no use.
-    optimizer = dataclasses.replace(ASTRAY, learning_rate=1e38)
     config = dataclasses.replace(
-        stages.sft, run_dir=str(tmp_path / "run"), optimizer=optimizer
+        stages.sft, run_dir=str(tmp_path / "run"), optimizer=RUINOUS
     )
-    with pytest.raises(NonFiniteError, match=r"^step 2: .*none was") as stopped:
+    with pytest.raises(NonFiniteError, match=r"^step 2: .*would fail again") as stopped:
         sft.run(config)
-    assert saved_steps(config.run_dir) == []
-    command = printed_command(stopped.value)
-    assert command[-1] == "1e+37"
-    cli.main([*command[:-1], "1e-3", "--quiet"])
+    assert saved_steps(config.run_dir) == [1]
+    cli.main([*printed_command(stopped.value), "--quiet"])
     assert logged_steps(f"{config.run_dir}-lower-rate") == [0, 1, 2, 3, 4]
 
 
-def test_ppo_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch):
+def test_a_rate_that_ruins_a_good_run_late(stages, tmp_path):
+    config = dataclasses.replace(
+        stages.sft, run_dir=str(tmp_path / "run"), steps=12, checkpoint_every=2
+    )
+    sft.run(config)
+    ruined = dataclasses.replace(config.optimizer, learning_rate=1e38)
+    ruined = dataclasses.replace(
+        config, resume=True, resume_step=10, optimizer=ruined, checkpoint_every=50
+    )
+    with pytest.raises(NonFiniteError, match=r"^step 12: ") as stopped:
+        sft.run(ruined)
+    # The state after step 11 is ruined; that of step 10, which is good, is still there.
+    assert saved_steps(config.run_dir) == [10, 11]
+    command = printed_command(stopped.value)
+    assert command[command.index("--resume-step") + 1] == "10"
+    cli.main([*command, "--quiet"])
+    assert saved_steps(config.run_dir)[-1] == 12
+    assert logged_steps(config.run_dir) == list(range(13))
+
+
+def run_astray(stages, tmp_path, monkeypatch, **options):
+    """A PPO run whose weights grow too large: its configuration, and its error."""
     monkeypatch.setattr(
         ppo_programs, "ppo_objective", astray(ppo_programs.ppo_objective)
     )
@@ -202,16 +223,21 @@ def test_ppo_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch
         run_dir=str(tmp_path / "run"),
         actor_optimizer=ASTRAY,
         updates=6,
-        checkpoint_every=1,
         eval_every=2,
+        **options,
     )
     with pytest.raises(NonFiniteError, match="lower learning rate") as stopped:
         ppo.run(config)
-    failed, optimizer_step = failure(stopped.value)
+    return config, stopped.value
+
+
+def test_ppo_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch):
+    config, error = run_astray(stages, tmp_path, monkeypatch, checkpoint_every=1)
+    failed, optimizer_step = failure(error)
     kept = list(range(1, failed))[-2:]
     assert saved_steps(config.run_dir) == kept
     named = max(step for step in kept if step < failed - 1 or optimizer_step > 0)
-    command = printed_command(stopped.value)
+    command = printed_command(error)
     assert command[command.index("--resume-step") + 1] == str(named)
 
     cli.main([*command, "--quiet"])
@@ -224,6 +250,25 @@ def test_ppo_goes_on_by_the_command_that_it_prints(stages, tmp_path, monkeypatch
     assert stored["critic_optimizer"]["learning_rate"] == pytest.approx(
         config.critic_optimizer.learning_rate / 10
     )
+
+
+def test_a_late_optimizer_step_is_undone_with_its_update(stages, tmp_path, monkeypatch):
+    config, error = run_astray(stages, tmp_path, monkeypatch, checkpoint_every=50)
+    failed, optimizer_step = failure(error)
+    assert failed > 1 and optimizer_step > 0
+    assert saved_steps(config.run_dir) == [failed - 1]  # none was due
+    command = printed_command(error)
+    assert command[command.index("--resume-step") + 1] == str(failed - 1)
+    cli.main([*command, "--quiet"])
+    assert logged_steps(config.run_dir) == list(range(7))
+
+
+def test_without_undo_nothing_is_saved(stages, tmp_path, monkeypatch):
+    config, error = run_astray(
+        stages, tmp_path, monkeypatch, checkpoint_every=50, undo_updates=False
+    )
+    assert "none was saved" in str(error) and "replay" not in str(error)
+    assert saved_steps(config.run_dir) == []
 
 
 # ---- an earlier checkpoint ----

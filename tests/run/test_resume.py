@@ -166,10 +166,9 @@ def test_changed_data_is_refused_or_accepted_once(tmp_path, config, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(ValueError, match="data changed since"):
         check_start(config(resume=True))
-    accepting = config(resume=True, accept_changed=("data",))
-    check_start(accepting)
-    run_to(accepting, 20)
-    (line,) = capsys.readouterr().err.splitlines()
+    check_start(config(resume=True, accept_changed=("data",)))
+    run_to(config(resume=True, accept_changed=("data",)), 20)
+    (line,) = capsys.readouterr().err.splitlines()  # told once
     assert line.startswith("warning: data changed since checkpoint 10")
     run_to(config(resume=True), 30)  # the new data are now those of the run
     assert capsys.readouterr().err == ""

@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_jax import cli
 from rlhf_jax.algo.options import KLOptions
+from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.inspection import InspectConfig
 from rlhf_jax.config.ppo import PPOConfig
-from rlhf_jax.config.run import LoraConfig, MeshConfig
+from rlhf_jax.config.run import MeshConfig
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.hf.peft_files import write_adapter
 from rlhf_jax.models.lora import LoraOptions, init_adapters

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from rlhf_jax.files.typed_fields import Fields
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.fields import Fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

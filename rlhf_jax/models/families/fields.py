@@ -4,12 +4,14 @@ Unsupported fields that would change the computation are rejected by name. Dropo
 are ignored: the transformer has no dropout.
 """
 
-import math
 from typing import Any
 
+from rlhf_jax.files.printable import shown
+from rlhf_jax.files.typed_fields import Fields, integer, number
 from rlhf_jax.models.config import Activation, DecoderConfig
 
-Fields = dict[str, Any]
+MOST_LAYERS = 1000
+MOST_SIZE = 2**24
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -26,60 +28,25 @@ def expect(fields: Fields, name: str, *supported: Any) -> None:
     value = fields.get(name, supported[0])
     if value not in supported:
         raise ValueError(
-            f"{name}={value!r} is not supported; supported: "
-            f"{' or '.join(map(repr, supported))}"
+            f"{name}={shown(value)} is not supported; supported: "
+            f"{' or '.join(map(shown, supported))}"
         )
 
 
-def integer(fields: Fields, name: str, default: int | None = None) -> int:
-    """A positive integer; `default`, if given, when missing or null."""
-    value = fields.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
-    return value
+def size(fields: Fields, name: str, default: int | None = None) -> int:
+    """A positive integer that can be an axis of a tensor."""
+    return integer(fields, name, default, most=MOST_SIZE)
 
 
-def optional_integer(fields: Fields, name: str) -> int | None:
-    """A positive integer, or None if missing or null."""
-    return None if fields.get(name) is None else integer(fields, name)
-
-
-def number(fields: Fields, name: str, default: float | None = None) -> float:
-    """A positive number; `default`, if given, when missing or null."""
-    value = fields.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be a positive number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a positive number")
-    return float(value)
-
-
-def optional_number(
-    fields: Fields, name: str, default: float | None = None
-) -> float | None:
-    """A positive number, `default` if missing, or None if null."""
-    value = fields.get(name, default)
-    return None if value is None else number({name: value}, name)
-
-
-def flag(fields: Fields, name: str, *, default: bool) -> bool:
-    """True or false."""
-    value = fields.get(name, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be true or false")
-    return value
+def layers(fields: Fields, name: str) -> int:
+    """The number of blocks."""
+    return integer(fields, name, most=MOST_LAYERS)
 
 
 def activation(fields: Fields, name: str, default: str) -> Activation:
     """The activation function of the MLP."""
     value = fields.get(name) or default
-    if value not in _ACTIVATIONS:
-        raise ValueError(
-            f"{name}={value!r} is not supported; supported: "
-            f"{' or '.join(map(repr, _ACTIVATIONS))}"
-        )
+    expect({name: value}, name, *_ACTIVATIONS)
     return _ACTIVATIONS[value]
 
 
@@ -90,17 +57,17 @@ def activation_name(activation: Activation) -> str:
 
 def llama_sizes(fields: Fields) -> dict[str, Any]:
     """Our configuration fields from those shared by Llama-like families."""
-    width = integer(fields, "hidden_size")
-    num_heads = integer(fields, "num_attention_heads")
+    width = size(fields, "hidden_size")
+    num_heads = size(fields, "num_attention_heads")
     return {
-        "vocab_size": integer(fields, "vocab_size"),
+        "vocab_size": size(fields, "vocab_size"),
         "max_positions": integer(fields, "max_position_embeddings"),
         "width": width,
-        "num_layers": integer(fields, "num_hidden_layers"),
+        "num_layers": layers(fields, "num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": integer(fields, "num_key_value_heads", default=num_heads),
-        "head_dim": integer(fields, "head_dim", default=max(width // num_heads, 1)),
-        "mlp_width": integer(fields, "intermediate_size"),
+        "num_kv_heads": size(fields, "num_key_value_heads", default=num_heads),
+        "head_dim": size(fields, "head_dim", default=max(width // num_heads, 1)),
+        "mlp_width": size(fields, "intermediate_size"),
         "initializer_range": number(fields, "initializer_range", default=0.02),
     }
 
@@ -127,9 +94,11 @@ def read_layer_types(fields: Fields, default: tuple[bool, ...]) -> tuple[bool, .
     if types is None:
         return default
     known = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(types, list) or not all(kind in known for kind in types):
+    if not isinstance(types, list) or not all(
+        isinstance(kind, str) and kind in known for kind in types
+    ):
         raise ValueError(
-            f"layer_types is {types!r}; it must list 'full_attention' or "
+            f"layer_types is {shown(types)}; it must list 'full_attention' or "
             "'sliding_attention' for each layer"
         )
     return tuple(known[kind] for kind in types)

@@ -6,20 +6,23 @@ base in layers with a window.
 
 from typing import Any
 
-from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family
-from rlhf_jax.models.families.fields import (
+from rlhf_jax.files.typed_fields import (
     Fields,
-    activation,
-    activation_name,
-    expect,
     flag,
     integer,
-    llama_size_fields,
-    llama_sizes,
     number,
     optional_integer,
     optional_number,
+    section,
+)
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family
+from rlhf_jax.models.families.fields import (
+    activation,
+    activation_name,
+    expect,
+    llama_size_fields,
+    llama_sizes,
     read_layer_types,
     sliding,
     write_layer_types,
@@ -75,7 +78,7 @@ def write_gemma3(config: DecoderConfig) -> Fields:
 
 def _read_two_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """The ropes of full-attention layers and of sliding-window layers."""
-    by_type = fields.get("rope_parameters") or {}
+    by_type = section(fields, "rope_parameters")
     if "full_attention" in by_type:  # format of transformers 5
         rest = {
             k: v

@@ -3,16 +3,15 @@
 import dataclasses
 import re
 
+from rlhf_jax.files.typed_fields import Fields, flag, integer, number
 from rlhf_jax.models.config import DecoderConfig, gpt2_config
 from rlhf_jax.models.families.family import Family, TensorRule, norm
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
     expect,
-    flag,
-    integer,
-    number,
+    layers,
+    size,
 )
 
 
@@ -21,17 +20,17 @@ def read(fields: Fields) -> DecoderConfig:
     expect(fields, "scale_attn_weights", True)
     expect(fields, "scale_attn_by_inverse_layer_idx", False)
     expect(fields, "add_cross_attention", False)
-    width = integer(fields, "n_embd")
+    width = size(fields, "n_embd")
     config = gpt2_config(
-        vocab_size=integer(fields, "vocab_size"),
+        vocab_size=size(fields, "vocab_size"),
         max_positions=integer(fields, "n_positions"),
         width=width,
-        num_layers=integer(fields, "n_layer"),
-        num_heads=integer(fields, "n_head"),
+        num_layers=layers(fields, "n_layer"),
+        num_heads=size(fields, "n_head"),
     )
     return dataclasses.replace(
         config,
-        mlp_width=integer(fields, "n_inner", default=4 * width),
+        mlp_width=size(fields, "n_inner", default=4 * width),
         activation=activation(fields, "activation_function", "gelu_new"),
         tie_embeddings=flag(fields, "tie_word_embeddings", default=True),
         norm_eps=number(fields, "layer_norm_epsilon", default=1e-5),

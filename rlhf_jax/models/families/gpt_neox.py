@@ -3,36 +3,30 @@
 import dataclasses
 import re
 
+from rlhf_jax.files.typed_fields import Fields, flag, integer, number
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import LM_HEAD, Family, TensorRule, linear, norm
-from rlhf_jax.models.families.fields import (
-    Fields,
-    activation,
-    activation_name,
-    flag,
-    integer,
-    number,
-)
+from rlhf_jax.models.families.fields import activation, activation_name, layers, size
 from rlhf_jax.models.families.rope_fields import read_rope, write_rope
 
 
 def read(fields: Fields) -> DecoderConfig:
     """`config.json` of model type `gpt_neox`. Raises ValueError naming the field."""
     width, num_heads = (
-        integer(fields, name) for name in ("hidden_size", "num_attention_heads")
+        size(fields, name) for name in ("hidden_size", "num_attention_heads")
     )
     biases = flag(fields, "attention_bias", default=True)
     parallel = flag(fields, "use_parallel_residual", default=True)
     return DecoderConfig(
         family="gpt_neox",
-        vocab_size=integer(fields, "vocab_size"),
+        vocab_size=size(fields, "vocab_size"),
         max_positions=integer(fields, "max_position_embeddings"),
         width=width,
-        num_layers=integer(fields, "num_hidden_layers"),
+        num_layers=layers(fields, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=max(width // num_heads, 1),
-        mlp_width=integer(fields, "intermediate_size"),
+        mlp_width=size(fields, "intermediate_size"),
         rope=read_rope(
             fields,
             # Their names in transformers 4.

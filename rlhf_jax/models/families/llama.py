@@ -1,16 +1,13 @@
 """Llama 2 and 3, SmolLM and similar models; and Mistral, with a sliding window."""
 
+from rlhf_jax.files.typed_fields import Fields, flag, number, optional_integer
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import llama_family
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
-    flag,
     llama_size_fields,
     llama_sizes,
-    number,
-    optional_integer,
     read_layer_types,
     sliding,
 )

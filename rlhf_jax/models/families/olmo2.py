@@ -1,15 +1,13 @@
 """OLMo 2: norms after attention and MLP, QK-norm over all heads."""
 
+from rlhf_jax.files.typed_fields import Fields, flag, number
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import QUERY_KEY_NORMS, llama_family
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
-    flag,
     llama_size_fields,
     llama_sizes,
-    number,
 )
 from rlhf_jax.models.families.rope_fields import read_rope, write_rope
 

@@ -2,23 +2,22 @@
 
 import re
 
+from rlhf_jax.files.typed_fields import Fields, flag, integer, number
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import Family, TensorRule, linear, norm
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
     expect,
-    flag,
-    integer,
-    number,
+    layers,
+    size,
 )
 
 
 def read(fields: Fields) -> DecoderConfig:
     """`config.json` of model type `opt`. Raises ValueError naming the field."""
     width, num_heads = (
-        integer(fields, name) for name in ("hidden_size", "num_attention_heads")
+        size(fields, name) for name in ("hidden_size", "num_attention_heads")
     )
     expect(fields, "do_layer_norm_before", True)  # only opt-350m has False
     expect(fields, "_remove_final_layer_norm", False)
@@ -27,14 +26,14 @@ def read(fields: Fields) -> DecoderConfig:
     biases = flag(fields, "enable_bias", default=True)
     return DecoderConfig(
         family="opt",
-        vocab_size=integer(fields, "vocab_size"),
+        vocab_size=size(fields, "vocab_size"),
         max_positions=integer(fields, "max_position_embeddings"),
         width=width,
-        num_layers=integer(fields, "num_hidden_layers"),
+        num_layers=layers(fields, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=max(width // num_heads, 1),
-        mlp_width=integer(fields, "ffn_dim"),
+        mlp_width=size(fields, "ffn_dim"),
         positions="learned",
         position_offset=2,
         norm="layer",

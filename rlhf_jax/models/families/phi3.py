@@ -1,5 +1,6 @@
 """Phi-3, 3.5 and 4-mini: fused projections, sliding window, LongRoPE."""
 
+from rlhf_jax.files.typed_fields import Fields, flag, number, optional_integer, section
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import (
     ROTARY_BUFFERS,
@@ -9,14 +10,10 @@ from rlhf_jax.models.families.family import (
     norm,
 )
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
-    flag,
     llama_size_fields,
     llama_sizes,
-    number,
-    optional_integer,
     sliding,
 )
 from rlhf_jax.models.families.rope_fields import read_rope, write_rope
@@ -60,7 +57,7 @@ def write(config: DecoderConfig) -> Fields:
 def _with_todays_names(fields: Fields) -> Fields:
     """Early files use draft names for `longrope`."""
     place = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    rope = dict(fields.get(place) or {})
+    rope = dict(section(fields, place))
     for name in ("rope_type", "type"):
         if rope.get(name) in ("su", "yarn"):
             rope[name] = "longrope"

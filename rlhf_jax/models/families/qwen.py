@@ -2,18 +2,14 @@
 
 from typing import Any
 
+from rlhf_jax.files.typed_fields import Fields, flag, integer, number, optional_integer
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.family import PRE_NORMS, QUERY_KEY_NORMS, llama_family
 from rlhf_jax.models.families.fields import (
-    Fields,
     activation,
     activation_name,
-    flag,
-    integer,
     llama_size_fields,
     llama_sizes,
-    number,
-    optional_integer,
     read_layer_types,
     sliding,
     write_layer_types,

@@ -3,14 +3,16 @@
 import math
 from typing import Any
 
-from rlhf_jax.models.families.fields import (
+from rlhf_jax.files.printable import shown
+from rlhf_jax.files.typed_fields import (
     Fields,
-    expect,
     flag,
     integer,
     number,
     optional_number,
+    section,
 )
+from rlhf_jax.models.families.fields import expect
 from rlhf_jax.models.rope import (
     DynamicRopeScaling,
     LinearRopeScaling,
@@ -44,13 +46,13 @@ def read_rope(
         ValueError: naming the unsupported field.
     """
     place = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    rope = {k: v for k, v in (fields.get(place) or {}).items() if v is not None}
+    rope = {k: v for k, v in section(fields, place).items() if v is not None}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)  # older files have both
     if kind not in kinds:
         raise ValueError(
-            f"rope_type={kind!r} in {place} is not supported; supported: "
-            f"{' or '.join(map(repr, kinds))}"
+            f"rope_type={shown(kind)} in {place} is not supported; supported: "
+            f"{' or '.join(map(shown, kinds))}"
         )
     theta = number(fields, "rope_theta", default=theta)
     theta = number(rope, "rope_theta", default=theta)
@@ -65,8 +67,8 @@ def read_rope(
     left = rope.keys() - {"rope_theta", "partial_rotary_factor"} - _USED[kind]
     if left:
         raise ValueError(
-            f"{place} has {sorted(left)}, which is not supported with "
-            f"rope_type={kind!r}"
+            f"{place} has {shown(sorted(left))}, which is not supported with "
+            f"rope_type={shown(kind)}"
         )
     return Rope(theta=theta, share=share, scaling=scaling)
 
@@ -179,6 +181,7 @@ def _yarn_attention(factor: float, scale: float) -> float:
 
 def _read_longrope(rope: Fields, fields: Fields) -> LongRopeScaling:
     original = _original_length(rope, fields)
+    integer({_LENGTH: original}, _LENGTH, least=2)  # its logarithm is a divisor
     whole = integer(fields, "max_position_embeddings")
     factor = number(rope, "factor", default=whole / original)
     attention = optional_number(rope, "attention_factor")
@@ -196,7 +199,7 @@ def _read_longrope(rope: Fields, fields: Fields) -> LongRopeScaling:
 def _factors(rope: Fields, name: str) -> tuple[float, ...]:
     value: Any = rope.get(name)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
+        raise ValueError(f"{name} is {shown(value)}: give a list of numbers")
     return tuple(number({name: x}, name) for x in value)
 
 

@@ -1,14 +1,17 @@
 """The table of families, and lookup by checkpoint or configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.printable import shown
+from rlhf_jax.files.regular_file import model_file
+from rlhf_jax.files.typed_fields import Fields
 from rlhf_jax.models.config import DecoderConfig, Head
 from rlhf_jax.models.families.family import Family
-from rlhf_jax.models.families.fields import Fields, expect
+from rlhf_jax.models.families.fields import expect
 from rlhf_jax.models.families.gemma import GEMMA2, GEMMA3
 from rlhf_jax.models.families.gpt2 import GPT2
 from rlhf_jax.models.families.gpt_neox import GPT_NEOX
@@ -37,20 +40,17 @@ def read_config(path: Path) -> tuple[Family, DecoderConfig]:
         ValueError: if there is no such file, or the family or a field is not supported.
     """
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(
             f"{file} does not exist; pass a local directory with a Hugging Face "
             "checkpoint (`hf download NAME --local-dir DIRECTORY` makes one)"
         )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    family = FAMILIES.get(model_type or "")
+    fields = read_object(model_file(path, file.name))
+    model_type = fields.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ValueError(
-            f"{path} has a model of model_type={model_type!r}; "
+            f"{path} has a model of model_type={shown(model_type)}; "
             f"supported: {', '.join(FAMILIES)}"
         )
     try:

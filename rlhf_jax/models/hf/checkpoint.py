@@ -18,6 +18,7 @@ from rlhf_jax.models.hf.hf_weights import load_pretrained
 from rlhf_jax.models.hf.hub import local_directory
 from rlhf_jax.models.hf.peft_config import is_adapter, read_peft_config
 from rlhf_jax.models.hf.peft_files import read_adapter
+from rlhf_jax.models.hf.tensor_checks import check_sizes
 from rlhf_jax.models.lora import LoraOptions, MergedKernel
 from rlhf_jax.models.transformer import Transformer
 
@@ -41,9 +42,12 @@ class Checkpoint:
         """Shape of the network.
 
         Raises:
-            ValueError: there is no `config.json` of a supported family.
+            ValueError: there is no `config.json` of a supported family, or it does not
+                fit the tensors beside it.
         """
-        return read_config(self.directory)[1]
+        family, config = read_config(self.directory)
+        check_sizes(self.directory, family, config)
+        return config
 
     @property
     def own_directory(self) -> Path:

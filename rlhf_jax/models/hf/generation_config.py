@@ -1,9 +1,13 @@
 """The generation config of a checkpoint, in particular its EOS ids."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.printable import shown
+from rlhf_jax.files.regular_file import model_file
+from rlhf_jax.files.typed_fields import MOST_INTEGER
 
 FILE = "generation_config.json"
 
@@ -14,8 +18,7 @@ def read_generation_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a JSON object.
     """
-    file = Path(path) / FILE
-    return _read(file) if file.is_file() else {}
+    return _read(Path(path), FILE)
 
 
 def read_eos_ids(path: str | Path) -> frozenset[int]:
@@ -28,8 +31,8 @@ def read_eos_ids(path: str | Path) -> frozenset[int]:
         ValueError: if a file is not a JSON object, or its `eos_token_id` is not an id
             or a list of ids.
     """
-    for file in (Path(path) / FILE, Path(path) / "config.json"):
-        ids = _eos_ids(file, _read(file)) if file.is_file() else frozenset()
+    for name in (FILE, "config.json"):
+        ids = _eos_ids(Path(path) / name, _read(Path(path), name))
         if ids:
             return ids
     return frozenset()
@@ -38,19 +41,15 @@ def read_eos_ids(path: str | Path) -> frozenset[int]:
 def _eos_ids(file: Path, config: Mapping[str, Any]) -> frozenset[int]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int and 0 <= i <= MOST_INTEGER for i in ids):
         raise ValueError(
-            f"{file}: eos_token_id={value!r} must be a token id, a list of them or null"
+            f"{file}: eos_token_id={shown(value)} must be a token id, a list of them "
+            "or null"
         )
     return frozenset(ids)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: not valid JSON: {reason}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: must contain one JSON object")
-    return config
+def _read(directory: Path, name: str) -> dict[str, Any]:
+    if not (directory / name).exists():
+        return {}
+    return read_object(model_file(directory, name))

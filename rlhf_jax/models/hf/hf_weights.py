@@ -34,7 +34,13 @@ from rlhf_jax.models.hf.safetensors_files import (
     open_tensors,
     write_tensors,
 )
-from rlhf_jax.models.hf.tensor_checks import check_finite, check_tensors, check_tie
+from rlhf_jax.models.hf.tensor_checks import (
+    check_finite,
+    check_sizes,
+    check_tensors,
+    check_tie,
+    tensor_prefix,
+)
 from rlhf_jax.models.hf.tensor_layout import (
     LeafSource,
     leaf_pieces,
@@ -90,6 +96,7 @@ def load_pretrained(
         raise ValueError(f"head={head!r} must be one of {typing.get_args(Head)}")
     path = local_directory(path)
     family, config = read_config(path)
+    check_sizes(path, family, config)
     module = Transformer(config, head=head, dtype=dtype, param_dtype=dtype)
     shapes = parameter_shapes(module)
     placements: dict[str, Any] = {}
@@ -97,7 +104,7 @@ def load_pretrained(
         tree = parameter_sharding(mesh, unflatten_dict(shapes, sep="/"))
         placements = flatten_dict(tree, sep="/")
     with open_tensors(path) as tensors:
-        prefix = _prefix(family, tensors)
+        prefix = tensor_prefix(family, tensors)
         _check_head(path, family, config, head, tensors, key)
         if head != "lm" and SCORE.name not in tensors.file_of:
             del shapes["score"]
@@ -151,7 +158,7 @@ def save_pretrained(
 
     Raises:
         ValueError: if `params` do not match the module, the configuration fits no
-            family, or `path` is a file.
+            family, `path` is a file, or a value is NaN or infinite. Nothing is saved.
     """
     config = module.config
     family = family_of(config)
@@ -202,17 +209,6 @@ def _checked_pieces(
         not_finite[piece.name] += count_not_finite(piece.values, source.dtype)
         yield piece
         tensors.release(piece.name)
-
-
-def _prefix(family: Family, tensors: TensorReader) -> str:
-    """The family's prefix, or "" if the file has a bare trunk."""
-    embedding = family.trunk[0].name
-    bare = embedding in tensors.file_of
-    return (
-        ""
-        if bare and family.prefix + embedding not in tensors.file_of
-        else family.prefix
-    )
 
 
 def _check_head(

@@ -1,16 +1,20 @@
 """Reads and writes PEFT's `adapter_config.json`, and rejects what is not supported."""
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.files.bounded_json import read_object
+from rlhf_jax.files.printable import shown
+from rlhf_jax.files.regular_file import model_file
+from rlhf_jax.files.typed_fields import flag, integer, number, section, text
+from rlhf_jax.models.hf.module_patterns import ModulePatterns
 from rlhf_jax.models.lora import LoraOptions
 
 CONFIG = "adapter_config.json"
+MOST_RANK = 2**16
+_MOST_CHARACTERS = 250  # no file system has longer names
 # These change the base model's matrices, so the adapter alone is not enough.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _UNSUPPORTED = (
@@ -39,7 +43,7 @@ class PeftConfig:
         is_classifier: whether the base is a sequence classifier.
         rank: default rank of modules.
         alpha: likewise.
-        alpha_pattern: regular expression for the end of a module's name → its alpha.
+        alpha_pattern: the alpha of modules that have their own.
         rslora: alpha is divided by the root of the rank.
         dropout: in training.
     """
@@ -48,18 +52,14 @@ class PeftConfig:
     is_classifier: bool
     rank: int
     alpha: float
-    alpha_pattern: dict[str, float]
+    alpha_pattern: ModulePatterns
     rslora: bool
     dropout: float
 
     def scale(self, module: str, rank: int) -> float:
         """The scale of B A for a module with this rank."""
-        found = [
-            alpha
-            for pattern, alpha in self.alpha_pattern.items()
-            if re.match(rf"(.*\.)?({pattern})$", module)
-        ]
-        alpha = found[0] if found else self.alpha
+        found = self.alpha_pattern.find(module)
+        alpha = self.alpha if found is None else found
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -71,7 +71,7 @@ def is_adapter(path: str | Path) -> bool:
     """
     path = Path(path)
     is_whole = any(path.glob("model*.safetensors"))
-    return (path / CONFIG).is_file() and not is_whole
+    return (path / CONFIG).exists() and not is_whole
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -81,33 +81,46 @@ def read_peft_config(path: Path) -> PeftConfig:
         ValueError: if there is no such file, or it is not plain LoRA.
     """
     file = path / CONFIG
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-        config = PeftConfig(
-            base=_joined(fields.get("base_model_name_or_path"), fields.get("revision")),
-            is_classifier=fields.get("task_type") == "SEQ_CLS",
-            rank=int(fields["r"]),
-            alpha=float(fields["lora_alpha"]),
-            alpha_pattern=dict(fields.get("alpha_pattern") or {}),
-            rslora=bool(fields.get("use_rslora")),
-            dropout=float(fields.get("lora_dropout") or 0.0),
-        )
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; give a PEFT adapter") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not a LoRA configuration: {error!r}") from None
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; give a PEFT adapter")
+    fields = read_object(model_file(path, CONFIG))
     try:
         _check_plain(fields)
-        _check_patterns(config.alpha_pattern)
+        ranks = section(fields, "rank_pattern")
+        for pattern in ranks:
+            integer(ranks, pattern, most=MOST_RANK)
+        alphas = section(fields, "alpha_pattern")
+        return PeftConfig(
+            base=_joined(
+                text(fields, "base_model_name_or_path", ""),
+                text(fields, "revision", ""),
+            ),
+            is_classifier=fields.get("task_type") == "SEQ_CLS",
+            rank=integer(fields, "r", most=MOST_RANK),
+            alpha=_alpha(fields, "lora_alpha"),
+            alpha_pattern=ModulePatterns(
+                "alpha_pattern", {name: _alpha(alphas, name) for name in alphas}
+            ),
+            rslora=flag(fields, "use_rslora", default=False),
+            dropout=number(fields, "lora_dropout", 0.0, least=0.0, most=0.999),
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return config
 
 
-def _joined(base: str | None, revision: str | None) -> str:
+def _alpha(fields: dict[str, Any], name: str) -> float:
+    return number(fields, name, least=1e-6, most=1e6)
+
+
+def _joined(base: str, revision: str) -> str:
     """Joins name and revision into `name@revision`."""
+    if max(len(base), len(revision)) > _MOST_CHARACTERS:
+        raise ValueError(
+            f"base_model_name_or_path is {shown(base)}, revision {shown(revision)}: "
+            f"give at most {_MOST_CHARACTERS} characters"
+        )
     is_name = base and revision and not Path(base).exists()
-    return f"{base}@{revision}" if is_name else base or ""
+    return f"{base}@{revision}" if is_name else base
 
 
 def _base_fields(base: str) -> dict[str, str | None]:
@@ -119,17 +132,6 @@ def _base_fields(base: str) -> dict[str, str | None]:
     return {"base_model_name_or_path": base, "revision": revision or None}
 
 
-def _check_patterns(patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"alpha_pattern has {pattern!r}, which is not a regular expression: "
-                f"{error}"
-            ) from None
-
-
 def _check_plain(fields: dict[str, Any]) -> None:
     """Raises ValueError naming the first field that is not plain LoRA."""
     for name, allowed in (
@@ -139,17 +141,21 @@ def _check_plain(fields: dict[str, Any]) -> None:
         ("init_lora_weights", _KEEPS_BASE),
     ):
         if fields.get(name) not in allowed:
-            known = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name}={fields.get(name)!r} is not supported: {known}")
+            known = ", ".join(map(shown, allowed))
+            raise ValueError(
+                f"{name}={shown(fields.get(name))} is not supported: {known}"
+            )
     for name in _UNSUPPORTED:
         if fields.get(name):
             raise ValueError(
-                f"{name}={fields[name]!r} is not supported: plain LoRA only"
+                f"{name}={shown(fields[name])} is not supported: plain LoRA only"
             )
-    saved = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}
-    if saved:
+    saved = fields.get("modules_to_save") or []
+    if not isinstance(saved, list) or any(
+        name not in ("score", "classifier") for name in saved
+    ):
         raise ValueError(
-            f"modules_to_save={sorted(saved)} is not supported: only score can be "
+            f"modules_to_save={shown(saved)} is not supported: only score can be "
             "fully trained"
         )
 

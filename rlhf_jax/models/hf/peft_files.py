@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.algo.types import Array, Params
+from rlhf_jax.files.printable import one_line, printable, shown
+from rlhf_jax.files.regular_file import model_file
 from rlhf_jax.models.families import SCORE, TensorRule, family_of
 from rlhf_jax.models.hf.leaf_placement import count_not_finite, to_host
 from rlhf_jax.models.hf.model_directory import replaced_directory
@@ -30,6 +32,11 @@ from rlhf_jax.models.hf.peft_config import (
     PeftConfig,
     peft_fields,
     read_peft_config,
+)
+from rlhf_jax.models.hf.safetensors_files import (
+    FLOATS,
+    check_finite_to_save,
+    read_header,
 )
 from rlhf_jax.models.hf.tensor_layout import (
     StoredTensor,
@@ -82,7 +89,8 @@ def write_adapter(
         tokenizer: saved with them.
 
     Raises:
-        ValueError: if the configuration fits no family, or `path` is a file.
+        ValueError: if the configuration fits no family, `path` is a file, or a value
+            is NaN or infinite.
     """
     tensors: dict[str, np.ndarray] = {}
     joined: dict[str, int] = {}
@@ -103,6 +111,8 @@ def write_adapter(
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
     if "score" in trained:
         tensors[_ROOT + SCORE.name] = to_host(trained["score"])[None]
+    for name, values in tensors.items():
+        check_finite_to_save(name, values)
     fields = peft_fields(
         options,
         base=base,
@@ -164,7 +174,7 @@ def read_adapter(
         trained["score"] = jnp.asarray(score[0], jnp.float32)
     if tensors:
         raise ValueError(
-            f"{path / TENSORS}: {min(tensors)} matches no linear layer of a "
+            f"{path / TENSORS}: {shown(min(tensors))} matches no linear layer of a "
             f"{module.config.family} model's blocks; other layers are not supported"
         )
     if not layers:
@@ -231,16 +241,27 @@ def _written(
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    file = path / TENSORS
+    file = model_file(path, TENSORS)
+    for stored, entry in read_header(file)[1].items():
+        name = printable(stored, limit=100)
+        is_score = stored.startswith(f"{_ROOT}score.")
+        if entry["dtype"] not in FLOATS or len(entry["shape"]) != 2:
+            raise ValueError(
+                f"{file}: tensor {name} has dtype {entry['dtype']} and shape "
+                f"{shown(entry['shape'])}; adapters are matrices of {', '.join(FLOATS)}"
+            )
+        if 0 in entry["shape"] and not is_score:
+            raise ValueError(f"{file}: tensor {name} is empty")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be loaded: {error}") from None
+        raise ValueError(f"{file} cannot be loaded: {one_line(error)}") from None
     for name, tensor in tensors.items():
         bad = count_not_finite(tensor, np.float32)
         if bad:
             raise ValueError(
-                f"{file}: tensor {name} has {bad} values that are NaN or infinite"
+                f"{file}: tensor {printable(name, limit=100)} has {bad} values "
+                "that are NaN or infinite"
             )
     return tensors
 

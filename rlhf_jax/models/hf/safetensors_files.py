@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.files.bounded_json import parse_json, read_object
+from rlhf_jax.files.printable import one_line, printable, shown
+from rlhf_jax.files.regular_file import MEBIBYTE, model_file, open_regular
+from rlhf_jax.files.typed_fields import integer, section, text
+from rlhf_jax.models.hf.leaf_placement import count_not_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +36,13 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 """Safetensors names of NumPy dtypes."""
+FLOATS = ("F32", "F16", "BF16")
+"""Those that parameters may have."""
+
+HEADER_BYTES = 32 * MEBIBYTE
+"""Largest header of a file, and largest index; 100,000 tensors have a third of it."""
+HEADER_VALUES = 4_000_000
+_LONGEST_NAME = 250
 
 
 class TensorReader:
@@ -47,8 +61,8 @@ class TensorReader:
             for name, entry in header.items():
                 if name in self.file_of:
                     raise ValueError(
-                        f"tensor {name} is stored twice, in {self.file_of[name]} and "
-                        f"{file}; keep one of the two"
+                        f"tensor {printable(name, limit=100)} is stored twice, in "
+                        f"{self.file_of[name]} and {file}; keep one of the two"
                     )
                 self.file_of[name] = file
                 place = begin + entry["data_offsets"][0]
@@ -94,39 +108,80 @@ def open_tensors(path: Path) -> Iterator[TensorReader]:
 
 
 def _map(file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
-    """A file's map, data offset, and header: name → dtype, shape, offsets.
+    """A file's map, data offset, and header: name → dtype, shape, offsets."""
+    begin, header = read_header(file)
+    with open_regular(file) as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), begin, header
 
-    The library checks the header: every tensor lies inside the file, none overlap.
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a file begin, and its header: name → dtype, shape, offsets.
+
+    The library checks that every tensor has the bytes of its shape and dtype, that it
+    lies inside the file, and that none overlap.
+
+    Raises:
+        ValueError: one line that names the file and, if known, the tensor.
     """
+    with open_regular(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{file} cannot be read: its header would have {length:,} of the "
+                f"file's {size:,} bytes; the file is cut off, or none of safetensors"
+            )
+        found = handle.read(length)
     try:
-        with safe_open(file, framework="np"), file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        text = found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error.reason}") from None
+    header = parse_json(text, f"{file}, header", most_values=HEADER_VALUES)
+    try:
+        fields = dict(header) if isinstance(header, dict) else {"the header": header}
+        fields.pop("__metadata__", None)
+        for name in fields:
+            _check_entry(section(fields, name))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: tensor {error}") from None
+    try:
+        with safe_open(file, framework="np"):
+            return 8 + length, fields
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    header.pop("__metadata__", None)
-    return mapped, 8 + length, header
+        raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    text(entry, "dtype")
+    for name in ("shape", "data_offsets"):
+        numbers = entry.get(name)
+        if not isinstance(numbers, list):
+            raise ValueError(f"{name} is {shown(numbers)}: give a list of integers")
+        for one in numbers:
+            integer({name: one}, name, least=0, most=2**48)
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    index = path / INDEX
-    if index.is_file():
+    if (path / SINGLE).exists():
+        return [model_file(path, SINGLE)]
+    if (path / INDEX).exists():
+        index = model_file(path, INDEX)
+        fields = read_object(index, most_bytes=HEADER_BYTES, most_values=HEADER_VALUES)
+        weight_map = fields.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map of tensors to files")
         try:
-            names = set(
-                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index} has no weight_map of tensors to files") from None
-        for name in sorted(map(str, names)):
-            if Path(name).name != name or Path(name).suffix != ".safetensors":
+            names = {text(weight_map, tensor) for tensor in weight_map}
+        except ValueError as error:
+            raise ValueError(f"{index}: tensor {error}") from None
+        for name in sorted(names):
+            is_plain = Path(name).name == name and len(name) <= _LONGEST_NAME
+            if not is_plain or Path(name).suffix != ".safetensors":
                 raise ValueError(
-                    f"{index} names the file {name!r}; only .safetensors files in the "
-                    "same directory are allowed"
+                    f"{index} names the file {shown(name)}; only .safetensors files in "
+                    "the same directory are allowed"
                 )
-        return [path / name for name in sorted(names)]
+        return [model_file(path, name) for name in sorted(names)]
     if any(path.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{path} has its weights as a pickle (pytorch_model*.bin), which can run "
@@ -186,11 +241,21 @@ def write_tensors(
             _write_file(path / file, tensors, names)
         else:
             for name in names:
-                tensors[name].compute()
+                check_finite_to_save(name, tensors[name].compute())
     if path is not None and len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def check_finite_to_save(name: str, values: np.ndarray) -> None:
+    """Raises ValueError if a tensor to save has values that are NaN or infinite."""
+    bad = count_not_finite(values, values.dtype)
+    if bad:
+        raise ValueError(
+            f"tensor {name} has {bad} of {values.size} values that are NaN or "
+            "infinite; nothing was saved"
+        )
 
 
 def _write_file(
@@ -218,6 +283,7 @@ def _write_file(
         handle.write(text)
         for name in names:
             array = np.ascontiguousarray(tensors[name].compute())
+            check_finite_to_save(name, array)
             want = (tensors[name].shape, np.dtype(tensors[name].dtype))
             assert (array.shape, array.dtype) == want, name
             handle.write(array.reshape(-1).view(np.uint8).data)

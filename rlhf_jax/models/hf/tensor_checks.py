@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.files.printable import printable
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import SCORE, Family
 from rlhf_jax.models.hf.leaf_placement import PIECE_BYTES
-from rlhf_jax.models.hf.safetensors_files import TensorReader
+from rlhf_jax.models.hf.safetensors_files import FLOATS, TensorReader, open_tensors
 from rlhf_jax.models.hf.tensor_layout import StoredTensor
-
-_SUPPORTED = ("F32", "F16", "BF16")
 
 
 def check_tensors(
@@ -38,7 +38,7 @@ def check_tensors(
                 f"{tensors.file_of[name]}: tensor {name} has shape "
                 f"{tensors.shape(name)}; config.json says {tensor.shape}"
             )
-        elif tensors.dtype(name) not in _SUPPORTED:
+        elif tensors.dtype(name) not in FLOATS:
             problems.append(
                 f"{tensors.file_of[name]}: tensor {name} is of dtype "
                 f"{tensors.dtype(name)}; supported: F32, F16 or BF16"
@@ -48,10 +48,52 @@ def check_tensors(
         is_known = name in stored or name in heads
         if not is_known and not family.buffers.fullmatch(name):
             problems.append(
-                f"{file}: tensor {name} of shape {tensors.shape(name)} does not belong "
-                f"to a {family.model_type} model with this config.json"
+                f"{file}: tensor {printable(name, limit=100)} of shape "
+                f"{tensors.shape(name)} does not belong to a "
+                f"{family.model_type} model with this config.json"
             )
     _raise_first(problems)
+
+
+def check_sizes(path: Path, family: Family, config: DecoderConfig) -> None:
+    """Checks layers and embedding of a configuration against the tensors in files.
+
+    So that no work is begun for a model that is not there. Reads headers only; nothing
+    is checked if there are no files.
+
+    Raises:
+        ValueError: naming the file and what it has.
+    """
+    if not any(path.glob("model*.safetensors")):
+        return
+    with open_tensors(path) as tensors:
+        first, *others = family.trunk
+        prefix = tensor_prefix(family, tensors)
+        embedding = prefix + first.name
+        want = (config.vocab_size, config.width)
+        if embedding in tensors.file_of and tensors.shape(embedding) != want:
+            raise ValueError(
+                f"{tensors.file_of[embedding]}: tensor {embedding} has shape "
+                f"{tensors.shape(embedding)}; config.json says {want}"
+            )
+        inner = next(rule.name for rule in others if "{layer}" in rule.name)
+        last = prefix + inner.format(layer=config.num_layers - 1)
+        if last not in tensors.file_of:
+            raise ValueError(
+                f"{path}: tensor {last} is missing; config.json says that the model "
+                f"has {config.num_layers} layers"
+            )
+
+
+def tensor_prefix(family: Family, tensors: TensorReader) -> str:
+    """The family's prefix of names, or "" if the file has a bare trunk."""
+    embedding = family.trunk[0].name
+    bare = embedding in tensors.file_of
+    return (
+        ""
+        if bare and family.prefix + embedding not in tensors.file_of
+        else family.prefix
+    )
 
 
 def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
@@ -70,7 +112,7 @@ def check_tie(family: Family, embedding: str, tensors: TensorReader) -> None:
         return
     is_same = (
         tensors.shape(output) == tensors.shape(embedding)
-        and tensors.dtype(output) in _SUPPORTED
+        and tensors.dtype(output) in FLOATS
     )
     rows, width = tensors.shape(embedding)
     step = max(1, PIECE_BYTES // (4 * width))
