@@ -269,6 +269,8 @@ def _live(arguments: list[str], kill: Kill | None, board: Board, log: Path) -> N
         code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+        if isinstance(ending.code, str):  # as Python does
+            print(ending.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

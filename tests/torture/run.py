@@ -31,6 +31,8 @@ import lives
 import outcomes
 import stages
 
+from rlhf_jax.run.interrupt import RESUMABLE
+
 STEPS = 100
 PARALLEL = 2
 SECONDS_PER_LIFE = 300
@@ -211,9 +213,7 @@ class Torture:
         self.lives += 1
         if code == -signal.SIGKILL:
             self.phases[phase] += 1
-        elif code not in (0, -signal.SIGTERM) and "stopped after step" not in _tail(
-            self.log
-        ):
+        elif code not in (0, -signal.SIGTERM, RESUMABLE):
             self.faults.append(
                 f"life {self.lives}: exit code {code}; {_tail(self.log)}"
             )
