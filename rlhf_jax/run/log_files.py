@@ -55,7 +55,8 @@ class _JsonLines:
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
+            with errors_name(self._path):  # writes again what could not be written
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self

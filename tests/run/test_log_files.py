@@ -214,3 +214,17 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
         with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
             writer.sync()
+
+
+def test_what_could_not_be_written_names_the_file_at_the_end_too(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with (
+            pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"),
+            MetricsWriter(tmp_path / "metrics.jsonl") as writer,
+        ):
+            writer.write(0, {"x": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

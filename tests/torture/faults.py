@@ -169,7 +169,8 @@ def _kilobytes(folder: Path) -> int:
 @row("disk full while a checkpoint is written")
 def full_at_checkpoint(bench: Bench) -> Row:
     run = bench.empty()
-    one = _kilobytes(bench.base / "checkpoints" / "2")
+    latest = max(outcomes.complete_checkpoints(bench.base))
+    one = _kilobytes(bench.base / "checkpoints" / str(latest))
     with mounted(run, *_tmpfs(int(2.5 * one))):
         line, code = bench.start(run)
         _enlarge(run)
