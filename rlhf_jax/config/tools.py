@@ -356,5 +356,6 @@ class ReplayConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field that cannot work."""
+        check_numbers(self)
         if self.step is not None:
             check_positive(step=self.step)

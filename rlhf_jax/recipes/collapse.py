@@ -12,7 +12,8 @@ LOW_ENTROPY = 1e-3
 """nats per token; a policy that solves a task with short answers may have 0.03"""
 SOLVED = 0.05
 """A policy whose mean score is this close to passing, as a share, is no collapse: its
-responses may rightly be certain, alike and equally good."""
+responses may rightly be certain, alike and equally good. Far above, the threshold is no
+limit of the reward, such as 1 for a count of words, and says nothing."""
 
 ADVICE = {
     "entropy": "the entropy is near zero, so the policy no longer explores: lower the "
@@ -58,22 +59,24 @@ class CollapseWatch:
         can_be_longer = self._config.max_new_tokens > 1
         # A rounding error of the mean is no spread.
         rounding = 1e-6 * abs(of("reward/score_mean", 0.0))
+        is_compared = self._config.batch_size > 1
         found = {
             "entropy": of("policy/entropy", 1.0) < LOW_ENTROPY,
-            "alike": of("response/distinct", 1.0) <= 1 / self._config.batch_size,
+            "alike": of("response/distinct", 1.0) <= 1 / self._config.batch_size
+            and is_compared,
             "endless": stops == 0 and can_be_longer,
             "empty": stops == 1
             and of("response/length_mean", 2.0) <= 1
             and can_be_longer,
             "spread": of("group/no_signal", 0.0) == 1
-            or of("reward/score_std", 1.0) <= rounding,
+            or (of("reward/score_std", 1.0) <= rounding and is_compared),
         }
         return {sign for sign, is_there in found.items() if is_there}
 
     def _is_solved(self, metrics: Mapping[str, float]) -> bool:
-        """Whether almost all responses pass, by the first reward function."""
+        """Whether the first reward function gives about what passes, on average."""
         config = self._config
         if not config.reward or config.eval_pass is None:
             return False
         score = metrics.get(f"reward/{function_name(config.reward[0])}", -float("inf"))
-        return score >= config.eval_pass - SOLVED * abs(config.eval_pass)
+        return abs(score - config.eval_pass) <= SOLVED * abs(config.eval_pass)

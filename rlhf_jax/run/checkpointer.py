@@ -210,6 +210,15 @@ class Checkpointer:
         """
         return self._meta(step)["data"]
 
+    def rate(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values that were found after `save`, if that checkpoint is complete.
+
+        They decide what this object keeps, and are not written.
+        """
+        if step in self.steps():
+            self._read_values()
+            self._values[step] |= values
+
     def values(self, name: str) -> list[float]:
         """The values of that name in all complete checkpoints."""
         self._read_values()

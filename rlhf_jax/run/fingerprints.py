@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from rlhf_jax.config.run import RunConfig
+from rlhf_jax.models.hf.checkpoint import open_checkpoint
 from rlhf_jax.models.hf.hub import local_directory
 
 _BLOCK_BYTES = 4096
@@ -25,7 +26,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",  # the other stop tokens
 )
+_CONFIG_FILES = ("config.json", "adapter_config.json")
 
 _NAMED_ONLY = ("code", "reward")
 """Changed to mend a run, so they do not have to be accepted."""
@@ -40,13 +43,14 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     }
     tokenizer = config.tokenizer_source()
     if tokenizer is not None:
-        directory = local_directory(tokenizer, weights=False)
-        found["tokenizer"] = _files_digest(directory, _TOKENIZER_FILES)
-    found |= {
-        f"weights of {option}": weights_digest(local_directory(path))
-        for option, path in config.unsaved_models().items()
-        if path is not None
-    }
+        checkpoint = open_checkpoint(tokenizer, weights=False)
+        directories = (checkpoint.directory, checkpoint.tokenizer_directory)
+        digests = [_files_digest(path, _TOKENIZER_FILES) for path in directories]
+        found["tokenizer"] = "-".join(dict.fromkeys(digests))
+    for option, path in config.unsaved_models().items():
+        if path is not None:
+            digests = [weights_digest(path) for path in _directories(option, path)]
+            found[f"weights of {option}"] = "-".join(digests)
     for spec in config.reward_files():
         found[f"reward {spec}"] = data_digest(Path(spec.rpartition(":")[0]))
     return found | {"code": code_digest()}
@@ -88,13 +92,22 @@ def check_unchanged(
     return changed
 
 
+def _directories(option: str, path: str) -> list[Path]:
+    """The directories of a model's weights: its own and, of an adapter, its base's."""
+    if option == "lora.adapter":  # its base is the run's model
+        return [local_directory(path)]
+    checkpoint = open_checkpoint(path)
+    return list(dict.fromkeys([checkpoint.own_directory, checkpoint.directory]))
+
+
 def weights_digest(directory: Path) -> str:
-    """A digest of the safetensors files of a directory; empty if there are none.
+    """A digest of the safetensors files of a directory and of what is computed with
+    them; empty if there are none.
 
     Hashes the name and size of each file and evenly spaced blocks of it, which any
     training step changes. It is fast for models of any size.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_files_digest(directory, _CONFIG_FILES).encode())
     files = sorted(directory.glob("*.safetensors"))
     for path in files:
         _add_blocks(digest, path, path.name, _WEIGHT_BLOCKS)

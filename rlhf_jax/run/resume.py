@@ -1,6 +1,6 @@
 """Where a resumed run continues, and whether everything it needs is unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -34,6 +34,8 @@ def check_resume(config: RunConfig, run: RunDirectory) -> None:
         if step > 0:
             check_fingerprints(config, run, checkpointer, step)
             check_history(config, run, saved, step)
+            rows = read_metrics(run.metrics) if run.metrics.exists() else []
+            check_best_metrics(config, [name for row in rows for name in row])
 
 
 def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
@@ -111,6 +113,27 @@ def check_history(
         f"cannot resume --run-dir {run.path}: metrics.jsonl lacks {count} up to "
         f"checkpoint {step}, from step {missing[0]}; restore it, {back}or {accept}"
     )
+
+
+def check_best_metrics(config: RunConfig, metrics: Iterable[str]) -> None:
+    """Raises ValueError if the best checkpoints are to be kept by an unknown metric.
+
+    Args:
+        config: configuration of the run.
+        metrics: names of logged metrics; without held-out ones nothing is checked.
+    """
+    measured = list(dict.fromkeys(x for x in metrics if x.startswith("eval/")))
+    names = {
+        "checkpoint-keep-highest": config.checkpoint_keep_highest,
+        "checkpoint-keep-lowest": config.checkpoint_keep_lowest,
+    }
+    for option, name in names.items():
+        check(
+            name is None or not measured or name in measured,
+            option,
+            name,
+            f"must be a held-out metric of this run: {', '.join(measured)}",
+        )
 
 
 def _latest_readable(checkpointer: Checkpointer) -> int:

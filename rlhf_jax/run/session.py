@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-from rlhf_jax.algo.options import check
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files.atomic import remove_temporary
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
@@ -20,6 +19,7 @@ from rlhf_jax.run.nonfinite import FiniteCheck
 from rlhf_jax.run.progress import progress, warn
 from rlhf_jax.run.report import write_report
 from rlhf_jax.run.resume import (
+    check_best_metrics,
     check_fingerprints,
     check_history,
     check_resume,
@@ -149,6 +149,10 @@ class Session(contextlib.ExitStack):
         self.counters |= data.get("counters", {})
         self._clear_after(self.start_step)
         self._open_logs()
+        # Checkpoints lack the values of metrics that were not asked for then, and of
+        # evaluations after them.
+        for row in read_metrics(self.run.metrics):
+            self._rate(int(row["step"]), row)
         return state
 
     def _clear_after(self, step: int) -> None:
@@ -215,7 +219,8 @@ class Session(contextlib.ExitStack):
         if self.config.on_nonfinite == "skip":
             metrics = {**metrics, "optim/skipped": self.check_finite.skipped}
         self._metrics.write(step, metrics)
-        self._rate(metrics)
+        check_best_metrics(self.config, metrics)
+        self._rate(step, metrics)
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._overflowed:
                 self._overflowed.add(name)
@@ -228,27 +233,18 @@ class Session(contextlib.ExitStack):
             step, {label: metrics[name] for label, name in found.items()}
         )
 
-    def _rate(self, metrics: Mapping[str, float]) -> None:
-        """Remembers the values by which the best checkpoints are kept.
-
-        Raises:
-            ValueError: if the run has no such metric.
-        """
+    def _rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Remembers the values by which the best checkpoints are kept."""
         config = self.config
-        self._values = {}
         best = {"highest": (config.checkpoint_keep_highest, 1.0)}
         best["lowest"] = (config.checkpoint_keep_lowest, -1.0)
-        measured = [name for name in metrics if name.startswith("eval/")]
-        for kind, (name, sign) in best.items():
-            if name is not None and measured:
-                check(
-                    name in measured,
-                    f"checkpoint-keep-{kind}",
-                    name,
-                    f"must be a held-out metric of this run: {', '.join(measured)}",
-                )
-                if math.isfinite(metrics[name]):
-                    self._values[f"{kind} {name}"] = sign * float(metrics[name])
+        self._values = {
+            f"{kind} {name}": sign * float(metrics[name])
+            for kind, (name, sign) in best.items()
+            if name and name in metrics and math.isfinite(metrics[name])
+        }
+        if self._values:
+            self._checkpointer.rate(step, self._values)
 
     def _is_best(self) -> bool:
         """Whether the step that was logged last is the best so far in a metric."""

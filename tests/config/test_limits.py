@@ -28,6 +28,7 @@ REQUIRED = {
     "quickstart": {},
     "arithmetic": {},
     "overoptimization": {},
+    "replay": {"run_dir": "r"},
 }
 WITHOUT_NUMBERS = {"annotate read", "merge", "presets"}
 

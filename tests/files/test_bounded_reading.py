@@ -110,9 +110,9 @@ def test_a_compressed_file_that_expands_as_data_do(tmp_path):
     path = tmp_path / "a.txt.gz"
     words = "".join(f"{i * 7919 % 10007} words\n" for i in range(500_000))
     path.write_bytes(gzip.compress(words.encode(), 1))
-    begin = time.monotonic()
+    begin = time.process_time()
     assert sum(1 for _ in read_lines(path)) == 500_000  # 6 MB, beyond what is free
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_fields_of_their_type_and_range():

@@ -32,10 +32,10 @@ BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 
 def refused(call):
     """The message, which must be one short printable line, soon."""
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(ValueError) as caught:
         call()
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
     message = str(caught.value)
     controls = [x for x in message if unicodedata.category(x) in ("Cc", "Cs", "Zl")]
     assert message and not controls and not set(message) & set(BIDIRECTIONAL)

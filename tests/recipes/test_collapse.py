@@ -80,6 +80,15 @@ def test_a_solved_task_is_no_collapse():
     failed = HEALTHY | certain | {"reward/exact": 0.0}
     assert len(said(GRPO, [failed] * 40)) == 2
     assert len(said(dataclasses.replace(GRPO, eval_pass=None), [solved] * 40)) == 2
+    # A reward that counts something goes beyond 1, the default of eval-pass.
+    counted = HEALTHY | certain | {"reward/exact": 12.0}
+    assert len(said(GRPO, [counted] * 40)) == 2
+
+
+def test_one_response_is_not_compared():
+    single = dataclasses.replace(PPO, batch_size=1)
+    row = HEALTHY | {"response/distinct": 1.0, "reward/score_std": 0.0}
+    assert said(single, [row] * 40) == []
 
 
 def test_what_is_not_measured_is_no_sign():

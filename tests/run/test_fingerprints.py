@@ -1,12 +1,20 @@
 """`fingerprints.py`: what tells one file from another, and what a change means."""
 
+import dataclasses
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rlhf_jax.run.fingerprints import check_unchanged, data_digest, weights_digest
+from rlhf_jax.run.fingerprints import (
+    check_unchanged,
+    data_digest,
+    fingerprints,
+    weights_digest,
+)
 
 
 @pytest.fixture
@@ -27,6 +35,42 @@ def test_copies_have_one_and_others_another(weights):
     assert weights_digest(weights("a", 1.0)) != weights_digest(weights("b", 1.5))
     other_name = weights("c", 1.0, file="model-00001-of-00001.safetensors")
     assert weights_digest(weights("a", 1.0)) != weights_digest(other_name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_the_same_weights_in_another_computation_have_another(weights, name):
+    plain, scaled = weights("a", 1.0), weights("b", 1.0)
+    (plain / name).write_text('{"lora_alpha": 8}')
+    (scaled / name).write_text('{"lora_alpha": 8}')
+    assert weights_digest(plain) == weights_digest(scaled)
+    (scaled / name).write_text('{"lora_alpha": 9}')
+    assert weights_digest(plain) != weights_digest(scaled)
+
+
+def test_other_stop_tokens_are_a_change(stages, tmp_path):
+    policy = shutil.copytree(stages.ppo.policy, tmp_path / "policy")
+    config = dataclasses.replace(stages.ppo, policy=str(policy))
+    before = fingerprints(config)
+    (policy / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    now = fingerprints(config)
+    assert [name for name in now if now[name] != before[name]] == ["tokenizer"]
+
+
+def test_the_base_of_an_adapter_is_part_of_it(stages, tmp_path):
+    base = shutil.copytree(stages.ppo.policy, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    about["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    save_file({"x": np.zeros(3)}, adapter / "adapter_model.safetensors")
+    config = dataclasses.replace(stages.ppo, policy=str(adapter))
+    before = fingerprints(config)
+    save_file({"x": np.ones(3)}, base / "model.safetensors")
+    (base / "tokenizer.json").write_text("{}")
+    now = fingerprints(config)
+    changed = [name for name in now if now[name] != before[name]]
+    assert changed == ["tokenizer", "weights of policy"]
 
 
 def test_directories_without_weights_have_none(tmp_path):

@@ -174,6 +174,40 @@ def test_changed_data_is_refused_or_accepted_once(tmp_path, config, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_evaluation_after_its_checkpoint_decides_what_is_kept(tmp_path, config):
+    options = {"checkpoint_keep": 1, "checkpoint_keep_lowest": "eval/loss"}
+    with Session(config(**options)) as session:  # its evaluation after step 2 fails
+        state = session.restore({"x": jnp.float32(0)})
+        session.log(0, {}, shown={})
+        session.log(1, {"eval/loss": 5.0}, shown={})
+        session.checkpoint(1, state)
+        session.log(2, {}, shown={})
+        with pytest.raises(ValueError, match="saved after step 2"):
+            session.save_and_raise(2, state, ValueError("no reward"))
+    with Session(config(resume=True, **options)) as session:
+        state = session.restore({"x": jnp.float32(0)})
+        assert session.start_step == 2
+        session.log(2, {"eval/loss": 3.0}, shown={})
+        for step, loss in ((3, 4.0), (10, 6.0), (20, 7.0)):
+            session.log(step, {"eval/loss": loss}, shown={})
+            session.checkpoint(step, state)
+    assert checkpoints(tmp_path) == ["2", "20"]
+
+
+def test_a_metric_that_is_named_on_resume_rates_earlier_checkpoints(tmp_path, config):
+    run_to(config(), 41)  # 30 and 40 both have the lowest loss that is saved, 5
+    run_to(config(resume=True, checkpoint_keep_lowest="eval/loss"), 70)
+    assert checkpoints(tmp_path) == ["30", "60", "70"]
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_before_a_resume(config):
+    run_to(config(), 12)
+    with pytest.raises(
+        ValueError, match=r"keep-highest='eval/los': must be.*eval/loss"
+    ):
+        check_start(config(resume=True, checkpoint_keep_highest="eval/los"))
+
+
 HOLD = """
 import sys
 from pathlib import Path
