@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 FAST := $(addprefix tests/,algo rollout learner config test_imports.py)
 
-.PHONY: help quickstart test test-all test-fast check fuzz benchmark clean
+.PHONY: help quickstart test test-all test-fast check torture fuzz benchmark clean
 
 help:
 	@echo "make quickstart  install, then train SFT, reward model and PPO on short reviews"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all    the same with every test, as before a release"
 	@echo "make test-fast   install, then the tests of the formulas, in two minutes"
 	@echo "make check       lint and types only"
+	@echo "make torture     install, then kill runs of every stage, and break them, for an hour"
 	@echo "make fuzz        install, then random inputs for every reader of files; ARGS=--help"
 	@echo "make benchmark   install, then the GAE and whole-update benchmarks"
 	@echo "make clean       remove environments and caches"
@@ -37,6 +38,11 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+torture: $(VENV)/installed-test
+	$(BIN)/python tests/torture/run.py $(ARGS)
+	$(BIN)/python tests/torture/faults.py
+	$(BIN)/python tests/torture/endurance.py
 
 fuzz: $(VENV)/installed-fuzz
 	$(BIN)/python tests/fuzz/run_fuzz.py $(ARGS)

@@ -214,3 +214,15 @@ def test_planned_memory_is_what_is_taken():
         assert 0 < row["planned_always_bytes"] < row["planned_peak_bytes"]
         # So small that pages and threads count: a factor, not per cent.
         assert 0.5 < row["measured_over_planned"] < 2
+
+
+@pytest.mark.slow
+def test_checkpoint_cost_has_a_row_for_each_way():
+    lines, result = run_smoke("checkpoint_cost.py")
+    assert set(result["fastest"]) == {
+        "no saving",
+        "saving",
+        "saving without checksums",
+    }
+    assert all(x > 0 for row in result["fastest"].values() for x in row.values())
+    assert lines[0].startswith("state of 0.01 GB")

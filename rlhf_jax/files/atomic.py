@@ -1,6 +1,8 @@
 """Files that a crash or a power cut leaves whole."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_jax.files.printable import printable
@@ -18,19 +20,28 @@ def write_atomic(path: Path, text: str) -> None:
         raise ValueError(f"{printable(str(path))}: is not a file; give another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with (
+            errors_name(path),
+            open(temporary, "w", encoding="utf-8", newline="\n") as file,
+        ):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name empty
         os.replace(temporary, path)
         sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Adds the path to errors without one, such as that of a full disk."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        # A full disk names no file.
         raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_temporary(directory: Path) -> None:

@@ -51,6 +51,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             "set eos_token in its tokenizer_config.json"
         )
     tokenizer.split_special_tokens = False
+    for name in ("is_local", "local_files_only"):  # of this load; would be saved
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -16,6 +16,7 @@ from rlhf_jax.algo.types import Array, Params
 from rlhf_jax.config.adapters import LoraConfig
 from rlhf_jax.config.run import Dtype, FreshModelConfig, RunConfig
 from rlhf_jax.data.tokenization import Tokenization
+from rlhf_jax.files.atomic import errors_name
 from rlhf_jax.learner.gradients import Assemble
 from rlhf_jax.learner.train_state import ActorCritic
 from rlhf_jax.models.config import DecoderConfig, Head, gpt2_config, llama_config
@@ -320,7 +321,7 @@ def save_trained(
     layer by layer during writing.
     """
     save = partial(
-        save_pretrained,
+        errors_name(run.model)(save_pretrained),
         run.model,
         network.module,
         tokenizer=tokenization.tokenizer,

@@ -1,11 +1,12 @@
 """Checkpoints of a training state: atomic, checked, restorable on another mesh."""
 
+import contextlib
 import copy
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from rlhf_jax.run.checkpoint_leaves import (
     target,
 )
 from rlhf_jax.run.checkpoint_meta import FORMAT, read_meta
+from rlhf_jax.run.write_failures import quieten_writer, reason
 
 if TYPE_CHECKING:  # slow to import, and most commands do not need it
     import orbax.checkpoint as ocp
@@ -143,13 +145,14 @@ class Checkpointer:
             self._writer = self._open_writer()
         self._prune()
         self._saving = step
-        self._writer.save(
-            self._folder(step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(storable(leaves)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        with self._failing(step):
+            self._writer.save(
+                self._folder(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(storable(leaves)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
         self._values[step] = meta["values"]
         self._rotates = not rescue
 
@@ -268,16 +271,9 @@ class Checkpointer:
         """
         if self._writer is None or self._saving is None:
             return
-        step = self._saving
-        try:
+        with self._failing(self._saving):
             self._writer.wait_until_finished()
-        except (OSError, ValueError) as error:  # ValueError: of TensorStore
-            self._remove_unfinished(f"{step}{_UNFINISHED}*")
-            raise OSError(
-                f"checkpoint {step} cannot be written to {self._directory}: "
-                f"{_reason(error)}"
-            ) from None
-        finally:
+            self._saving = None
             self._saving = None
         if jax.process_index() == 0:
             sync_directory(self._directory)
@@ -317,20 +313,33 @@ class Checkpointer:
             # running process is writing.
             self._remove_unfinished(f"*{_UNFINISHED}*")
         self._read_values()
+        quieten_writer()
 
         def finish() -> None:  # in the writing thread, before the rename
             for folder in self._directory.glob(f"{self._saving}{_UNFINISHED}*"):
                 checksums.write_checksums(folder)
 
-        return ocp.AsyncCheckpointer(
-            _handler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=finish),
-        )
+        options = ocp.options.AsyncOptions(post_finalization_callback=finish)
+        return ocp.AsyncCheckpointer(_handler(), async_options=options)
 
     def _remove_unfinished(self, pattern: str) -> None:
         if jax.process_index() == 0:
             for unfinished in self._directory.glob(pattern):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """Says in one line which checkpoint could not be written, and why."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # of TensorStore too
+            self._saving = None  # raised once
+            self._remove_unfinished(f"{step}{_UNFINISHED}*")
+            raise OSError(
+                f"checkpoint {step} cannot be written to {self._directory}: "
+                f"{reason(error)}; earlier ones are whole. Make room, or mend what is "
+                "wrong, then continue with --resume"
+            ) from None
 
     def _read_values(self) -> None:
         for step in self.steps():
@@ -381,16 +390,6 @@ class Checkpointer:
             "remove that directory, and resume from another with --resume-step: "
             f"{others or 'there is none'}"
         )
-
-
-def _reason(error: Exception) -> str:
-    """The system's reason, such as a full disk, which TensorStore puts last."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code is not None:
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error)
 
 
 def _handler() -> Any:

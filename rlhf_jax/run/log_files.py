@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.files.atomic import errors_name
 from rlhf_jax.files.bounded_json import parse_json
 from rlhf_jax.files.bounded_lines import MOST_CHARACTERS
 from rlhf_jax.files.printable import shown
@@ -45,21 +46,21 @@ class _JsonLines:
         lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
         # A lone surrogate has no UTF-8 form; "\\ud800" is what JSON writes for it.
         text = "".join(line + "\n" for line in lines)
-        try:
+        with errors_name(self._path):
             self._file.write(text.encode("utf-8", "backslashreplace"))
             self._file.flush()
-        except OSError as error:  # as on a full disk
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def sync(self) -> None:
         """Writes what the system has buffered to disk, in case of a power cut."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with errors_name(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
+            with errors_name(self._path):  # writes again what could not be written
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -59,7 +59,8 @@ def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
                 chosen = step
                 break
             reasons.append(f"checkpoint {step} is damaged ({reason})")
-            warn(f"{reasons[-1]}; using the one before")
+            if step != saved[0]:
+                warn(f"{reasons[-1]}; using the one before")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -47,6 +47,9 @@ def test_merges_are_learned_and_deterministic(tokenizer):
 def test_saved_and_read_by_auto_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    for path in tmp_path.glob("*.json"):  # a load leaves no trace
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again.encode(" the, Bäume") == tokenizer.encode(" the, Bäume")
     ids = ("eos_token_id", "pad_token_id", "bos_token_id", "padding_side")

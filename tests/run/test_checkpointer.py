@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rlhf_jax.run import checksums
 from rlhf_jax.run.checkpointer import Checkpointer, Keep
+from rlhf_jax.run.write_failures import reason
 
 
 class Moments(NamedTuple):
@@ -333,3 +336,24 @@ def test_a_full_disk_is_named_and_what_was_written_is_removed(tmp_path, monkeypa
         with pytest.raises(OSError, match=r"checkpoint 2 cannot.*: No space left on"):
             checkpointer.wait()
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_failed_write_is_one_line_and_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    full = OSError(28, "No space left on device")
+    with Checkpointer(tmp_path, keep=Keep(latest=1)) as checkpointer:
+        checkpointer.save(1, {"x": jnp.zeros(3)}, {})
+        checkpointer.wait()
+        monkeypatch.setattr(checksums, "write_checksums", Mock(side_effect=full))
+        checkpointer.save(2, {"x": jnp.zeros(3)}, {})
+        with pytest.raises(
+            OSError, match=r"^checkpoint 2 cannot .*space left .*whole"
+        ) as told:
+            checkpointer.wait()
+        assert "\n" not in str(told.value)
+        assert checkpointer.steps() == [1]
+
+
+def test_the_reason_of_a_failed_write_without_the_array_around_it():
+    text = 'Error writing "a/b" in database: Failed to write 9 bytes to file 17: No '
+    text += "space left on device [os_error_code='28'] [tensorstore_spec='{...}']"
+    assert reason(ValueError(text)) == "No space left on device"

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import sys
 import types
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +245,26 @@ def test_a_line_of_samples_that_is_wrong_is_named(tmp_path, fields, problem):
     with pytest.raises(ValueError) as caught:
         read_samples(path)
     assert str(caught.value).startswith(f"{path}, line 1: {problem}")
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    full = OSError(28, "No space left on device")
+    with MetricsWriter(path) as writer:
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            writer.sync()
+
+
+def test_what_could_not_be_written_names_the_file_at_the_end_too(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with (
+            pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"),
+            MetricsWriter(tmp_path / "metrics.jsonl") as writer,
+        ):
+            writer.write(0, {"x": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -97,6 +97,7 @@ def test_a_run_without_a_good_checkpoint_is_refused(tmp_path, config, capsys):
     damage(tmp_path, 20, "shard")
     with pytest.raises(ValueError, match=r"20 is damaged .*; checkpoint 10 .*start a"):
         run_to(config(resume=True), 30)
+    assert "checkpoint 10" not in capsys.readouterr().err  # no one before it
     assert checkpoints(tmp_path) == ["10", "20"]
     with pytest.raises(ValueError, match=r"resume-step=20.* is damaged .*others: 10"):
         check_start(config(resume=True, resume_step=20))
