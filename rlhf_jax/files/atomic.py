@@ -8,8 +8,8 @@ from pathlib import Path
 from rlhf_jax.files.printable import printable
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: after a crash it has the old text or the new one.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: after a crash it has the old content or the new one.
 
     Raises:
         ValueError: if the path is a device, a pipe or a folder: renaming would replace
@@ -18,13 +18,12 @@ def write_atomic(path: Path, text: str) -> None:
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{printable(str(path))}: is not a file; give another name")
+    if isinstance(content, str):
+        content = content.encode("utf-8")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with (
-            errors_name(path),
-            open(temporary, "w", encoding="utf-8", newline="\n") as file,
-        ):
-            file.write(text)
+        with errors_name(path), open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name empty
         os.replace(temporary, path)

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 import shlex
 import zipfile
@@ -24,6 +23,7 @@ from rlhf_jax.algo.types import (
 )
 from rlhf_jax.config.run import RunConfig, to_dict
 from rlhf_jax.files import typed_fields
+from rlhf_jax.files.atomic import remove_temporary, write_atomic
 from rlhf_jax.files.bounded_json import parse_json
 from rlhf_jax.files.foreign_errors import one_line_errors
 from rlhf_jax.files.printable import one_line, shown
@@ -230,12 +230,8 @@ def write_dump(run: RunDirectory, dump: Dump) -> Path:
     )
     path = dump_path(run, dump.step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    remove_temporary(path.parent)  # of a process that was killed
+    write_atomic(path, buffer.getvalue())
     return path
 
 

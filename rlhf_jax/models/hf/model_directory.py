@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_jax.files.atomic import sync_directory
+
 # Files of an older model that must not mix with the new one.
 _MODEL_FILES = (
     "config.json",
@@ -60,12 +62,14 @@ def replaced_directory(path: Path, *, with_tokenizer: bool) -> Iterator[Path]:
         for entry in staging.rglob("*"):
             if entry.is_file():
                 _flush(entry)
+        sync_directory(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     if path.exists():
         path.rename(replaced)
     staging.rename(path)
+    sync_directory(path.parent)
     if replaced.exists():
         dropped = _MODEL_FILES + (_TOKENIZER_FILES if with_tokenizer else ())
         _keep_other_files(replaced, path, dropped)
