@@ -143,9 +143,12 @@ def test_pieces_follow_the_file(fused):
 
 def test_nothing_is_written_while_arrays_are_gathered(tmp_path):
     computed = []
-    tensor = TensorToWrite(
-        shape=(2,), dtype=np.float32, compute=lambda: computed.append(1)
-    )
+
+    def compute():
+        computed.append(1)
+        return np.zeros(2, np.float32)
+
+    tensor = TensorToWrite(shape=(2,), dtype=np.float32, compute=compute)
     write_tensors(None, {"a": tensor, "b": tensor}, max_shard_bytes=8)
     assert computed == [1, 1]
 

@@ -387,7 +387,7 @@ BAD = {
         ["--lora.rank", 8, "--lora.targets", "query", "gate"],
         "lora.targets='gate' matches no linear layer of this model; it has",
     ),
-    "no adapter": (["--lora.adapter", "no-directory"], "adapter_config.json: No such"),
+    "no adapter": (["--lora.adapter", "no-directory"], "adapter_config.json: no such"),
 }
 
 
