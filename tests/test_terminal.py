@@ -193,6 +193,9 @@ PRINTING = {
     "run/terminal.py",
     "tools/show_data.py",
     "demos/showcase.py",
+    # Pipes to the run, not the terminal.
+    "models/chat_worker.py",
+    "rewards/worker.py",
 }
 
 

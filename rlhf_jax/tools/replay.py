@@ -27,7 +27,7 @@ from rlhf_jax.recipes.supervised_run import SupervisedSetup
 from rlhf_jax.run.checkpointer import Checkpointer
 from rlhf_jax.run.devices import make_mesh, put_batch
 from rlhf_jax.run.nonfinite import Dump, dump_path, dumped_steps, read_dump
-from rlhf_jax.run.progress import heading
+from rlhf_jax.run.progress import heading, say
 from rlhf_jax.run.run_directory import RunDirectory
 
 Rows = dict[str, np.ndarray]
@@ -70,7 +70,7 @@ def run(config: ReplayConfig) -> None:
     dump = read_dump(directory, steps[-1] if config.step is None else config.step)
     heading(f"{dump_path(directory, dump.step)}: {dump.error}")
     for line in describe(replay(directory, dump), dump):
-        print(line)
+        say(line)
 
 
 def replay(directory: RunDirectory, dump: Dump) -> Replay:

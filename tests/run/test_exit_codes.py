@@ -27,6 +27,14 @@ cli.main(["presets"])
 """
 
 
+@pytest.fixture(autouse=True)
+def hangups_arrive():
+    """Also where the tests themselves run under nohup, which children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def python(code, *arguments):
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True

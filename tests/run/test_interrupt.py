@@ -13,6 +13,14 @@ from rlhf_jax.run.interrupt import Interruptible
 ASKING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def hangups_arrive():
+    """Also where the tests themselves run under nohup, which children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", ASKING)
 def test_the_first_signal_asks(capfd, number):
     before = [signal.getsignal(n) for n in ASKING]
