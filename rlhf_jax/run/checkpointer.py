@@ -264,23 +264,17 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(like), restored), meta["data"]
 
     def wait(self) -> None:
-        """Waits until pending writes are committed.
-
-        Raises:
-            OSError: if they failed; what they wrote is removed.
-        """
+        """Waits until pending writes are committed; raises OSError if they failed."""
         if self._writer is None or self._saving is None:
             return
         with self._failing(self._saving):
             self._writer.wait_until_finished()
             self._saving = None
-            self._saving = None
         if jax.process_index() == 0:
             sync_directory(self._directory)
 
     def close(self) -> None:
-        """Waits for pending writes, removes superseded checkpoints, and releases all
-        resources."""
+        """Waits for pending writes and removes superseded checkpoints."""
         if self._writer is None:
             return
         try:
@@ -349,11 +343,17 @@ class Checkpointer:
                 except ValueError:  # damaged
                     self._values[step] = {}
 
+    def prune(self) -> None:
+        """Removes what a killed process left; `save` and `close` do so too."""
+        self._remove_unfinished(f"*{_UNFINISHED}*")
+        self._read_values()
+        self._rotates = True
+        self._prune()
+
     def _prune(self) -> None:
         """Removes superseded checkpoints; the latest one is complete."""
-        steps = self.steps()
         if self._rotates and jax.process_index() == 0:
-            for step in self._keep.superseded(steps, self._values):
+            for step in self._keep.superseded(self.steps(), self._values):
                 self._remove(step)
         self._values = {step: self._values.get(step, {}) for step in self.steps()}
 

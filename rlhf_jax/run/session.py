@@ -324,7 +324,8 @@ class Session(contextlib.ExitStack):
             )
 
     def report(self, **options: Any) -> None:
-        """Writes the report of the run."""
+        """Writes the report of the run, which has ended."""
         if jax.process_index() == 0:
             with run_lock(self.run):
+                self._checkpointer.prune()  # a kill may have come just before
                 write_report(self.run.path, **options)

@@ -291,6 +291,18 @@ def test_kill_at_any_moment_leaves_a_complete_latest_checkpoint(tmp_path):
         latest = step
 
 
+def test_what_a_kill_after_the_last_save_left_can_be_removed(tmp_path):
+    with Checkpointer(tmp_path, keep=Keep(latest=5)) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": jnp.zeros(2)}, {}, values={"a": -step})
+    (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
+    with Checkpointer(tmp_path, keep=Keep(latest=1)) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3]
+    with Checkpointer(tmp_path, keep=Keep(latest=1)) as checkpointer:
+        checkpointer.prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_half_written_checkpoints_are_not_listed_and_the_next_save_removes_them(
     tmp_path,
 ):
