@@ -14,10 +14,12 @@ from rlhf_jax.files.printable import one_line
 def quieten_writer() -> None:
     """Leaves the one error that `Checkpointer.wait` raises.
 
-    Orbax logs a traceback for each of its threads as well. TensorStore reports, for
-    each array whose write ends after the first failure, that nobody waits for it.
+    Orbax logs a traceback for each of its threads as well. TensorStore and asyncio
+    report, for each array whose write ends after the first failure, that nobody waits
+    for it.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     report = sys.unraisablehook
 
     def report_others(found: Any) -> None:
