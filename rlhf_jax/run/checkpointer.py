@@ -303,9 +303,9 @@ class Checkpointer:
 
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Only a writer may clean up: a reader could remove the checkpoint that a
-            # running process is writing.
-            self._remove_unfinished(f"*{_UNFINISHED}*")
+        # Only a writer may clean up: a reader could remove the checkpoint that a
+        # running process is writing.
+        self._remove_unfinished(f"*{_UNFINISHED}*")
         self._read_values()
         quieten_writer()
 

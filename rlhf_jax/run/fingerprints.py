@@ -9,25 +9,14 @@ import jax
 
 from rlhf_jax.config.run import RunConfig
 from rlhf_jax.models.hf.checkpoint import open_checkpoint
-from rlhf_jax.models.hf.hub import local_directory
+from rlhf_jax.models.hf.hub import TOKENIZER_FILES, local_directory
 
 _BLOCK_BYTES = 4096
 _WEIGHT_BLOCKS = 64
 _WHOLE = 2**30  # bytes; larger data files are sampled
 _DATA_BLOCKS = 2**16
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",  # the other stop tokens
-)
+# generation_config.json has the other stop tokens.
+_TOKENIZATION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 
 _NAMED_ONLY = ("code", "reward")
@@ -45,7 +34,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     if tokenizer is not None:
         checkpoint = open_checkpoint(tokenizer, weights=False)
         directories = (checkpoint.directory, checkpoint.tokenizer_directory)
-        digests = [_files_digest(path, _TOKENIZER_FILES) for path in directories]
+        digests = [_files_digest(path, _TOKENIZATION_FILES) for path in directories]
         found["tokenizer"] = "-".join(dict.fromkeys(digests))
     for option, path in config.unsaved_models().items():
         if path is not None:

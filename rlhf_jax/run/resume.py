@@ -1,6 +1,6 @@
 """Where a resumed run continues, and whether everything it needs is unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +33,8 @@ def check_resume(config: RunConfig, run: RunDirectory) -> None:
             _check_whole(checkpointer, wanted, run.checkpoints)
         step = wanted if wanted is not None else _latest_readable(checkpointer)
         if step > 0:
-            check_fingerprints(config, run, checkpointer, step)
+            now = fingerprints(config)
+            check_fingerprints(config, run, checkpointer, step, now)
             check_history(config, run, saved, step)
         elif not saved:
             _check_none_was_saved(config, run)
@@ -74,9 +75,20 @@ def choose_checkpoint(checkpointer: Checkpointer, run: RunDirectory) -> int:
 
 
 def check_fingerprints(
-    config: RunConfig, run: RunDirectory, checkpointer: Checkpointer, step: int
+    config: RunConfig,
+    run: RunDirectory,
+    checkpointer: Checkpointer,
+    step: int,
+    now: Mapping[str, str],
 ) -> list[str]:
     """What changed since the checkpoint and is accepted, as lines to warn with.
+
+    Args:
+        config: configuration of the run.
+        run: its directory.
+        checkpointer: its checkpoints.
+        step: the checkpoint.
+        now: fingerprints of what the run reads.
 
     Raises:
         ValueError: if something else that the run reads has changed.
@@ -84,7 +96,6 @@ def check_fingerprints(
     if jax.process_index() != 0:
         return []
     saved = section(checkpointer.data(step), "fingerprints")
-    now = fingerprints(config)
     changed = check_unchanged(
         saved, now, accepted=config.accept_changed, run_dir=run.path
     )

@@ -105,8 +105,16 @@ class Session(contextlib.ExitStack):
         self._checkpointer = self.enter_context(
             Checkpointer(run.checkpoints, keep=keep)
         )
-        self.start_step = self._first_step()
         self._fingerprints = fingerprints(config)
+        self.start_step = self._first_step()
+        # Metrics by which checkpoints are kept, and what makes their best the highest.
+        best = {"highest": (config.checkpoint_keep_highest, 1.0)}
+        best["lowest"] = (config.checkpoint_keep_lowest, -1.0)
+        self._best = {
+            f"{kind} {name}": (name, sign)
+            for kind, (name, sign) in best.items()
+            if name
+        }
         self._values: dict[str, float] = {}  # of the step that was logged last
         self._progress = self.enter_context(
             progress(
@@ -127,7 +135,8 @@ class Session(contextlib.ExitStack):
         if step is None:
             step = choose_checkpoint(checkpointer, self.run)
         if step > 0:
-            for change in check_fingerprints(config, self.run, checkpointer, step):
+            now = self._fingerprints
+            for change in check_fingerprints(config, self.run, checkpointer, step, now):
                 warn(change)
             check_history(config, self.run, checkpointer.steps(), step)
         return step
@@ -153,7 +162,7 @@ class Session(contextlib.ExitStack):
         self._open_logs()
         # Checkpoints lack the values of metrics that were not asked for then, and of
         # evaluations after them.
-        for row in read_metrics(self.run.metrics):
+        for row in read_metrics(self.run.metrics) if self._best else ():
             self._rate(int(row["step"]), row)
         return state
 
@@ -236,13 +245,10 @@ class Session(contextlib.ExitStack):
 
     def _rate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Remembers the values by which the best checkpoints are kept."""
-        config = self.config
-        best = {"highest": (config.checkpoint_keep_highest, 1.0)}
-        best["lowest"] = (config.checkpoint_keep_lowest, -1.0)
         self._values = {
-            f"{kind} {name}": sign * float(metrics[name])
-            for kind, (name, sign) in best.items()
-            if name and name in metrics and math.isfinite(metrics[name])
+            key: sign * float(metrics[name])
+            for key, (name, sign) in self._best.items()
+            if name in metrics and math.isfinite(metrics[name])
         }
         if self._values:
             self._checkpointer.rate(step, self._values)

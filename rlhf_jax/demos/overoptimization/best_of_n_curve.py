@@ -1,5 +1,6 @@
 """Best of n by a reward model, for every n from one set of samples."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlhf_jax.algo.types import Array
 from rlhf_jax.config.demos import OveroptimizationConfig
 from rlhf_jax.demos.overoptimization.curves import Curve
 from rlhf_jax.demos.review_panel import ReviewPanel
+from rlhf_jax.files.atomic import write_atomic
 from rlhf_jax.rewards.reward_models import RewardJudge
 from rlhf_jax.run.progress import progress
 from rlhf_jax.tasks import reviews
@@ -57,10 +59,9 @@ def sample_and_score(
             shown.update(start + count, {"true": float(np.mean(true[-1]))})
     by_model = np.concatenate(scores, axis=2).astype(np.float32)
     truth = np.concatenate(true, axis=1).astype(np.float32)
-    temporary = store.with_name(f".{store.name}")
-    with temporary.open("wb") as file:
-        np.savez(file, scores=by_model, true=truth)
-    temporary.replace(store)
+    buffer = io.BytesIO()
+    np.savez(buffer, scores=by_model, true=truth)
+    write_atomic(store, buffer.getvalue())
     return by_model, truth
 
 

@@ -6,15 +6,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 
-# The files of a checkpoint that are used. Pickles and code are not downloaded.
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -25,6 +17,17 @@ WANTED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+# The files of a checkpoint that are used. Pickles and code are not downloaded.
+WANTED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *TOKENIZER_FILES,
 )
 
 
